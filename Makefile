@@ -1,0 +1,88 @@
+# Targets for users: demo, test. Targets for authors: check, static, format, docs, clean. `make help` lists them.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+RUNS ?= runs
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check static format docs clean
+
+help:
+	@echo "make demo    train iBaML and MAML on rendered characters, evaluate and compare them (no download of data)"
+	@echo "make test    run the test suite"
+	@echo "make check   everything that continuous integration runs"
+	@echo "make static  the part of check that is not the test suite: format, lint, types, layers, doctests, docs"
+	@echo "make format  format the code and sort the imports"
+	@echo "make docs    build the documentation into site/"
+	@echo "make clean   remove the virtual environment and all build products (not $(RUNS)/)"
+	@echo "The first target creates $(VENV)/ with $(PYTHON); choose another one with PYTHON=python3.12."
+
+# Each stamp marks one finished step of the set-up, so that an interrupted set-up resumes and a finished one costs nothing.
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null || { echo "'$(PYTHON)' was not found: install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ibaml needs Python 3.11 or newer, but '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Creating $(VENV)/ with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+# torch comes first and alone: where an index offers a build for this machine under the pinned version only, a joint
+# resolution could settle for another build.
+$(VENV)/.torch: constraints.txt $(VENV)/.created
+	@echo "Installing torch (the largest download, some minutes)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml $(VENV)/.torch
+	@echo "Installing ibaml"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	@echo "Installing ibaml with its test tools"
+	@$(PIP) -e '.[test]'
+	@touch $(VENV)/.runtime $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	@echo "Installing ibaml with its test and development tools"
+	@$(PIP) -e '.[test,dev]'
+	@touch $(VENV)/.runtime $(VENV)/.test $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/ibaml train glyphs_5way_5shot_ibaml --run-folder $(RUNS)/demo_ibaml
+	$(BIN)/ibaml train glyphs_5way_5shot_maml --run-folder $(RUNS)/demo_maml
+	$(BIN)/ibaml evaluate $(RUNS)/demo_ibaml
+	$(BIN)/ibaml evaluate $(RUNS)/demo_maml
+	$(BIN)/ibaml compare $(RUNS)/demo_ibaml $(RUNS)/demo_maml
+
+# One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+static: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --doctest-modules src
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+check: $(VENV)/.dev
+	@$(MAKE) --no-print-directory static
+	@$(MAKE) --no-print-directory test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,443 @@
+"""The algorithms as cells of a grid: which inner variable, and how to differentiate through its optimisation.
+
+| inner variable | unrolled | first_order | implicit |
+|---|---|---|---|
+| weights | MAML | FOMAML | iMAML |
+| Gaussian over weights | ABML, VAMPIRE | first-order ABML | **iBaML** |
+
+``maml() ... ibaml()`` return an ``Algorithm`` with the settings of their publication; every setting can be overridden.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+from ibaml import inner, linear_solve, objectives, tree
+from ibaml.gaussian import DiagonalGaussian, sample_noise
+from ibaml.hypergradient import (
+    first_order_hypergradient,
+    gaussian_implicit_hypergradient,
+    implicit_hypergradient,
+    unrolled_hypergradient,
+)
+from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, InnerSolver, LinearSolver, Params, Tensor
+
+TaskNll = Callable[[Params, Params, Batch], Tensor]
+"""``(adapted, shared, batch) -> nll per example``; ``ibaml.model.Model.nll`` is one."""
+
+LINEAR_SOLVERS: Mapping[str, Callable[..., Any]] = {
+    "cg": linear_solve.cg,
+    "minres": linear_solve.minres,
+    "neumann": linear_solve.neumann,
+    "dense": linear_solve.dense,
+}
+
+
+class MetaParameters(NamedTuple):
+    """All that is learned over tasks.
+
+    Attributes:
+        prior: Initial weights (weights algorithms) or the prior over weights (Gaussian algorithms) of what is adapted.
+        shared: Parameters that are the same for all tasks.
+    """
+
+    prior: Params | DiagonalGaussian
+    shared: Params
+
+
+class TaskNoise(NamedTuple):
+    """Standard normal noise of one task; empty dicts for weights algorithms.
+
+    Attributes:
+        inner: For the expected nll of the support set, leading axis ``num_samples``.
+        outer: For the outer loss, leading axis ``num_samples``.
+        steps: For each inner step with fresh noise, leading axes ``num_inner_steps, num_samples``; else empty.
+    """
+
+    inner: Params
+    outer: Params
+    steps: Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One cell of the grid with all its settings. Stateless: meta-parameters and noise are arguments.
+
+    Attributes:
+        name: Name for reports.
+        inner_variable: ``"weights"`` or ``"gaussian"`` (mean and log-variance per weight).
+        estimator: How the hypergradient is computed.
+        outer: Outer loss: ``"expected_nll"`` (Jensen), ``"predictive_nll"``, or ``"abml"`` (support and query nll
+            weighted by their sizes plus the KL divergence). Weights algorithms have only the plain nll.
+        num_inner_steps: Steps ``K`` of the inner solver, in training and in adaptation.
+        inner_learning_rate: Step size of the inner solver. The KL term alone makes gradient descent on a Gaussian
+            diverge above ``2 D / lam``, with ``D`` the smallest prior variance and ``lam`` the KL weight; in
+            ``"natural_gradient"`` steps both cancel.
+        inner_optimizer: ``"gradient_descent"``, ``"adam"``, or ``"natural_gradient"`` (Gaussian only: steps scaled by
+            the posterior variance).
+        inner_momentum: Momentum of gradient descent.
+        temperature: The KL divergence has weight ``temperature / num_support``. 1 is exact Bayes.
+        proximal_strength: Weights algorithms: strength of ``||w - prior||^2 / 2`` in the inner loss (iMAML's lambda).
+        num_samples: Weight samples ``S`` in training.
+        num_evaluation_samples: Weight samples in prediction.
+        antithetic: Draw noise in pairs of opposite sign (``num_samples`` even).
+        fresh_noise: New noise at every inner step, instead of one draw for the whole inner problem. The implicit
+            estimator then differentiates the problem of one more draw, an approximation.
+        linear_solver: ``"cg"``, ``"minres"``, ``"neumann"`` or ``"dense"``, for the implicit estimator.
+        num_linear_steps: Steps ``L`` of the linear solver.
+        linear_rtol: Its relative tolerance.
+        precondition: Give the Gaussian implicit system its free preconditioner.
+        truncation: Unrolled: differentiate the last so many steps only.
+        hyper_prior_weight: Weight of ABML's hyper-prior (nats, summed over weights) in the outer loss.
+        initial_log_var: Range of the uniform distribution of the prior's initial log-variances.
+    """
+
+    name: str
+    inner_variable: Literal["weights", "gaussian"]
+    estimator: Literal["unrolled", "first_order", "implicit"]
+    outer: Literal["expected_nll", "predictive_nll", "abml"] = "expected_nll"
+    num_inner_steps: int = 5
+    inner_learning_rate: float = 0.01
+    inner_optimizer: Literal["gradient_descent", "adam", "natural_gradient"] = "gradient_descent"
+    inner_momentum: float = 0.0
+    temperature: float = 1.0
+    proximal_strength: float = 0.0
+    num_samples: int = 1
+    num_evaluation_samples: int = 10
+    antithetic: bool = False
+    fresh_noise: bool = False
+    linear_solver: Literal["cg", "minres", "neumann", "dense"] = "cg"
+    num_linear_steps: int = 5
+    linear_rtol: float = 1e-6
+    precondition: bool = True
+    truncation: int | None = None
+    hyper_prior_weight: float = 0.0
+    initial_log_var: tuple[float, float] = (-10.0, -9.0)
+
+    def __post_init__(self) -> None:
+        """Refuses settings that contradict each other."""
+        _check_choice("inner_variable", self.inner_variable, ("weights", "gaussian"))
+        _check_choice("estimator", self.estimator, ("unrolled", "first_order", "implicit"))
+        _check_choice("outer", self.outer, ("expected_nll", "predictive_nll", "abml"))
+        _check_choice("inner_optimizer", self.inner_optimizer, ("gradient_descent", "adam", "natural_gradient"))
+        _check_choice("linear_solver", self.linear_solver, tuple(LINEAR_SOLVERS))
+        for field in ("num_inner_steps", "num_samples", "num_evaluation_samples", "num_linear_steps"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, but is {getattr(self, field)}.")
+        for field in ("inner_learning_rate", "temperature"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, but is {getattr(self, field)}.")
+        for field in ("proximal_strength", "hyper_prior_weight"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must be at least 0, but is {getattr(self, field)}.")
+        for field in ("inner_momentum", "linear_rtol"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} must be in [0, 1), but is {getattr(self, field)}.")
+        if self.inner_momentum and self.inner_optimizer != "gradient_descent":
+            raise ValueError(
+                f"inner_momentum belongs to gradient_descent, but inner_optimizer is {self.inner_optimizer!r}."
+            )
+        if self.truncation is not None and self.truncation < 0:
+            raise ValueError(f"truncation must be at least 0 or None, but is {self.truncation}.")
+        if self.antithetic and self.num_samples % 2:
+            raise ValueError(f"num_samples must be even with antithetic=True, but is {self.num_samples}.")
+        if self.truncation is not None and self.estimator != "unrolled":
+            raise ValueError(f"truncation belongs to the unrolled estimator, but estimator is {self.estimator!r}.")
+        if self.initial_log_var[0] > self.initial_log_var[1]:
+            raise ValueError(f"initial_log_var must be (low, high) with low <= high, but is {self.initial_log_var}.")
+        if self.inner_variable == "gaussian" and self.proximal_strength:
+            raise ValueError("proximal_strength belongs to inner_variable='weights'; a Gaussian has its KL divergence.")
+        if self.inner_variable == "weights":
+            if self.outer != "expected_nll" or self.hyper_prior_weight or self.fresh_noise or self.antithetic:
+                raise ValueError(
+                    "outer, hyper_prior_weight, fresh_noise and antithetic concern distributions over weights: they "
+                    "need inner_variable='gaussian'."
+                )
+            if self.inner_optimizer == "natural_gradient":
+                raise ValueError("inner_optimizer='natural_gradient' needs variances: set inner_variable='gaussian'.")
+            if self.estimator == "implicit" and self.proximal_strength == 0:
+                raise ValueError(
+                    "proximal_strength must be positive for the implicit estimator on weights: without it the solution "
+                    "of the inner problem does not depend on the meta-learned weights."
+                )
+
+    @property
+    def is_bayesian(self) -> bool:
+        """Whether adaptation gives a distribution over weights."""
+        return self.inner_variable == "gaussian"
+
+    def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
+        """Returns initial meta-parameters.
+
+        Args:
+            adapted: Initial values of the adapted parameters; they become the prior mean.
+            shared: Initial values of the shared parameters.
+            generator: Source of the initial log-variances.
+        """
+        if not self.is_bayesian:
+            return MetaParameters(adapted, shared)
+        low, high = self.initial_log_var
+
+        def draw(leaf: Tensor) -> Tensor:
+            uniform = torch.rand(leaf.shape, generator=generator, dtype=leaf.dtype, device=generator.device)
+            return (low + (high - low) * uniform).to(leaf.device)
+
+        return MetaParameters(DiagonalGaussian(adapted, tree.map(draw, adapted)), shared)
+
+    def draw_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> TaskNoise:
+        """Draws the noise of one task."""
+        if not isinstance(meta.prior, DiagonalGaussian):
+            return TaskNoise({}, {}, {})
+        draw = partial(sample_noise, meta.prior.mean, generator=generator, antithetic=self.antithetic)
+        steps: Params = {}
+        if self.fresh_noise:
+            draws = [draw(self.num_samples) for _ in range(self.num_inner_steps)]
+            steps = tree.map(lambda *leaves: torch.stack(leaves), *draws)
+        return TaskNoise(draw(self.num_samples), draw(self.num_samples), steps)
+
+    def adapt(self, nll: TaskNll, meta: MetaParameters, support: Batch, noise: TaskNoise) -> InnerSolution:
+        """Solves the inner problem of one task.
+
+        Args:
+            nll: Per-example nll.
+            meta: Meta-parameters.
+            support: Support set.
+            noise: Noise of the task.
+
+        Returns:
+            Adapted weights, or a DiagonalGaussian posterior.
+        """
+        problem = self._problem(nll, support, noise)
+        loss_at = problem.inner_loss_at
+        return self._inner_solver(support)(
+            lambda v: problem.inner_loss(v, meta),
+            meta.prior,
+            loss_at=None if loss_at is None else lambda step: lambda v: loss_at(step)(v, meta),
+        )
+
+    def hypergradient(
+        self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+    ) -> tuple[MetaParameters, HypergradientInfo]:
+        """Returns one task's gradient of the outer loss in the meta-parameters.
+
+        Args:
+            nll: Per-example nll.
+            meta: Meta-parameters.
+            episode: Support and query set.
+            noise: Noise of the task.
+        """
+        # Parameters that ask for gradients would make every inner step keep its graph.
+        meta = tree.detach(meta)
+        problem = self._problem(nll, episode.support, noise)
+        outer_loss = partial(self._outer_loss, nll, episode, noise)
+        solver = self._inner_solver(episode.support)
+        if self.estimator == "implicit":
+            posterior = self.adapt(nll, meta, episode.support, noise).value
+            return self._implicit(problem, outer_loss, posterior, meta, episode.support)
+        arguments = (problem.inner_loss, outer_loss, lambda theta: theta.prior, meta, solver)
+        if self.estimator == "first_order":
+            return first_order_hypergradient(*arguments, inner_loss_at=problem.inner_loss_at)
+        return unrolled_hypergradient(*arguments, inner_loss_at=problem.inner_loss_at, truncation=self.truncation)
+
+    def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
+        """Draws the noise of ``num_evaluation_samples`` weight samples; empty for weights algorithms."""
+        if not isinstance(meta.prior, DiagonalGaussian):
+            return {}
+        return sample_noise(meta.prior.mean, self.num_evaluation_samples, generator=generator)
+
+    def weight_samples(self, posterior: Params | DiagonalGaussian, noise: Params) -> list[Params]:
+        """Returns weight samples of an adapted posterior; the weights themselves, once, if it is a point.
+
+        Args:
+            posterior: What ``adapt`` returned.
+            noise: From ``draw_evaluation_noise``.
+        """
+        if not isinstance(posterior, DiagonalGaussian):
+            return [posterior]
+        draws = posterior.sample(noise)
+        num_samples = tree.leaves(noise)[0].shape[0]
+        return [tree.map(lambda leaf, i=i: leaf[i], draws) for i in range(num_samples)]
+
+    def _inner_solver(self, support: Batch) -> InnerSolver:
+        settings: dict[str, Any] = {"num_steps": self.num_inner_steps, "learning_rate": self.inner_learning_rate}
+        if self.inner_optimizer == "adam":
+            return partial(inner.adam, **settings)
+        if self.inner_optimizer == "natural_gradient":
+            preconditioner = objectives.natural_gradient(self._kl_weight(support))
+            return partial(inner.preconditioned_gradient_descent, preconditioner=preconditioner, **settings)
+        return partial(inner.gradient_descent, momentum=self.inner_momentum, **settings)
+
+    def _linear_solver(self) -> LinearSolver:
+        return partial(LINEAR_SOLVERS[self.linear_solver], max_steps=self.num_linear_steps, rtol=self.linear_rtol)
+
+    def _kl_weight(self, support: Batch) -> float:
+        return objectives.kl_weight(support.y.shape[0], self.temperature)
+
+    def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise) -> "_InnerProblem":
+        if not self.is_bayesian:
+
+            def penalised_nll(weights: Params, theta: MetaParameters) -> Tensor:
+                value = nll(weights, theta.shared, support).mean()
+                if self.proximal_strength == 0:
+                    return value
+                return value + objectives.proximal_penalty(weights, cast(Params, theta.prior), self.proximal_strength)
+
+            return _InnerProblem(expected_nll=None, inner_loss=penalised_nll, inner_loss_at=None)
+
+        weight = self._kl_weight(support)
+
+        def expected_nll(posterior: DiagonalGaussian, shared: Params, draws: Params = noise.inner) -> Tensor:
+            return objectives.expected_nll(lambda w, batch: nll(w, shared, batch), posterior, draws, support)
+
+        def negative_elbo(posterior: DiagonalGaussian, theta: MetaParameters, draws: Params = noise.inner) -> Tensor:
+            expected = expected_nll(posterior, theta.shared, draws)
+            return objectives.negative_elbo(expected, posterior, cast(DiagonalGaussian, theta.prior), weight)
+
+        def negative_elbo_at(step: int) -> Callable[[DiagonalGaussian, MetaParameters], Tensor]:
+            return partial(negative_elbo, draws=tree.map(lambda leaf: leaf[step], noise.steps))
+
+        return _InnerProblem(
+            expected_nll=expected_nll,
+            inner_loss=negative_elbo,
+            inner_loss_at=negative_elbo_at if self.fresh_noise else None,
+        )
+
+    def _outer_loss(
+        self, nll: TaskNll, episode: Episode, noise: TaskNoise, posterior: Any, theta: MetaParameters
+    ) -> Tensor:
+        if not self.is_bayesian:
+            return nll(posterior, theta.shared, episode.query).mean()
+
+        def of_weights(weights: Params, batch: Batch) -> Tensor:
+            return nll(weights, theta.shared, batch)
+
+        query_loss = objectives.predictive_nll if self.outer == "predictive_nll" else objectives.expected_nll
+        loss = query_loss(of_weights, posterior, noise.outer, episode.query)
+        if self.outer == "abml":
+            num_support, num_query = episode.support.y.shape[0], episode.query.y.shape[0]
+            total = num_support + num_query
+            support_loss = objectives.expected_nll(of_weights, posterior, noise.inner, episode.support)
+            loss = (num_query * loss + num_support * support_loss) / total
+            weight = objectives.kl_weight(total, self.temperature)
+            loss = objectives.negative_elbo(loss, posterior, cast(DiagonalGaussian, theta.prior), weight)
+        if self.hyper_prior_weight:
+            loss = loss + self.hyper_prior_weight * objectives.hyper_prior_nll(cast(DiagonalGaussian, theta.prior))
+        return loss
+
+    def _implicit(
+        self,
+        problem: "_InnerProblem",
+        outer_loss: Callable[[Any, MetaParameters], Tensor],
+        posterior: Any,
+        meta: MetaParameters,
+        support: Batch,
+    ) -> tuple[MetaParameters, HypergradientInfo]:
+        if problem.expected_nll is None:
+            return implicit_hypergradient(problem.inner_loss, outer_loss, posterior, meta, self._linear_solver())
+        (prior_gradient, shared_gradient), info = gaussian_implicit_hypergradient(
+            problem.expected_nll,
+            lambda v, prior, shared: outer_loss(v, MetaParameters(prior, shared)),
+            posterior,
+            cast(DiagonalGaussian, meta.prior),
+            self._kl_weight(support),
+            self._linear_solver(),
+            shared=meta.shared,
+            precondition=self.precondition,
+        )
+        return MetaParameters(prior_gradient, shared_gradient), info
+
+
+class _InnerProblem(NamedTuple):
+    """The inner problem of one task as functions of the inner variable and the meta-parameters."""
+
+    expected_nll: Callable[..., Tensor] | None
+    inner_loss: Callable[..., Tensor]
+    inner_loss_at: Callable[[int], Callable[..., Tensor]] | None
+
+
+def maml(**settings: Any) -> Algorithm:
+    """MAML (Finn et al. 2017): learned initial weights, backpropagation through the inner steps."""
+    return _preset(settings, name="maml", inner_variable="weights", estimator="unrolled")
+
+
+def fomaml(**settings: Any) -> Algorithm:
+    """First-order MAML (Finn et al. 2017): the query gradient at the adapted weights."""
+    return _preset(settings, name="fomaml", inner_variable="weights", estimator="first_order")
+
+
+def imaml(**settings: Any) -> Algorithm:
+    """The iMAML algorithm (Rajeswaran et al. 2019): proximal inner problem, implicit gradient."""
+    return _preset(
+        settings,
+        name="imaml",
+        inner_variable="weights",
+        estimator="implicit",
+        proximal_strength=2.0,
+        num_inner_steps=16,
+    )
+
+
+def abml(**settings: Any) -> Algorithm:
+    """ABML (Ravi and Beatson 2019): learned Gaussian prior, unrolled; support and query nll and the KL outside."""
+    return _preset(
+        settings,
+        name="abml",
+        inner_variable="gaussian",
+        estimator="unrolled",
+        outer="abml",
+        num_samples=5,
+        temperature=0.01,
+    )
+
+
+def vampire(**settings: Any) -> Algorithm:
+    """VAMPIRE (Nguyen et al. 2020): learned Gaussian prior, unrolled; only the query's expected nll outside."""
+    return _preset(
+        settings, name="vampire", inner_variable="gaussian", estimator="unrolled", num_samples=5, temperature=0.01
+    )
+
+
+def ibaml(**settings: Any) -> Algorithm:
+    """Implicit Bayesian meta-learning (Zhang et al. 2023): learned Gaussian prior, implicit gradient by Lemma 1."""
+    return _preset(
+        settings, name="ibaml", inner_variable="gaussian", estimator="implicit", num_samples=5, temperature=0.01
+    )
+
+
+ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
+    "maml": maml,
+    "fomaml": fomaml,
+    "imaml": imaml,
+    "abml": abml,
+    "vampire": vampire,
+    "ibaml": ibaml,
+}
+
+
+def make_algorithm(name: str, **settings: Any) -> Algorithm:
+    """Builds an algorithm by name.
+
+    Raises:
+        ValueError: If the name is unknown, or a setting is.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, but is {name!r}.")
+    return ALGORITHMS[name](**settings)
+
+
+def _preset(overrides: Mapping[str, Any], **defaults: Any) -> Algorithm:
+    known = {field.name for field in dataclasses.fields(Algorithm)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(
+            f"{defaults['name']} has no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}."
+        )
+    return Algorithm(**{**defaults, **overrides})
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, but is {value!r}.")

@@ -1,0 +1,293 @@
+"""The command line: ``ibaml recipes | train | evaluate | compare``."""
+
+import contextlib
+import csv
+import sys
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from ibaml import plots, runs
+from ibaml.evaluation import Evaluation, draw_tasks, evaluate
+from ibaml.metrics import paired_difference, reliability_curve
+from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
+from ibaml.trainer import METRICS, Trainer, TrainingDivergedError, read_metrics
+from ibaml.types import Batch, Episode
+
+_console = Console(stderr=True)
+# Append: a second --set adds to the first.
+_Settings: TypeAlias = Annotated[
+    tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE ...")
+]
+_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse")
+
+
+def list_recipes() -> None:
+    """List the recipes: named, complete configurations."""
+    table = Table(Column("recipe", no_wrap=True), "what it is", "steps x tasks", box=None, pad_edge=False)
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        table.add_row(name, recipe.description, f"{recipe.trainer.num_steps:,} x {recipe.trainer.tasks_per_step}")
+    Console().print(table)
+
+
+def train(
+    recipe: tyro.conf.Positional[str],
+    /,
+    *,
+    run_folder: Path | None = None,
+    data: Path | None = None,
+    max_minutes: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    set: _Settings = (),  # noqa: A002
+) -> int:
+    """Train a recipe, or resume it if the run folder holds a checkpoint.
+
+    Args:
+        recipe: Name of a recipe; `ibaml recipes` lists them.
+        run_folder: Where everything goes [default: runs/RECIPE].
+        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+        max_minutes: Stop after so many minutes, ready to resume.
+        steps: Number of meta-steps, instead of the recipe's.
+        seed: Seed of training, instead of the recipe's.
+        device: "auto" (CUDA if present), "cpu", "cuda", "cuda:1", ...
+        threads: Number of CPU threads [default: torch's choice].
+        set: Change settings of the recipe, such as algorithm.num_inner_steps=10 trainer.learning_rate=0.002.
+    """
+    chosen = get_recipe(recipe)
+    folder = run_folder or Path("runs") / recipe
+    if (folder / runs.RECIPE).is_file() and (stored := runs.read_recipe(folder)).name == recipe:
+        chosen = stored
+    changes = dict(_split_setting(item) for group in set for item in group)
+    if steps is not None:
+        changes["trainer.num_steps"] = str(steps)
+    if seed is not None:
+        changes["trainer.seed"] = str(seed)
+    chosen = chosen.override(changes)
+    where = _device(device)
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads must be at least 1, but is {threads}.")
+        torch.set_num_threads(threads)
+
+    train_tasks, validation_tasks = (chosen.data.build(split, data=data) for split in ("train", "validation"))
+    trainer = Trainer(
+        chosen.build_model(), chosen.algorithm, chosen.trainer, run_folder=folder, device=where, console=_console
+    )
+    runs.open_run(folder, chosen)
+    _console.print(
+        f"Training {chosen.name} on {where.type}: {chosen.trainer.num_steps:,} meta-steps of "
+        f"{chosen.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
+        soft_wrap=True,
+        markup=False,
+    )
+    result = trainer.fit(train_tasks, validation_tasks, max_minutes=max_minutes)
+    runs.write_summary(folder, chosen, result)
+    history = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    if history:
+        plots.save(plots.training_curves(history, title=chosen.name), folder / "training.png")
+    _console.print(
+        f"Training {result.stop_reason} at step {result.num_steps}; the best state is of step {result.best_step}.\n"
+        + (
+            f"Evaluate it with: ibaml evaluate {folder}"
+            if result.stop_reason == "completed"
+            else f"Resume with the same command: ibaml train {recipe} --run-folder {folder}"
+        ),
+        soft_wrap=True,
+        markup=False,
+    )
+    return 130 if result.stop_reason == "interrupted" else 0
+
+
+def evaluate_run(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    tasks: int | None = None,
+    seed: int = 0,
+    data: Path | None = None,
+    device: str = "auto",
+    set: _Settings = (),  # noqa: A002
+) -> None:
+    """Evaluate a run's best state on a fixed, seeded set of test tasks.
+
+    Args:
+        run: Run folder.
+        tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
+        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+        device: "auto" (CUDA if present), "cpu", "cuda", ...
+        set: Change settings for the evaluation alone, such as algorithm.num_inner_steps=20.
+    """
+    recipe = runs.read_recipe(run).override(dict(_split_setting(item) for group in set for item in group))
+    where = _device(device)
+    model = recipe.build_model().to(where)
+    meta, step = runs.load_best(run, recipe, model)
+    sampler = recipe.data.build("test", data=data)
+    num_tasks = recipe.num_test_tasks if tasks is None else tasks
+    with _progress("evaluate", num_tasks) as on_progress:
+        result = evaluate(
+            model, recipe.algorithm, meta, sampler, num_tasks=num_tasks, seed=seed, on_progress=on_progress
+        )
+    target = runs.write_evaluation(run, result, recipe, seed=seed, step=step)
+    _draw_evaluation(recipe, result, draw_tasks(sampler, 0, 1, seed=seed), target)
+
+    algorithm = recipe.algorithm
+    temperature = f", temperature {algorithm.temperature}" if algorithm.is_bayesian else ""
+    table = Table("metric", "mean", "95% interval", box=None, pad_edge=False)
+    for name, value in result.report.items():
+        table.add_row(name, f"{value.mean:.4f}", f"+- {value.half_width:.4f}")
+    output = Console()
+    output.print(
+        f"{recipe.name}: {num_tasks} test tasks, seed {seed}, state of step {step}{temperature}",
+        soft_wrap=True,
+        markup=False,
+    )
+    output.print(table)
+    _console.print(f"Report, per-task values and pictures are in {target}.", soft_wrap=True, markup=False)
+
+
+def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> None:
+    """Compare evaluated runs on the same test tasks, task by task.
+
+    Args:
+        run: Two or more run folders; differences are to the first.
+        out: Folder for the table and the plot [default: runs/compare_...].
+    """
+    if len(run) < 2:
+        raise ValueError(f"compare needs at least two run folders, but got {len(run)}.")
+    for index, folder in enumerate(run):
+        if folder.resolve() in (other.resolve() for other in run[:index]):
+            raise ValueError(f"{folder} is named twice: compare needs different run folders.")
+    names = [folder.name for folder in run]
+    if len({*names}) < len(names):
+        names = [str(folder) for folder in run]
+    stored = dict(zip(names, (runs.read_evaluation(folder) for folder in run), strict=True))
+    first = stored[names[0]]
+    for name, other in stored.items():
+        if other.tasks != first.tasks:
+            difference = _describe_difference(first.tasks, other.tasks)
+            raise ValueError(
+                f"{names[0]} and {name} were evaluated on different tasks ({difference}): evaluate both with the same "
+                "--tasks and --seed, on the same data."
+            )
+    out = out or Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
+    out.mkdir(parents=True, exist_ok=True)
+
+    table = Table("metric", *names, *(f"{name} - {names[0]}" for name in names[1:]), box=None, pad_edge=False)
+    rows: list[list[str]] = []
+    for metric, value in first.per_task.items():
+        row = [metric, *(f"{stored[name].report[metric]:.4f}" for name in names)]
+        for name in names[1:]:
+            difference = paired_difference(stored[name].per_task[metric], value)
+            verdict = ""
+            if abs(difference.mean) > difference.half_width:
+                better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
+                verdict = " better" if better else " worse"
+            row.append(f"{difference:+.4f}{verdict}".replace("+- +", "+- "))
+        table.add_row(*row)
+        rows.append(row)
+    with (out / "comparison.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["metric", *names, *(f"{name} - {names[0]}" for name in names[1:])], *rows])
+    figure = plots.comparison({name: evaluation.per_task for name, evaluation in stored.items()})
+    plots.save(figure, out / "comparison.png")
+    output = Console()
+    output.print(f"{first.tasks['num_tasks']} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
+    output.print(table)
+    _console.print(f"Table and plot are in {out}.", soft_wrap=True, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    commands = {"recipes": list_recipes, "train": train, "evaluate": evaluate_run, "compare": compare}
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            args=None if arguments is None else list(arguments),
+            prog="ibaml",
+            description="Implicit Bayesian meta-learning: few-shot predictions that know how sure they are.",
+        )
+    except (ValueError, OSError, FloatingPointError, TrainingDivergedError) as error:
+        # What a user can mend gets a sentence; anything else is a defect and keeps its traceback.
+        _console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        code = 2
+    except KeyboardInterrupt:
+        _console.print("Interrupted.")
+        code = 130
+    sys.exit(code or 0)
+
+
+def _draw_evaluation(recipe: Recipe, result: Evaluation, first: Episode, target: Path) -> None:
+    support, query = (Batch(batch.x[0], batch.y[0]) for batch in first)
+    episode = Episode(support, query)
+    if result.log_probs is None:
+        if result.mean is not None and result.variance is not None and support.x.shape[-1] == 1:
+            figure = plots.example_regression(
+                episode, result.mean[0], result.variance[0], title=f"{recipe.name}: one task"
+            )
+            plots.save(figure, target / "example_task.png")
+        return
+    curve = reliability_curve(result.log_probs.exp(), result.targets)
+    plots.save(plots.reliability_diagram({recipe.name: curve}), target / "reliability.png")
+    if recipe.data.source in IMAGE_SOURCES:
+        figure = plots.example_task(episode, result.log_probs[0].exp(), title=f"{recipe.name}: one test task")
+        plots.save(figure, target / "example_task.png")
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Generator[Callable[[int], None], None, None]:
+    with Progress(
+        TextColumn(f"[bold]{name}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=_console,
+        disable=not _console.is_terminal,
+    ) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, but is {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but this torch finds no CUDA device: use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}, but this torch finds {torch.cuda.device_count()} CUDA device(s).")
+    return device
+
+
+def _split_setting(item: str) -> tuple[str, str]:
+    key, separator, value = item.partition("=")
+    if not separator:
+        raise ValueError(f"--set expects KEY=VALUE, such as algorithm.num_inner_steps=10, but got {item!r}.")
+    return key, value
+
+
+def _describe_difference(first: dict[str, Any], second: dict[str, Any]) -> str:
+    flat = [
+        {**tasks["data"], **{key: value for key, value in tasks.items() if key != "data"}} for tasks in (first, second)
+    ]
+    return ", ".join(
+        f"{key} {flat[0][key]} and {flat[1].get(key)}" for key in flat[0] if flat[0][key] != flat[1].get(key)
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

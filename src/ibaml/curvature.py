@@ -1,0 +1,94 @@
+"""Matrix-free curvature: a function goes in, a matrix-vector product comes out."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from ibaml import tree
+from ibaml.types import Loss, MatVec, PyTree, Tensor
+
+
+def gradient_and_hvp(
+    function: Loss, point: PyTree, *, mode: Literal["reverse", "forward"] = "reverse"
+) -> tuple[PyTree, MatVec]:
+    """Returns the gradient at a point and the Hessian-vector product there, sharing one forward and backward pass.
+
+    Args:
+        function: Scalar function of a pytree, twice differentiable at ``point``.
+        point: Where to expand.
+        mode: ``"reverse"`` keeps the graph of the gradient and runs one backward pass through it per product
+            (it uses that the Hessian is symmetric). ``"forward"`` keeps nothing and runs a forward-mode derivative of
+            the gradient per product.
+
+    Returns:
+        The gradient, in the structure of ``point``, and a map ``v -> H v``.
+
+    Raises:
+        ValueError: If ``mode`` is unknown.
+
+    Cost:
+        One gradient; then about two gradients per product in reverse mode, three in forward mode.
+        Memory: reverse mode holds one gradient graph for as long as the map lives.
+    """
+    if mode == "reverse":
+        gradient, pullback = torch.func.vjp(torch.func.grad(function), point)[:2]
+        return gradient, lambda vector: pullback(vector)[0]
+    if mode == "forward":
+        gradient_of = torch.func.grad(function)
+        return gradient_of(point), lambda vector: torch.func.jvp(gradient_of, (point,), (vector,))[1]
+    raise ValueError(f"mode must be 'reverse' or 'forward', but is {mode!r}.")
+
+
+def hvp(function: Loss, point: PyTree, *, mode: Literal["reverse", "forward"] = "reverse") -> MatVec:
+    """Returns the Hessian-vector product ``v -> H v`` of a scalar function at a point.
+
+    See ``gradient_and_hvp`` for the arguments and the cost.
+
+    Examples:
+        >>> product = hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+        >>> product(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    return gradient_and_hvp(function, point, mode=mode)[1]
+
+
+def gauss_newton_vp(
+    outputs: Callable[[PyTree], Tensor], loss: Callable[[Tensor], Tensor], point: PyTree, *, damping: float = 0.0
+) -> MatVec:
+    """Returns the generalised Gauss-Newton product ``v -> J^T H_loss J v + damping * v``.
+
+    ``J`` is the Jacobian of ``outputs`` at ``point`` and ``H_loss`` the Hessian of ``loss`` in the outputs (Schraudolph
+    2002). The matrix is positive semi-definite for a convex loss, and equals the Hessian when ``outputs`` is linear.
+
+    Args:
+        outputs: Network outputs as a function of the parameters.
+        loss: Scalar loss as a function of the outputs.
+        point: Where to expand.
+        damping: Multiple of the identity to add, at least 0.
+
+    Returns:
+        The product, on pytrees of the structure of ``point``.
+
+    Raises:
+        ValueError: If ``damping`` is negative.
+
+    Cost:
+        One forward pass; then one forward-mode and one reverse-mode derivative of ``outputs`` per product.
+
+    Examples:
+        >>> design = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> product = gauss_newton_vp(lambda w: design @ w, lambda f: 0.5 * (f**2).sum(), torch.zeros(2))
+        >>> product(torch.ones(2))
+        tensor([1., 4.])
+    """
+    if damping < 0:
+        raise ValueError(f"damping must be at least 0, but is {damping}.")
+    value, pullback = torch.func.vjp(outputs, point)[:2]
+    loss_curvature = hvp(loss, value, mode="forward")
+
+    def product(vector: PyTree) -> PyTree:
+        pushed = torch.func.jvp(outputs, (point,), (vector,))[1]
+        return tree.axpy(damping, vector, pullback(loss_curvature(pushed))[0])
+
+    return product

@@ -1,0 +1,28 @@
+"""Tasks and the sources they are drawn from.
+
+Image sources return ClassImages, which an EpisodeSampler turns into few-shot classification tasks; regression sources
+are samplers themselves. Every sampler is a ``ibaml.types.TaskSampler``.
+"""
+
+from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_form_posterior
+from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
+from ibaml.data.fixed_episodes import FixedEpisodes
+from ibaml.data.glyphs import load_glyphs
+from ibaml.data.image_folder import load_image_folder
+from ibaml.data.locate import find_data_file
+from ibaml.data.omniglot import load_omniglot
+from ibaml.data.sinusoid import SinusoidTasks
+
+__all__ = [
+    "ClassImages",
+    "EpisodeSampler",
+    "FixedEpisodes",
+    "LinearRegressionTasks",
+    "SinusoidTasks",
+    "closed_form_posterior",
+    "find_data_file",
+    "load_glyphs",
+    "load_image_folder",
+    "load_omniglot",
+    "with_rotations",
+]

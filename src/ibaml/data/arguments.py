@@ -1,0 +1,56 @@
+"""Checks of arguments that several data sources share."""
+
+import torch
+
+
+def require_positive_int(name: str, value: object) -> int:
+    """Returns ``value`` if it is an integer of at least one.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+
+    Returns:
+        The value, unchanged.
+
+    Raises:
+        TypeError: If ``value`` is not an integer (bool counts as not an integer).
+        ValueError: If ``value`` is below one.
+
+    Examples:
+        >>> require_positive_int("num_ways", 5)
+        5
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}; pass a positive count.")
+    return value
+
+
+def require_cpu_generator(generator: object) -> torch.Generator:
+    """Returns ``generator`` if it is a ``torch.Generator`` on the CPU.
+
+    Indices are always drawn on the CPU, so that a seed gives the same tasks whatever device holds the data.
+
+    Args:
+        generator: What the caller passed.
+
+    Returns:
+        The generator, unchanged.
+
+    Raises:
+        TypeError: If it is not a ``torch.Generator``.
+        ValueError: If it lives on another device than the CPU.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}; "
+            "pass torch.Generator().manual_seed(seed)."
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must live on the cpu, got {generator.device}; create it with torch.Generator(). "
+            "The data may still live on any device."
+        )
+    return generator

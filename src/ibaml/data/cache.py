@@ -1,0 +1,87 @@
+"""A cache of decoded or rendered images: one ``.npz`` file for each ClassImages, read without pickle."""
+
+import os
+import secrets
+import warnings
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ibaml.data.episodes import ClassImages
+
+
+def read_class_images(folders: Sequence[Path], name: str) -> ClassImages | None:
+    """Returns the first intact copy of a cached file.
+
+    A damaged file (truncated, flipped bits: every member of a ``.npz`` has a checksum; wrong contents) counts as
+    absent, since whatever it held can be made again.
+
+    Args:
+        folders: Folders to look in, in order.
+        name: File name, which must spell out everything that the contents depend on.
+
+    Returns:
+        The images, or None if no folder has an intact file of that name.
+    """
+    for folder in folders:
+        try:
+            with (folder / name).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                return ClassImages(
+                    images=torch.from_numpy(file["images"]),
+                    class_start=torch.from_numpy(file["class_start"]),
+                    class_names=tuple(str(class_name) for class_name in file["class_names"]),
+                )
+        except FileNotFoundError:
+            continue
+        except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error):
+            continue
+    return None
+
+
+def write_class_images(folders: Sequence[Path], name: str, images: ClassImages) -> Path | None:
+    """Writes images to the first folder that can be written to.
+
+    The file is written under a temporary name and then renamed, so that no other process sees half a file. When no
+    folder is writable a RuntimeWarning says so: the caller's result is fine, it will only be made again next time.
+
+    Args:
+        folders: Folders to try, in order; created if absent.
+        name: File name.
+        images: What to keep.
+
+    Returns:
+        The path of the file, or None if nothing could be written.
+    """
+    failures: list[str] = []
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not tempfile: its files are readable by their owner only, and the folder may be shared.
+            temporary = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+            try:
+                with temporary.open("xb") as file:
+                    np.savez_compressed(
+                        file,
+                        images=images.images.cpu().numpy(),
+                        class_start=images.class_start.cpu().numpy(),
+                        class_names=np.array(images.class_names),
+                    )
+                os.replace(temporary, folder / name)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            failures.append(f"{folder} ({error.strerror or error})")
+            continue
+        return folder / name
+    warnings.warn(
+        f"cannot write the cache file {name} to {' or '.join(failures)}: it is made anew each time. "
+        "Set IBAML_DATA to a writable folder to avoid that.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None

@@ -1,0 +1,68 @@
+"""Tasks given as a list."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ibaml import tree
+from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.types import Episode
+
+
+class FixedEpisodes:
+    """A TaskSampler over a given sequence of episodes: each draw takes one uniformly, with replacement.
+
+    Episodes of unequal sizes can be drawn one at a time only, because a batch of tasks is one stack of tensors.
+
+    Args:
+        episodes: Tasks with a support and a query set, without a task axis; inputs of one shape.
+
+    Raises:
+        ValueError: If there are none, or the shapes of single inputs differ.
+
+    Examples:
+        >>> from ibaml.types import Batch
+        >>> batch = Batch(torch.zeros(3, 2), torch.zeros(3, 1))
+        >>> tasks = FixedEpisodes([Episode(batch, batch)])
+        >>> tasks.sample(4, generator=torch.Generator()).support.x.shape
+        torch.Size([4, 3, 2])
+    """
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        if not episodes:
+            raise ValueError("episodes is empty; expected at least one Episode.")
+        shapes = {tuple(batch.x.shape[1:]) for episode in episodes for batch in episode}
+        if len(shapes) > 1:
+            raise ValueError(f"episodes have inputs of different shapes {sorted(shapes)}; expected a single shape.")
+        self.episodes = tuple(episodes)
+        sizes = {tuple(leaf.shape for leaf in tree.leaves(episode)) for episode in episodes}
+        self.has_equal_sizes = len(sizes) == 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.episodes[0].support.x.shape[1:])
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of classes (the largest label plus one) or of target dimensions."""
+        targets = [batch.y for episode in self.episodes for batch in episode]
+        if targets[0].is_floating_point():
+            return targets[0].shape[-1]
+        return 1 + max(int(y.max()) for y in targets)
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
+        """Draws tasks with replacement.
+
+        Raises:
+            ValueError: If several tasks of unequal sizes are asked for.
+        """
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        if num_tasks > 1 and not self.has_equal_sizes:
+            raise ValueError(
+                f"num_tasks is {num_tasks}, but the episodes have unequal sizes and cannot be stacked: draw one at a "
+                "time, which in training means tasks_per_step=1."
+            )
+        indices = torch.randint(len(self.episodes), (num_tasks,), generator=generator).tolist()
+        return tree.map(lambda *leaves: torch.stack(leaves), *(self.episodes[index] for index in indices))

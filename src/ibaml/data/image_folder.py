@@ -1,0 +1,210 @@
+"""Labelled images of one's own: a folder or zip archive laid out as ``split/class/image``."""
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ibaml.data.arguments import require_positive_int
+from ibaml.data.episodes import ClassImages
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Files with other suffixes are taken to be notes and passed over."""
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+_VALIDATION_NAMES = ("validation", "val", "valid")
+
+
+class _Entry(NamedTuple):
+    """A file or folder below the root."""
+
+    parts: tuple[str, ...]
+    is_folder: bool
+
+    @property
+    def split(self) -> str:
+        """The folder right below the root, or the file's own name if it lies there."""
+        return self.parts[0]
+
+
+def load_image_folder(
+    path: str | os.PathLike[str],
+    split: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+) -> ClassImages:
+    """Loads the images of one split, ``split/class/image.*`` under a folder or in a zip archive (read in place).
+
+    Any format that Pillow reads by one of IMAGE_SUFFIXES; hidden files are passed over. In an archive one common outer
+    folder is allowed. All images are held in memory as uint8.
+
+    Args:
+        path: Folder, or zip archive.
+        split: Name of the split's folder. ``"validation"``, ``"val"`` and ``"valid"`` stand for each other.
+        image_size: Side in pixels, or ``(height, width)``, to which every image is resized (Lanczos, antialiased; the
+            shape of the image is not preserved). None keeps them, which needs all of one size.
+        channels: 3 for colour, 1 for grey; images are converted.
+
+    Returns:
+        Images of shape ``[num_images, channels, height, width]``; classes sorted by name, and images by name within.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+        TypeError: If ``image_size`` is none of the above.
+        ValueError: If the archive is damaged, the split is absent or empty, a class has no image, an image cannot be
+            read, images differ in size while ``image_size`` is None, or an argument is out of range.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("cat", "dog"):
+        ...         (Path(folder) / "train" / name).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(folder) / "train" / name / "0.png")
+        ...     load_image_folder(folder, "train").class_names
+        ('cat', 'dog')
+    """
+    path = Path(path).expanduser()
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
+    size = _parse_image_size(image_size)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"path {path} does not exist; give a folder or zip archive with split/class/image files."
+        )
+    with _open_root(path) as (entries, read):
+        # A split is a folder below the root; a file below the root (a licence, say) is none.
+        splits = sorted({entry.split for entry in entries if len(entry.parts) > 1 or entry.is_folder})
+        name = _match_split(split, splits, path)
+        classes: dict[str, list[tuple[str, ...]]] = {}
+        for entry in entries:
+            parts, is_folder = entry
+            if entry.split != name or len(parts) < 2 or (len(parts) == 2 and not is_folder):
+                continue
+            files = classes.setdefault(parts[1], [])
+            if len(parts) == 3 and not is_folder and PurePosixPath(parts[2]).suffix.lower() in IMAGE_SUFFIXES:
+                files.append(parts)
+        if not classes:
+            raise ValueError(f"split {name!r} of {path} has no class folder; expected {name}/class/image files.")
+        pictures: list[Pixels] = []
+        starts = [0]
+        for class_name in sorted(classes):
+            if not classes[class_name]:
+                raise ValueError(
+                    f"class {class_name!r} of split {name!r} in {path} has no image "
+                    f"(suffixes {', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder."
+                )
+            for parts in sorted(classes[class_name]):
+                picture = _decode(read(parts), "/".join(parts), path, size, channels)
+                if pictures and picture.shape != pictures[0].shape:
+                    raise ValueError(
+                        f"images of {path} differ in size: {'/'.join(parts)} has (height, width) "
+                        f"{picture.shape[:2]}, the first image {pictures[0].shape[:2]}; pass image_size to resize them."
+                    )
+                pictures.append(picture)
+            starts.append(len(pictures))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return ClassImages(images=images, class_start=torch.tensor(starts), class_names=tuple(sorted(classes)))
+
+
+def _parse_image_size(image_size: object) -> tuple[int, int] | None:
+    """Returns (height, width), or None to keep the images as they are."""
+    if image_size is None:
+        return None
+    if isinstance(image_size, tuple):
+        sides: tuple[object, ...] = image_size
+        if len(sides) != 2:
+            raise ValueError(f"image_size must be an int or (height, width), got {image_size!r}.")
+        return require_positive_int("image_size", sides[0]), require_positive_int("image_size", sides[1])
+    side = require_positive_int("image_size", image_size)
+    return side, side
+
+
+def _match_split(split: str, splits: list[str], path: Path) -> str:
+    """Returns the folder name of a split, any spelling of "validation" standing for the others."""
+    spellings = (split, *_VALIDATION_NAMES) if split in _VALIDATION_NAMES else (split,)
+    for spelling in spellings:
+        if spelling in splits:
+            return spelling
+    present = ", ".join(splits) if splits else "none"
+    raise ValueError(f"split {split!r} is not in {path}; splits present: {present}.")
+
+
+@contextmanager
+def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str, ...]], bytes]]]:
+    """Opens a folder or archive: what lies up to three levels deep, and a function that reads a file by its parts."""
+    if path.is_dir():
+        yield _list_folder(path), lambda parts: path.joinpath(*parts).read_bytes()
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
+        ) from error
+    with archive:
+        entries = [
+            _Entry(PurePosixPath(info.filename).parts, info.is_dir())
+            for info in archive.infolist()
+            if not _is_hidden(PurePosixPath(info.filename).parts)
+        ]
+        outer: tuple[str, ...] = ()
+        files = [entry.parts for entry in entries if not entry.is_folder]
+        # outer/split/class/image: as produced by zipping the folder itself instead of what is in it.
+        if files and len({parts[0] for parts in files}) == 1 and all(len(parts) >= 4 for parts in files):
+            outer = files[0][:1]
+            entries = [_Entry(parts[1:], is_folder) for parts, is_folder in entries if len(parts) > 1]
+
+        def read(parts: tuple[str, ...]) -> bytes:
+            name = "/".join(outer + parts)
+            try:
+                return archive.read(name)
+            except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+                raise ValueError(f"{path} is damaged at {name} ({error}). Get the archive again.") from error
+
+        yield entries, read
+
+
+def _list_folder(root: Path) -> list[_Entry]:
+    """Lists what lies up to three levels below a folder."""
+    entries: list[_Entry] = []
+    pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
+    while pending:
+        folder, parents = pending.pop()
+        for child in folder.iterdir():
+            parts = (*parents, child.name)
+            if _is_hidden(parts):
+                continue
+            is_folder = child.is_dir()
+            entries.append(_Entry(parts, is_folder))
+            if is_folder and len(parts) < 3:
+                pending.append((child, parts))
+    return entries
+
+
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    """Tells files that operating systems leave behind from those that people put there."""
+    return not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _decode(content: bytes, name: str, path: Path, size: tuple[int, int] | None, channels: int) -> Pixels:
+    """Decodes one image to uint8 of shape [height, width, channels]."""
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            image = opened.convert("RGB" if channels == 3 else "L")
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, zlib.error) as error:
+        raise ValueError(f"cannot read the image {name} of {path} ({error}); replace or remove it.") from error
+    if size is not None and image.size != (size[1], size[0]):
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    return pixels if channels == 3 else pixels[:, :, None]

@@ -1,0 +1,199 @@
+"""Evaluation over a fixed, seeded set of tasks.
+
+Task ``i`` is drawn from a generator seeded with ``(seed, i)`` alone. The set is therefore the same for every algorithm
+and independent of how many tasks are computed at a time, which is what paired comparisons need.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from ibaml import metrics, tree
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.gaussian import DiagonalGaussian
+from ibaml.metrics import Estimate
+from ibaml.model import Model
+from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.types import Episode, Params, TaskSampler, Tensor
+
+_SEED_STRIDE = 1_000_003
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results over a set of test tasks.
+
+    Attributes:
+        report: Each metric with its 95% interval over tasks.
+        per_task: Each metric for each task, float64 vectors of length ``num_tasks``.
+        targets: Query targets, ``[num_tasks, num_query]`` (classes) or with a last axis of outputs.
+        log_probs: Predictive log-probabilities, ``[num_tasks, num_query, num_classes]``; None for regression.
+        mean: Predictive means; None for classification.
+        variance: Predictive variances; None for classification.
+    """
+
+    report: Mapping[str, Estimate]
+    per_task: Mapping[str, Tensor]
+    targets: Tensor
+    log_probs: Tensor | None = None
+    mean: Tensor | None = None
+    variance: Tensor | None = None
+
+
+def task_generator(seed: int, index: int) -> torch.Generator:
+    """Returns the generator of task ``index`` in the fixed set of tasks named by ``seed``."""
+    return torch.Generator().manual_seed(seed * _SEED_STRIDE + index)
+
+
+def draw_tasks(sampler: TaskSampler, start: int, stop: int, *, seed: int) -> Episode:
+    """Draws tasks ``start .. stop - 1`` of the fixed set named by ``seed``, with a leading task axis."""
+    episodes = [sampler.sample(1, generator=task_generator(seed, index)) for index in range(start, stop)]
+    shapes = [[tuple(leaf.shape[1:]) for leaf in tree.leaves(episode)] for episode in episodes]
+    for index, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"tasks {start} and {start + index} have tensors of different shapes, {shapes[0]} and {shape}, and "
+                "cannot be stacked: compute one at a time with tasks_per_chunk=1."
+            )
+    return tree.map(lambda *leaves: torch.cat(leaves), *episodes)
+
+
+def predict(
+    model: Model,
+    algorithm: Algorithm,
+    meta: MetaParameters,
+    posterior: Params | DiagonalGaussian,
+    x: Tensor,
+    noise: Params,
+) -> ClassPrediction | RegressionPrediction:
+    """Predicts at ``x`` with weight samples of an adapted posterior.
+
+    Args:
+        model: Network and likelihood.
+        algorithm: The algorithm that adapted.
+        meta: Meta-parameters.
+        posterior: What ``algorithm.adapt`` returned as its value.
+        x: Inputs of one task, ``[num_examples, *input_shape]``.
+        noise: From ``algorithm.draw_evaluation_noise``.
+    """
+    outputs = [model.outputs(weights, meta.shared, x) for weights in algorithm.weight_samples(posterior, noise)]
+    return model.likelihood.predict(torch.stack(outputs), meta.shared)
+
+
+def evaluate(
+    model: Model,
+    algorithm: Algorithm,
+    meta: MetaParameters,
+    sampler: TaskSampler,
+    *,
+    num_tasks: int,
+    seed: int,
+    tasks_per_chunk: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Adapts to each of a fixed set of tasks and scores the predictions on its query set.
+
+    Args:
+        model: Network and likelihood.
+        algorithm: Algorithm whose ``adapt`` is used.
+        meta: Meta-parameters.
+        sampler: Source of the tasks.
+        num_tasks: Number of tasks, at least 1.
+        seed: Names the set of tasks.
+        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap`` (1: a plain loop; None: 8).
+        on_progress: Called with the number of finished tasks.
+
+    Raises:
+        ValueError: If ``num_tasks`` is not positive, a task does not fit the model, or query sets differ in size.
+        FloatingPointError: If predictions are not finite, naming the task.
+
+    Cost:
+        Per task ``num_inner_steps + 1`` gradients and ``num_evaluation_samples`` forward passes on the query set.
+    """
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
+    # Support sets of unequal sizes, as a list of episodes may have, cannot be stacked.
+    chunk = min(tasks_per_chunk or 8, num_tasks) if getattr(sampler, "has_equal_sizes", True) else 1
+    device = tree.leaves(meta.prior)[0].device
+
+    def outputs_of(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> Tensor:
+        posterior = algorithm.adapt(model.nll, meta, episode.support, noise).value
+        samples = algorithm.weight_samples(posterior, evaluation_noise)
+        return torch.stack([model.outputs(weights, meta.shared, episode.query.x) for weights in samples])
+
+    predictions: list[ClassPrediction | RegressionPrediction] = []
+    targets: list[Tensor] = []
+    num_outputs = 0
+    for start in range(0, num_tasks, chunk):
+        stop = min(start + chunk, num_tasks)
+        episodes = tree.map(lambda leaf: leaf.to(device), draw_tasks(sampler, start, stop, seed=seed))
+        for index in range(stop - start):
+            # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
+            task = tree.map(lambda leaf, i=index: leaf[i], episodes)
+            if start + index == 0:
+                num_outputs = model.check_task(task, task="test task 0")
+            model.check_inputs(f"test task {start + index} support.x", task.support.x)
+            model.likelihood.check_targets(f"test task {start + index} query.y", task.query.y, num_outputs)
+        generators = [torch.Generator().manual_seed(2**40 + seed * _SEED_STRIDE + i) for i in range(start, stop)]
+        noises = [
+            (algorithm.draw_noise(meta, generator=g), algorithm.draw_evaluation_noise(meta, generator=g))
+            for g in generators
+        ]
+        if chunk == 1:
+            outputs = [outputs_of(tree.map(lambda leaf: leaf[0], episodes), *noises[0])]
+        else:
+            stacked = tree.map(lambda *leaves: torch.stack(leaves), *noises)
+            outputs = list(torch.func.vmap(outputs_of)(episodes, *stacked))
+        for index, value in enumerate(outputs, start=start):
+            if not bool(torch.isfinite(value).all()):
+                raise FloatingPointError(
+                    f"test task {index} gives predictions that are not finite. Likely causes: inner_learning_rate "
+                    f"({algorithm.inner_learning_rate}) too large, or inputs far from unit scale."
+                )
+        predictions += [model.likelihood.predict(value, meta.shared) for value in outputs]
+        targets += list(episodes.query.y)
+        if on_progress is not None:
+            on_progress(stop)
+
+    if len(sizes := sorted({len(value) for value in targets})) > 1:
+        raise ValueError(
+            f"test tasks have query sets of {', '.join(map(str, sizes))} examples; expected one size, so that every "
+            "task weighs the same: cut them to the smallest."
+        )
+    stacked_targets = torch.stack(targets).cpu()
+    of_classes = [prediction for prediction in predictions if isinstance(prediction, ClassPrediction)]
+    if of_classes:
+        log_probs = torch.stack([prediction.log_probs for prediction in of_classes]).double().cpu()
+        return _classification(torch.log_softmax(log_probs, -1), stacked_targets)
+    of_values = [prediction for prediction in predictions if isinstance(prediction, RegressionPrediction)]
+    nll = torch.stack([prediction.nll(y) for prediction, y in zip(of_values, targets, strict=True)]).double().cpu()
+    mean = torch.stack([prediction.mean for prediction in of_values]).double().cpu()
+    variance = torch.stack([prediction.total_uncertainty for prediction in of_values]).double().cpu()
+    return _regression(mean, variance, nll, stacked_targets.double())
+
+
+def _classification(log_probs: Tensor, labels: Tensor) -> Evaluation:
+    probs = log_probs.exp()
+    per_task = {
+        "accuracy": metrics.accuracy(probs, labels),
+        "nll": metrics.nll(log_probs, labels),
+        "brier": metrics.brier(probs, labels),
+        "ece": metrics.ece(probs, labels),
+        "mce": metrics.mce(probs, labels),
+    }
+    return Evaluation(
+        report=metrics.classification_report(log_probs, labels), per_task=per_task, targets=labels, log_probs=log_probs
+    )
+
+
+def _regression(mean: Tensor, variance: Tensor, nll: Tensor, targets: Tensor) -> Evaluation:
+    central = partial(metrics.central_interval, level=0.9)
+    per_task = {
+        "mse": metrics.mse(mean, targets),
+        "nll": nll.mean(-1),
+        "coverage_90": metrics.coverage(*central(mean, variance), targets),
+    }
+    report = metrics.regression_report(mean, variance, targets, log_density=-nll)
+    return Evaluation(report=report, per_task=per_task, targets=targets, mean=mean, variance=variance)

@@ -1,0 +1,116 @@
+"""Multilayer perceptron for inputs of any shape."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from ibaml.networks.arguments import check_input, check_positive
+from ibaml.networks.initialization import Nonlinearity, initialize_weights
+from ibaml.networks.normalization import NormPolicy, check_norm, vector_norm
+from ibaml.types import Tensor
+
+Activation: TypeAlias = Literal["relu", "tanh", "gelu", "silu"]
+"""Activation of the hidden layers."""
+
+# GELU and SiLU approach ReLU and have no gain of their own in torch.
+_ACTIVATIONS: dict[Activation, tuple[type[nn.Module], Nonlinearity]] = {
+    "relu": (nn.ReLU, "relu"),
+    "tanh": (nn.Tanh, "tanh"),
+    "gelu": (nn.GELU, "relu"),
+    "silu": (nn.SiLU, "relu"),
+}
+
+
+class MLP(nn.Module):
+    """Fully connected layers, each followed by normalisation and an activation, and a linear head.
+
+    Inputs of any shape are flattened. ``"relu"`` has no curvature of its own; the other activations are smooth and
+    give a loss whose Hessian exists everywhere.
+
+    Attributes:
+        norm: Normalisation policy; ``"batch"`` makes predictions transductive, see
+            [`NormPolicy`][ibaml.networks.NormPolicy]. ``"group"`` is layer normalisation here.
+        input_shape: Shape of one input.
+        num_outputs: Number of outputs.
+
+    Args:
+        num_outputs: Number of outputs: ways for classification, target dimensions for regression.
+        input_shape: Shape of one input, or its number of features.
+        hidden_sizes: Widths of the hidden layers; empty for a linear model.
+        activation: Activation after every hidden layer.
+        norm: Normalisation policy.
+        zero_head: Whether the last layer starts at zero, so that all classes are equal before adaptation.
+        generator: Source of the initial weights; ``None`` uses torch's global one.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a count is below one, or ``activation`` or ``norm`` is unknown.
+
+    Examples:
+        >>> network = MLP(1, input_shape=1, hidden_sizes=(40, 40), activation="tanh")
+        >>> network(torch.zeros(10, 1)).shape
+        torch.Size([10, 1])
+    """
+
+    def __init__(
+        self,
+        num_outputs: int,
+        *,
+        input_shape: int | Sequence[int],
+        hidden_sizes: Sequence[int] = (40, 40),
+        activation: Activation = "relu",
+        norm: NormPolicy = "none",
+        zero_head: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("num_outputs", num_outputs)
+        check_norm(norm)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}.")
+        self.norm: NormPolicy = norm
+        self.input_shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+        self.num_outputs = num_outputs
+        self.constructor_arguments: dict[str, Any] = {
+            "num_outputs": num_outputs,
+            "input_shape": self.input_shape,
+            "hidden_sizes": tuple(hidden_sizes),
+            "activation": activation,
+            "norm": norm,
+            "zero_head": zero_head,
+        }
+        for size in self.input_shape:
+            check_positive("input_shape", size)
+        for size in hidden_sizes:
+            check_positive("hidden_sizes", size)
+
+        activation_type, nonlinearity = _ACTIVATIONS[activation]
+        layers: list[nn.Module] = []
+        width = math.prod(self.input_shape)
+        for size in hidden_sizes:
+            layers += [nn.Linear(width, size), vector_norm(norm, size), activation_type()]
+            width = size
+        self._min_examples = 2 if norm == "batch" and hidden_sizes else 1
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(width, num_outputs)
+        initialize_weights(self, self.head, nonlinearity=nonlinearity, generator=generator, zero_head=zero_head)
+
+    def forward(self, x: Float[Tensor, "examples ..."]) -> Float[Tensor, "examples outputs"]:
+        """Computes logits or regression outputs.
+
+        Args:
+            x: Inputs, shape ``[examples, *input_shape]``.
+
+        Returns:
+            Outputs, shape ``[examples, num_outputs]``.
+
+        Raises:
+            ValueError: If the inputs have another shape than the network was built for, or if ``norm="batch"`` is
+                asked for statistics of a single example.
+        """
+        check_input(x, self.input_shape, min_examples=self._min_examples)
+        return self.head(self.features(x.reshape(len(x), -1)))

@@ -1,0 +1,618 @@
+"""The training loop; all side effects of training live here.
+
+A step draws tasks, averages their hypergradients and hands them to a ``torch.optim`` optimiser. Everything that
+decides the future of a run (meta-parameters, optimiser, generator, step) is in its checkpoint, so a run that was
+interrupted and resumed ends with the same bits as one that was not (on a CPU, with the same versions and thread count).
+"""
+
+import contextlib
+import csv
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ibaml import tree
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
+from ibaml.evaluation import evaluate
+from ibaml.gaussian import DiagonalGaussian
+from ibaml.model import Model
+from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
+
+CHECKPOINT = "checkpoint.safetensors"
+BEST = "best.safetensors"
+METRICS = "metrics.csv"
+
+StopReason = Literal["completed", "time limit", "interrupted"]
+
+
+class TrainingDivergedError(RuntimeError):
+    """A loss or gradient was not finite. The state before the step is in the checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """Settings of the outer loop.
+
+    Attributes:
+        num_steps: Number of meta-steps.
+        tasks_per_step: Tasks whose hypergradients are averaged in a step.
+        learning_rate: Adam's learning rate for means, weights and shared parameters.
+        log_var_learning_rate: Adam's learning rate for the prior's log-variances (None: ``learning_rate``).
+        schedule: ``"constant"``, or ``"cosine"``: half a cosine from the learning rate to zero over ``num_steps``.
+        gradient_clip: Largest Euclidean norm of the averaged hypergradient; longer ones are shortened. None: no limit.
+        validate_every: Steps between validations.
+        num_validation_tasks: Tasks of a validation; always the same ones.
+        checkpoint_every: Steps between checkpoints (validations also write one).
+        log_every: Steps that one row of ``metrics.csv`` averages.
+        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: all of a step; 1: a plain loop.
+        seed: Seed of the training tasks and noise.
+    """
+
+    num_steps: int = 1000
+    tasks_per_step: int = 4
+    learning_rate: float = 1e-3
+    log_var_learning_rate: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    gradient_clip: float | None = 10.0
+    validate_every: int = 250
+    num_validation_tasks: int = 100
+    checkpoint_every: int = 250
+    log_every: int = 10
+    tasks_per_chunk: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        counts = (
+            "num_steps",
+            "tasks_per_step",
+            "validate_every",
+            "num_validation_tasks",
+            "checkpoint_every",
+            "log_every",
+        )
+        for field in (*counts, "tasks_per_chunk"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be at least 1, but is {value}.")
+        for field in ("learning_rate", "log_var_learning_rate", "gradient_clip"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} must be positive and finite, but is {value}.")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"schedule must be 'constant' or 'cosine', but is {self.schedule!r}.")
+
+
+class TrainingResult(NamedTuple):
+    """What training returns.
+
+    Attributes:
+        meta: Meta-parameters with the lowest validation nll, or the last ones without validation.
+        last_meta: Meta-parameters after the last step.
+        num_steps: Steps taken in all, over all resumptions.
+        best_step: Step of ``meta``.
+        stop_reason: Why training ended.
+    """
+
+    meta: MetaParameters
+    last_meta: MetaParameters
+    num_steps: int
+    best_step: int
+    stop_reason: StopReason
+
+
+class Trainer:
+    """Meta-trains a model; with a run folder it also logs, checkpoints and resumes.
+
+    Args:
+        model: Network and likelihood.
+        algorithm: What computes the hypergradients.
+        settings: Settings of the loop.
+        run_folder: Where checkpoints and logs go; a checkpoint in it is resumed. None: nothing is written.
+        device: Where to compute.
+        console: Where progress is shown; None is silent.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        algorithm: Algorithm,
+        settings: TrainerSettings,
+        *,
+        run_folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        console: Console | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.algorithm = algorithm
+        self.settings = settings
+        self.run_folder = run_folder
+        self.console = console
+
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._meta = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
+        # The optimiser holds copies: it changes them in place, while the model's initial values are the user's.
+        self._meta = tree.map(lambda leaf: leaf.clone(), self._meta)
+        self._optimizer = torch.optim.Adam(self._parameter_groups())
+        self._step = 0
+        self._seconds = 0.0
+        self._best_step = 0
+        self._best_nll = math.inf
+        self._best_meta = self._snapshot()
+        self._num_outputs = 0
+        # What a checkpoint does not hold but depends on; another frozen body would go unnoticed otherwise.
+        unsaved = {**self.model.frozen, **dict(self.model.network.named_buffers())}
+        self._frozen_digest = (
+            digest(tree.detach({name: value.cpu() for name, value in unsaved.items()})) if unsaved else None
+        )
+
+    def fit(
+        self,
+        train_tasks: TaskSampler,
+        validation_tasks: TaskSampler | None = None,
+        *,
+        max_minutes: float | None = None,
+    ) -> TrainingResult:
+        """Trains until ``num_steps``, the time limit, or a signal; resumes from the run folder's checkpoint.
+
+        SIGINT and SIGTERM end training after the running step, with everything saved; a second SIGINT stops at once.
+
+        Args:
+            train_tasks: Tasks to learn from.
+            validation_tasks: Tasks to choose the best checkpoint on.
+            max_minutes: Stop after so much time in this call.
+
+        Raises:
+            ValueError: If a task does not fit the model, or the run folder's checkpoint another run.
+            OSError: If the run folder cannot be written; nothing has been computed then.
+            TrainingDivergedError: If a loss or gradient is not finite.
+        """
+        if max_minutes is not None and not max_minutes > 0:
+            raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
+        if self.run_folder is not None:
+            _require_writable(self.run_folder)
+            if (self.run_folder / CHECKPOINT).exists():
+                self._resume(self.run_folder / CHECKPOINT)
+        self._num_outputs = self._check_first_task(train_tasks, "training task")
+        if validation_tasks is not None:
+            self._check_first_task(validation_tasks, "validation task")
+
+        start, start_seconds = time.monotonic(), self._seconds
+        deadline = math.inf if max_minutes is None else start + 60 * max_minutes
+        stop_reason: StopReason = "completed"
+        with _Log(self.run_folder, self._step) as log, _Bar(self.console, self.settings, self._step) as bar:
+            with _caught_signals() as caught:
+                while self._step < self.settings.num_steps:
+                    step_start = time.monotonic()
+                    row = self._train_step(train_tasks)
+                    self._seconds = start_seconds + time.monotonic() - start
+                    row["tasks_per_second"] = self.settings.tasks_per_step / (time.monotonic() - step_start)
+                    log.add(row)
+                    bar.advance(row)
+                    last = self._step == self.settings.num_steps
+                    if validation_tasks is not None and (self._step % self.settings.validate_every == 0 or last):
+                        bar.say(self._validate(validation_tasks, log))
+                    elif self._step % self.settings.checkpoint_every == 0:
+                        self._save()
+                    if self._step % self.settings.log_every == 0:
+                        log.write(self._step, self._seconds)
+                    if caught or time.monotonic() > deadline:
+                        if not last:
+                            stop_reason = "interrupted" if caught else "time limit"
+                        break
+            log.write(self._step, self._seconds)
+            if validation_tasks is None:
+                self._best_step, self._best_meta = self._step, self._snapshot()
+            elif self._best_nll == math.inf and stop_reason == "time limit":
+                # A first slice that ends before the first validation would otherwise report the untrained prior. The
+                # choice is provisional: a run without this stop would never have made it.
+                bar.say(self._validate(validation_tasks, log))
+                self._best_nll = math.inf
+            self._save()
+        return TrainingResult(self._best_meta, self._snapshot(), self._step, self._best_step, stop_reason)
+
+    def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
+        generator_state = self._generator.get_state()
+        settings = self.settings
+        episodes = tasks.sample(settings.tasks_per_step, generator=self._generator)
+        noises = [
+            self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(settings.tasks_per_step)
+        ]
+        self._check_targets(episodes, generator_state)
+        episodes = tree.map(lambda leaf: leaf.to(self.device), episodes)
+        chunk = settings.tasks_per_chunk or settings.tasks_per_step
+
+        total = tree.zeros_like(self._meta)
+        infos: list[HypergradientInfo] = []
+        scores: list[Tensor] = []
+        for start in range(0, settings.tasks_per_step, chunk):
+            indices = range(start, min(start + chunk, settings.tasks_per_step))
+            gradients, info, score = self._chunk(episodes, noises, indices)
+            total = tree.add(total, tree.map(lambda leaf: leaf.sum(0), gradients))
+            infos.append(info._replace(inner_params={}))
+            scores.append(score)
+        gradient = tree.scale(1 / settings.tasks_per_step, total)
+        info = tree.map(lambda *leaves: torch.cat(leaves), *infos)
+        gradient_norm = tree.norm(gradient)
+        if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
+            self._generator.set_state(generator_state)
+            self._report_divergence(episodes, info, gradient_norm)
+        if settings.gradient_clip is not None:
+            gradient = tree.scale((settings.gradient_clip / gradient_norm).clamp_max(1.0), gradient)
+        self._apply(gradient)
+        self._step += 1
+        return {
+            "loss": float(info.outer_loss.mean()),
+            self._score_name(): float(torch.cat(scores).mean()),
+            "inner_grad_norm": float(info.inner_grad_norm.mean()),
+            "linear_residual": float(info.linear_residual.mean()),
+            "linear_converged": float(info.linear_converged.double().mean()),
+            "gradient_norm": float(gradient_norm),
+        }
+
+    def _chunk(
+        self, episodes: Episode, noises: Sequence[TaskNoise], indices: range
+    ) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
+        """Returns hypergradients, diagnostics and query scores of some tasks, each with a leading task axis."""
+
+        def of_task(episode: Episode, noise: TaskNoise) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
+            gradient, info = self.algorithm.hypergradient(self.model.nll, self._meta, episode, noise)
+            return gradient, info, self._score(info.inner_params, episode)
+
+        selected = tree.map(lambda leaf: leaf[indices.start : indices.stop], episodes)
+        if len(indices) == 1:
+            single = of_task(tree.map(lambda leaf: leaf[0], selected), noises[indices.start])
+            return tree.map(lambda leaf: leaf.unsqueeze(0), single)
+        stacked = tree.map(lambda *leaves: torch.stack(leaves), *(noises[index] for index in indices))
+        return torch.func.vmap(of_task)(selected, stacked)
+
+    def _score(self, posterior: Any, episode: Episode) -> Tensor:
+        """Returns the query accuracy (or mean squared error) at the adapted weights, or the posterior mean."""
+        weights = posterior.mean if isinstance(posterior, DiagonalGaussian) else posterior
+        outputs = self.model.outputs(weights, self._meta.shared, episode.query.x)
+        if self._score_name() == "mse":
+            return ((outputs - episode.query.y) ** 2).mean()
+        return (outputs.argmax(-1) == episode.query.y).to(outputs.dtype).mean()
+
+    def _score_name(self) -> str:
+        return "accuracy" if self.model.likelihood.name == "categorical" else "mse"
+
+    def _apply(self, gradient: MetaParameters) -> None:
+        rate = 1.0
+        if self.settings.schedule == "cosine":
+            rate = 0.5 * (1 + math.cos(math.pi * self._step / self.settings.num_steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        for parameter, value in zip(tree.leaves(self._meta), tree.leaves(gradient), strict=True):
+            parameter.grad = value
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        rate = self.settings.learning_rate
+        prior, shared = self._meta
+        if not isinstance(prior, DiagonalGaussian):
+            return [_group(tree.leaves(self._meta), rate)]
+        log_var_rate = self.settings.log_var_learning_rate or rate
+        means = tree.leaves(prior.mean) + tree.leaves(shared)
+        return [_group(means, rate), _group(tree.leaves(prior.log_var), log_var_rate)]
+
+    def _validate(self, tasks: TaskSampler, log: "_Log") -> str:
+        try:
+            result = evaluate(
+                self.model,
+                self.algorithm,
+                self._meta,
+                tasks,
+                num_tasks=self.settings.num_validation_tasks,
+                # Far from every seed that a user would give to test tasks.
+                seed=self.settings.seed + 10**6,
+                tasks_per_chunk=self.settings.tasks_per_chunk,
+            )
+        except (ValueError, FloatingPointError) as error:
+            self._save()
+            kind = ValueError if isinstance(error, ValueError) else TrainingDivergedError
+            raise kind(f"validation after step {self._step}: {error} {self._where()}") from error
+        log.write(
+            self._step, self._seconds, {f"validation_{name}": value.mean for name, value in result.report.items()}
+        )
+        improved = result.report["nll"].mean < self._best_nll
+        if improved:
+            self._best_nll = result.report["nll"].mean
+            self._best_step = self._step
+            self._best_meta = self._snapshot()
+        self._save()
+        shown = ", ".join(
+            f"{name} {result.report[name]}" for name in ("accuracy", "mse", "nll", "ece") if name in result.report
+        )
+        return f"step {self._step}: validation {shown}{' (best so far)' if improved else ''}"
+
+    def _check_first_task(self, tasks: TaskSampler, name: str) -> int:
+        """Draws one task with a generator of its own and checks it, so that misfits show before long work."""
+        episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
+        first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
+        return self.model.check_task(first, task=name)
+
+    def _check_targets(self, episodes: Episode, generator_state: Tensor) -> None:
+        """Refuses targets out of range, which would give a finite loss and so a wrong gradient, the state saved."""
+        for index in range(self.settings.tasks_per_step):
+            for part, batch in (("support", episodes.support), ("query", episodes.query)):
+                name = f"training task {index} of step {self._step + 1} {part}.y"
+                try:
+                    self.model.likelihood.check_targets(name, batch.y[index], self._num_outputs)
+                except ValueError:
+                    self._generator.set_state(generator_state)
+                    self._save()
+                    raise
+
+    def _report_divergence(self, episodes: Episode, info: HypergradientInfo, gradient_norm: Tensor) -> None:
+        """Saves the state before the step and raises, after ruling out bad data."""
+        self._save()
+        bad = torch.nonzero(~torch.isfinite(info.outer_loss)).flatten().tolist() or list(range(len(info.outer_loss)))
+        for index in bad:
+            task = tree.map(lambda leaf, i=index: leaf[i], episodes)
+            self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+        raise TrainingDivergedError(
+            f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
+            f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
+            f"inner_learning_rate ({self.algorithm.inner_learning_rate}) or learning_rate "
+            f"({self.settings.learning_rate}) too large, or inputs far from unit scale. {self._where()}"
+        )
+
+    def _where(self) -> str:
+        if self.run_folder is None:
+            return "The state before is lost, because there is no run folder to save it in."
+        return f"The state before is saved in {self.run_folder / CHECKPOINT}."
+
+    def _snapshot(self) -> MetaParameters:
+        return tree.map(lambda leaf: leaf.detach().clone(), self._meta)
+
+    def _description(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed."""
+        return {
+            "algorithm": dataclasses.asdict(self.algorithm),
+            "trainer": dataclasses.asdict(self.settings),
+            "network": repr(self.model.network),
+            "likelihood": self.model.likelihood.name,
+            "frozen_sha256": self._frozen_digest,
+        }
+
+    def _save(self) -> None:
+        if self.run_folder is None:
+            return
+        tensors = meta_to_tensors(self._meta)
+        # Its order is that of insertion, which after a resumption is not that of the parameters.
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+        tensors["generator"] = self._generator.get_state()
+        tensors |= {f"best/{name}": value for name, value in meta_to_tensors(self._best_meta).items()}
+        progress = {
+            "step": self._step,
+            "seconds": self._seconds,
+            "best_step": self._best_step,
+            "best_nll": self._best_nll if math.isfinite(self._best_nll) else None,
+        }
+        save_tensors(self.run_folder / CHECKPOINT, tensors, {**progress, "description": self._description()})
+        save_tensors(
+            self.run_folder / BEST,
+            meta_to_tensors(self._best_meta),
+            {"step": self._best_step, "description": self._description()},
+        )
+
+    def _resume(self, path: Path) -> None:
+        tensors, metadata = load_tensors(path)
+        if "step" not in metadata or "generator" not in tensors:
+            raise ValueError(f"{path} is no training checkpoint: it holds a model without optimiser state.")
+        # The tensors first: a mismatch there says plainly what is wrong.
+        meta = meta_from_tensors(tensors, like=self._meta, source=str(path))
+        difference = first_difference(_plain(metadata["description"]), _plain(self._description()))
+        if difference is not None:
+            raise ValueError(
+                f"{path} was trained with other settings: {difference}. Use the same settings to resume, or another "
+                "run folder to start anew."
+            )
+        for parameter, value in zip(tree.leaves(self._meta), tree.leaves(meta), strict=True):
+            parameter.copy_(value)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._generator.set_state(tensors["generator"])
+        self._step, self._seconds = metadata["step"], metadata["seconds"]
+        self._best_step = metadata["best_step"]
+        self._best_nll = math.inf if metadata["best_nll"] is None else metadata["best_nll"]
+        best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+        self._best_meta = meta_from_tensors(best, like=self._meta, source=str(path))
+        if self.console is not None:
+            self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")
+
+
+class _Log:
+    """``metrics.csv`` and TensorBoard. Rows after the resumed step are dropped, so each step appears once."""
+
+    def __init__(self, run_folder: Path | None, step: int) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._path = None if run_folder is None else run_folder / METRICS
+        self._writer = None
+        if run_folder is not None:
+            # Imported here: it pulls in tensorboard, which only a run with a folder needs.
+            from torch.utils.tensorboard import SummaryWriter
+
+            assert self._path is not None
+            if self._path.exists():
+                self._rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+            self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Adds one step to the running averages."""
+        for name, value in row.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def write(self, step: int, seconds: float, extra: Mapping[str, float] | None = None) -> None:
+        """Writes the averages since the last row, or ``extra`` alone."""
+        if extra is None and self._count == 0:
+            return
+        values = extra or {name: value / self._count for name, value in self._sums.items()}
+        if extra is None:
+            self._sums, self._count = {}, 0
+        if self._path is None or self._writer is None:
+            return
+        self._rows.append({"step": step, "seconds": round(seconds, 2), **values})
+        columns = list(dict.fromkeys(name for row in self._rows for name in row))
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(temporary, self._path)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Reads a ``metrics.csv``; empty cells are left out of their rows."""
+    with path.open(newline="") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value not in ("", None)}
+            for row in csv.DictReader(file)
+        ]
+
+
+class _Bar:
+    """A progress bar on a terminal; a line per validation elsewhere."""
+
+    def __init__(self, console: Console | None, settings: TrainerSettings, step: int) -> None:
+        self._console = console
+        self._smooth: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=settings.num_steps, completed=step, status="")
+        self._last_line = time.monotonic()
+        self._num_steps, self._step, self._first_step, self._start = settings.num_steps, step, step, time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, row: Mapping[str, float]) -> None:
+        """Shows one more step."""
+        self._step += 1
+        for name, value in row.items():
+            self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
+        shown = self._smooth
+        score = f"acc {shown['accuracy']:.3f}" if "accuracy" in shown else f"mse {shown['mse']:.3g}"
+        status = (
+            f"loss {shown['loss']:.3f} {score} inner grad {shown['inner_grad_norm']:.1e} "
+            f"residual {shown['linear_residual']:.1e} {shown['tasks_per_second']:.1f} tasks/s"
+        )
+        self._progress.update(self._task, advance=1, status=status)
+        if self._console is not None and not self._console.is_terminal and time.monotonic() - self._last_line > 20:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._start) / (self._step - self._first_step) * (self._num_steps - self._step)
+            self._console.print(
+                f"step {self._step}/{self._num_steps} {status}, {left / 60:.1f} min left", soft_wrap=True
+            )
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Generator[list[int], None, None]:
+    """Collects SIGINT and SIGTERM instead of acting on them; a second SIGINT raises KeyboardInterrupt."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous: dict[int, Callable[..., Any] | int | None] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _require_writable(folder: Path) -> None:
+    """Creates the folder and a file in it, so that an unwritable place shows before any work."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"run_folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
+            "change its permissions."
+        ) from error
+
+
+def _group(parameters: list[Tensor], learning_rate: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": learning_rate, "initial_lr": learning_rate}
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON would return it: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def first_difference(saved: Any, current: Any, path: str = "") -> str | None:
+    """Describes the first place where two JSON values differ. More steps at a constant rate are no difference."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            extendable = path == "trainer" and key == "num_steps" and saved.get("schedule") == "constant"
+            if not extendable:
+                found = first_difference(saved.get(key), current.get(key), f"{path}.{key}".lstrip("."))
+                if found is not None:
+                    return found
+        return None
+    return None if saved == current else f"{path} was {saved!r} and is now {current!r}"

@@ -1,0 +1,126 @@
+"""Vector-space operations on pytrees of tensors.
+
+Every solver is written with these, so that it works on a tensor, a parameter dict or a DiagonalGaussian alike. This is
+the only module that imports ``torch.utils._pytree``; what torch may rename is renamed here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils import _pytree
+
+from ibaml.types import PyTree, Tensor
+
+
+def leaves(tree: PyTree) -> list[Tensor]:
+    """Lists the tensors of a pytree in its fixed flattening order."""
+    return _pytree.tree_leaves(tree)
+
+
+def map(function: Callable[..., Tensor], tree: PyTree, *others: PyTree) -> PyTree:  # noqa: A001
+    """Applies a function leaf by leaf over one or more pytrees of the same structure."""
+    return _pytree.tree_map(function, tree, *others)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Returns ``a + b``."""
+    return map(torch.add, a, b)
+
+
+def sub(a: PyTree, b: PyTree) -> PyTree:
+    """Returns ``a - b``."""
+    return map(torch.sub, a, b)
+
+
+def mul(a: PyTree, b: PyTree) -> PyTree:
+    """Returns the elementwise product ``a * b``."""
+    return map(torch.mul, a, b)
+
+
+def scale(factor: Tensor | float, a: PyTree) -> PyTree:
+    """Returns ``factor * a``."""
+    return map(lambda leaf: factor * leaf, a)
+
+
+def axpy(factor: Tensor | float, a: PyTree, b: PyTree) -> PyTree:
+    """Returns ``factor * a + b``.
+
+    Examples:
+        >>> axpy(2.0, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, 0.5])})
+        {'w': tensor([2.5000, 4.5000])}
+    """
+    return map(lambda x, y: factor * x + y, a, b)
+
+
+def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
+    """Chooses ``a`` where the scalar tensor ``condition`` is true and ``b`` elsewhere, without a Python branch."""
+    return map(lambda x, y: torch.where(condition, x, y), a, b)
+
+
+def dot(a: PyTree, b: PyTree) -> Tensor:
+    """Returns the Euclidean inner product, a scalar tensor.
+
+    Examples:
+        >>> dot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([1.0, 1.0]), torch.tensor(2.0)])
+        tensor(9.)
+    """
+    products = [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    if not products:
+        raise ValueError("tree has no tensors: an inner product needs at least one leaf.")
+    return torch.stack(products).sum()
+
+
+def norm(a: PyTree) -> Tensor:
+    """Returns the Euclidean norm over all leaves, a scalar tensor."""
+    return dot(a, a).sqrt()
+
+
+def zeros_like(a: PyTree) -> PyTree:
+    """Returns a tree of zeros."""
+    return map(torch.zeros_like, a)
+
+
+def detach(a: PyTree) -> PyTree:
+    """Returns the tree cut from every differentiation graph."""
+    return map(lambda leaf: leaf.detach(), a)
+
+
+def all_finite(a: PyTree) -> Tensor:
+    """Returns a scalar bool tensor: whether no leaf has a NaN or an infinity."""
+    return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(a)]).all()
+
+
+def ravel(tree: PyTree) -> tuple[Tensor, Callable[[Tensor], PyTree]]:
+    """Concatenates all leaves into one vector and returns it with the inverse map.
+
+    Examples:
+        >>> vector, unravel = ravel({"a": torch.zeros(2), "b": torch.ones(1, 2)})
+        >>> vector
+        tensor([0., 0., 1., 1.])
+        >>> unravel(vector)["b"].shape
+        torch.Size([1, 2])
+    """
+    flat, structure = _pytree.tree_flatten(tree)
+    shapes = [leaf.shape for leaf in flat]
+    sizes = [leaf.numel() for leaf in flat]
+
+    def unravel(vector: Tensor) -> PyTree:
+        pieces = torch.split(vector, sizes)
+        return _pytree.tree_unflatten(
+            [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)], structure
+        )
+
+    return torch.cat([leaf.reshape(-1) for leaf in flat]), unravel
+
+
+def holds(condition: Tensor) -> bool:
+    """Tells whether a scalar bool tensor is true *and may be asked*.
+
+    Under ``torch.func.vmap`` a tensor has one value per batch member and torch refuses a Python branch on it with a
+    RuntimeError; the answer is then False. Iterative solvers use this to stop early outside vmap while they run a
+    fixed number of masked steps inside it.
+    """
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return False

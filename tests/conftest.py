@@ -1,0 +1,38 @@
+"""What all tests share: the hypothesis profile, and folders that keep them out of the user's own cache."""
+
+import os
+from pathlib import Path
+
+import pooch
+import pytest
+from hypothesis import settings
+
+# Shared machines are slow now and then; a deadline would make a failure of that.
+settings.register_profile("ibaml", deadline=None)
+settings.load_profile("ibaml")
+
+# Read before any test changes the environment.
+_DATA = Path(os.environ.get("IBAML_DATA") or Path(__file__).parents[1].parent / "shared" / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_user_cache(tmp_path_factory):
+    """Puts the per-user cache into a folder of this test session."""
+    folder = tmp_path_factory.mktemp("user_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooch, "os_cache", lambda project: folder / str(project))
+        yield
+
+
+@pytest.fixture(scope="session")
+def glyph_cache(tmp_path_factory):
+    """A folder for ``load_glyphs(..., cache_dir=...)`` or $IBAML_DATA, so that a session renders glyphs once."""
+    return tmp_path_factory.mktemp("glyph_cache")
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder with the real data sets, or a skip."""
+    if not (_DATA / "images_background.zip").is_file():
+        pytest.skip(f"no data files in {_DATA}: set IBAML_DATA to the folder of images_background.zip")
+    return _DATA

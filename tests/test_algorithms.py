@@ -1,0 +1,603 @@
+"""Every preset against finite differences, hand calculations and closed forms, on real modules."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ibaml import algorithms, objectives, tree
+from ibaml.algorithms import ALGORITHMS, Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.data.bayesian_linear_regression import closed_form_posterior
+from ibaml.gaussian import DiagonalGaussian, kl_divergence
+from ibaml.likelihoods import Categorical, GaussianNoise, Likelihood
+from ibaml.model import Model, build_model
+from ibaml.types import Batch, Episode, Params, PyTree, Tensor
+
+DOUBLE = torch.float64
+FINITE_DIFFERENCE = 1e-7
+NOISE_NAME = GaussianNoise.parameter_name
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def relative_error(actual: PyTree, expected: PyTree) -> float:
+    """Largest over leaves of ``||actual - expected|| / ||expected||``: no leaf hides behind a larger one."""
+    pairs = zip(tree.leaves(actual), tree.leaves(expected), strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def central_difference(function: Callable[[PyTree], Tensor], point: PyTree, step: float = 1e-5) -> PyTree:
+    vector, unravel = tree.ravel(point)
+    steps = step * torch.eye(len(vector), dtype=vector.dtype)
+    values = torch.func.vmap(lambda v: function(unravel(v)))(torch.cat([vector + steps, vector - steps]))
+    return unravel((values[: len(vector)] - values[len(vector) :]) / (2 * step))
+
+
+def small_network(num_outputs: int) -> nn.Module:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, num_outputs)).double()
+    source = generator(1)
+    for parameter in network.parameters():
+        parameter.data = 0.7 * torch.randn(parameter.shape, generator=source, dtype=DOUBLE)
+    return network
+
+
+def small_model(kind: str, adapt: str = "*") -> Model:
+    likelihood: Likelihood = Categorical() if kind == "classification" else GaussianNoise(1, 0.3)
+    return build_model(small_network(3 if kind == "classification" else 1), likelihood, adapt=adapt)
+
+
+def episode(kind: str, seed: int = 0) -> Episode:
+    source = generator(seed)
+
+    def batch(size: int) -> Batch:
+        x = torch.randn(size, 2, generator=source, dtype=DOUBLE)
+        if kind == "classification":
+            return Batch(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+        return Batch(x, torch.sin(x.sum(-1, keepdim=True)) + 0.2 * torch.randn(size, 1, generator=source, dtype=DOUBLE))
+
+    return Episode(batch(6), batch(9))
+
+
+def set_up(
+    algorithm: Algorithm, kind: str = "regression", adapt: str = "*", seed: int = 0
+) -> tuple[Model, MetaParameters, Episode, TaskNoise]:
+    """Returns a model, meta-parameters away from any symmetry, one task, and its noise; all in double precision."""
+    model = small_model(kind, adapt)
+    source = generator(seed + 50)
+    shared = tree.map(torch.Tensor.double, model.shared)
+    meta = algorithm.init(model.adapted, shared, generator=source)
+    return model, meta, episode(kind, seed), algorithm.draw_noise(meta, generator=source)
+
+
+def meta_loss(
+    algorithm: Algorithm, model: Model, task: Episode, noise: TaskNoise
+) -> Callable[[MetaParameters], Tensor]:
+    """The outer loss after adaptation, as a plain function of the meta-parameters."""
+    return lambda meta: algorithm.hypergradient(model.nll, meta, task, noise)[1].outer_loss
+
+
+WIDE: dict[str, Any] = {
+    "initial_log_var": (-3.0, -2.0),
+    "num_samples": 2,
+    "inner_learning_rate": 0.05,
+    "temperature": 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_preset_gives_a_finite_gradient_in_the_structure_of_the_meta_parameters(name: str, kind: str) -> None:
+    algorithm = make_algorithm(name)
+    model, meta, task, noise = set_up(algorithm, kind)
+    assert algorithm.name == name
+    assert algorithm.is_bayesian == (name in ("abml", "vampire", "ibaml")) == isinstance(meta.prior, DiagonalGaussian)
+    gradient, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    assert type(gradient) is MetaParameters
+    assert type(gradient.prior) is type(meta.prior)
+    assert set(gradient.shared) == set(meta.shared) == ({NOISE_NAME} if kind == "regression" else set())
+    for actual, like in zip(tree.leaves(gradient), tree.leaves(meta), strict=True):
+        assert actual.shape == like.shape and actual.dtype == like.dtype
+        assert torch.isfinite(actual).all()
+        assert actual.norm() > 0
+    for diagnostic in info[:4]:
+        assert diagnostic.shape == () and torch.isfinite(diagnostic)
+    assert type(info.inner_params) is type(meta.prior)
+    adapted = algorithm.adapt(model.nll, meta, task.support, noise)
+    assert relative_error(info.inner_params, adapted.value) < 1e-12
+    torch.testing.assert_close(info.inner_grad_norm, adapted.grad_norm, rtol=1e-10, atol=1e-14)
+    assert adapted.num_steps == algorithm.num_inner_steps
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("name", ["abml", "vampire", "ibaml"])
+def test_inner_steps_of_a_preset_lower_the_inner_loss(name: str, kind: str) -> None:
+    # A step on the mean is stable while lr * lam / D < 2, which the published temperature of 0.01 sees to.
+    algorithm = make_algorithm(name)
+    assert algorithm.temperature == 0.01
+    model, meta, task, noise = set_up(algorithm, kind)
+    adapted = algorithm.adapt(model.nll, meta, task.support, noise).value
+    weight = objectives.kl_weight(6, algorithm.temperature)
+
+    def inner_loss(q: DiagonalGaussian) -> Tensor:
+        expected = objectives.expected_nll(lambda w, b: model.nll(w, meta.shared, b), q, noise.inner, task.support)
+        return objectives.negative_elbo(expected, q, meta.prior, weight)
+
+    assert inner_loss(adapted) < inner_loss(meta.prior)
+
+
+def test_presets_are_the_cells_of_the_grid() -> None:
+    cells = {name: (make().inner_variable, make().estimator, make().outer) for name, make in ALGORITHMS.items()}
+    assert cells == {
+        "maml": ("weights", "unrolled", "expected_nll"),
+        "fomaml": ("weights", "first_order", "expected_nll"),
+        "imaml": ("weights", "implicit", "expected_nll"),
+        "abml": ("gaussian", "unrolled", "abml"),
+        "vampire": ("gaussian", "unrolled", "expected_nll"),
+        "ibaml": ("gaussian", "implicit", "expected_nll"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"inner_variable": "bias"}, "inner_variable must be one of weights, gaussian, but is 'bias'."),
+        ({"estimator": "exact"}, "estimator must be one of unrolled, first_order, implicit, but is 'exact'."),
+        ({"outer": "elbo"}, "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
+        (
+            {"inner_optimizer": "sgd"},
+            "inner_optimizer must be one of gradient_descent, adam, natural_gradient, but is 'sgd'.",
+        ),
+        ({"linear_solver": "lu"}, "linear_solver must be one of cg, minres, neumann, dense, but is 'lu'."),
+        ({"num_inner_steps": 0}, "num_inner_steps must be at least 1, but is 0."),
+        ({"num_samples": 0}, "num_samples must be at least 1, but is 0."),
+        ({"num_evaluation_samples": 0}, "num_evaluation_samples must be at least 1, but is 0."),
+        ({"num_linear_steps": -1}, "num_linear_steps must be at least 1, but is -1."),
+        ({"inner_learning_rate": 0.0}, "inner_learning_rate must be positive, but is 0.0."),
+        ({"temperature": -1.0}, "temperature must be positive, but is -1.0."),
+        ({"temperature": math.nan}, "temperature must be positive, but is nan."),
+        ({"proximal_strength": -0.5}, "proximal_strength must be at least 0, but is -0.5."),
+        ({"hyper_prior_weight": -1.0}, "hyper_prior_weight must be at least 0, but is -1.0."),
+        ({"antithetic": True, "num_samples": 3}, "num_samples must be even with antithetic=True, but is 3."),
+        ({"truncation": 2}, "truncation belongs to the unrolled estimator, but estimator is 'implicit'."),
+        (
+            {"initial_log_var": (-1.0, -2.0)},
+            "initial_log_var must be (low, high) with low <= high, but is (-1.0, -2.0).",
+        ),
+        (
+            {"inner_variable": "weights", "inner_optimizer": "natural_gradient", "proximal_strength": 1.0},
+            "inner_optimizer='natural_gradient' needs variances: set inner_variable='gaussian'.",
+        ),
+        (
+            {"inner_variable": "weights"},
+            "proximal_strength must be positive for the implicit estimator on weights: without it the solution of the "
+            "inner problem does not depend on the meta-learned weights.",
+        ),
+        ({"inner_momentum": 1.0}, "inner_momentum must be in [0, 1), but is 1.0."),
+        ({"linear_rtol": -0.1}, "linear_rtol must be in [0, 1), but is -0.1."),
+        ({"inner_momentum": 0.9, "inner_optimizer": "adam"}, "inner_momentum belongs to gradient_descent, but"),
+        ({"estimator": "unrolled", "truncation": -1}, "truncation must be at least 0 or None, but is -1."),
+        ({"proximal_strength": 1.0}, "proximal_strength belongs to inner_variable='weights'"),
+        (
+            {"inner_variable": "weights", "estimator": "unrolled", "outer": "abml"},
+            "outer, hyper_prior_weight, fresh_noise and antithetic concern distributions over weights",
+        ),
+        ({"proximal_strength": math.nan}, "proximal_strength must be at least 0, but is nan."),
+        ({"num_steps": 3}, "ibaml has no setting num_steps; there are antithetic, estimator, "),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        algorithms.ibaml(**settings)
+
+
+def test_unknown_algorithm_is_refused_with_the_known_names() -> None:
+    message = "algorithm must be one of maml, fomaml, imaml, abml, vampire, ibaml, but is 'reptile'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_algorithm("reptile")
+
+
+def test_every_setting_can_be_overridden() -> None:
+    assert algorithms.imaml(name="mine", proximal_strength=0.5, num_inner_steps=3) == Algorithm(
+        name="mine", inner_variable="weights", estimator="implicit", proximal_strength=0.5, num_inner_steps=3
+    )
+
+
+def test_initial_prior_has_the_given_mean_and_uniform_log_variances() -> None:
+    weights = {"w": torch.arange(4000, dtype=DOUBLE)}
+    meta = algorithms.ibaml(initial_log_var=(-4.0, -1.0)).init(weights, {}, generator=generator())
+    assert isinstance(meta.prior, DiagonalGaussian)
+    assert torch.equal(meta.prior.mean["w"], weights["w"])
+    log_var = meta.prior.log_var["w"]
+    assert -4 <= log_var.min() < -3.9 and -1.1 < log_var.max() <= -1
+    # Five standard errors of the mean of a uniform variable of width 3.
+    assert abs(float(log_var.mean()) + 2.5) < 5 * 3 / math.sqrt(12 * 4000)
+    again = algorithms.ibaml(initial_log_var=(-4.0, -1.0)).init(weights, {}, generator=generator())
+    assert torch.equal(again.prior.log_var["w"], log_var)
+    assert algorithms.maml().init(weights, {}, generator=generator()).prior is weights
+
+
+FIXED_NOISE: dict[str, dict[str, Any]] = {
+    "maml": {"num_inner_steps": 3, "inner_learning_rate": 0.1},
+    "maml with momentum and a proximal term": {
+        "num_inner_steps": 3, "inner_learning_rate": 0.1, "inner_momentum": 0.5, "proximal_strength": 0.3
+    },
+    "maml with adam": {"num_inner_steps": 3, "inner_learning_rate": 0.02, "inner_optimizer": "adam"},
+    "abml": {**WIDE, "num_inner_steps": 3, "temperature": 0.5, "hyper_prior_weight": 0.01},
+    "vampire": {**WIDE, "num_inner_steps": 3},
+    "vampire with fresh noise": {**WIDE, "num_inner_steps": 3, "fresh_noise": True, "antithetic": True},
+    "vampire with natural gradients and the predictive nll": {
+        **WIDE, "num_inner_steps": 3, "inner_optimizer": "natural_gradient", "outer": "predictive_nll"
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("name", list(FIXED_NOISE))
+def test_unrolled_hypergradients_equal_central_differences(name: str, kind: str) -> None:
+    # The head is adapted and the body is shared, so that all of prior mean, log-variance, body and likelihood count.
+    algorithm = make_algorithm(name.split()[0], **FIXED_NOISE[name])
+    model, meta, task, noise = set_up(algorithm, kind, adapt="2.*")
+    assert {"0.weight", "0.bias"} <= set(meta.shared)
+    gradient, _ = algorithm.hypergradient(model.nll, meta, task, noise)
+    numeric = central_difference(meta_loss(algorithm, model, task, noise), meta)
+    assert relative_error(gradient, numeric) < FINITE_DIFFERENCE
+
+
+def test_maml_with_one_step_equals_a_hand_calculation() -> None:
+    # One weight, one output, noise variance s2, squared errors: nll = (y - w x)^2 / (2 s2) + const. One step gives
+    # w' = w - a dL/dw with dL/dw = mean(x (w x - y)) / s2, so
+    # dO/dw = mean(x_q (w' x_q - y_q)) / s2 * (1 - a mean(x^2) / s2).
+    network = nn.Linear(1, 1, bias=False).double()
+    model = build_model(network, GaussianNoise(1, 0.5))
+    x, y = torch.tensor([[1.0], [2.0]], dtype=DOUBLE), torch.tensor([[1.0], [3.0]], dtype=DOUBLE)
+    query = Batch(torch.tensor([[-1.0], [0.5]], dtype=DOUBLE), torch.tensor([[0.4], [1.0]], dtype=DOUBLE))
+    meta = MetaParameters(
+        {"weight": torch.tensor([[0.3]], dtype=DOUBLE)}, {NOISE_NAME: torch.tensor([math.log(0.5)], dtype=DOUBLE)}
+    )
+    algorithm = algorithms.maml(num_inner_steps=1, inner_learning_rate=0.1)
+    gradient, info = algorithm.hypergradient(model.nll, meta, Episode(Batch(x, y), query), TaskNoise({}, {}, {}))
+    # mean(x (0.3 x - y)) = ((0.3 - 1) + 2 (0.6 - 3)) / 2 = -2.75, so w' = 0.3 + 0.1 * 5.5 = 0.85.
+    assert math.isclose(float(info.inner_params["weight"]), 0.85, rel_tol=1e-14)
+    # mean(x_q (0.85 x_q - y_q)) = (1.25 - 0.2875) / 2 = 0.48125; mean(x^2) = 2.5.
+    assert math.isclose(float(gradient.prior["weight"]), 0.48125 / 0.5 * (1 - 0.1 * 2.5 / 0.5), rel_tol=1e-14)
+    # Query errors 0.4 + 0.85 = 1.25 and 1 - 0.425 = 0.575; nll = e^2 / (2 s2) + log(2 pi s2) / 2.
+    outer = (1.25**2 + 0.575**2) / 2 + 0.5 * math.log(2 * math.pi * 0.5)
+    assert math.isclose(float(info.outer_loss), outer, rel_tol=1e-14)
+    first_order, _ = algorithms.fomaml(num_inner_steps=1, inner_learning_rate=0.1).hypergradient(
+        model.nll, meta, Episode(Batch(x, y), query), TaskNoise({}, {}, {})
+    )
+    assert math.isclose(float(first_order.prior["weight"]), 0.48125 / 0.5, rel_tol=1e-14)
+
+
+def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_point() -> None:
+    algorithm = algorithms.vampire(**WIDE, estimator="first_order", num_inner_steps=3)
+    model, meta, task, noise = set_up(algorithm)
+    gradient, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    through = torch.func.grad(
+        lambda q, shared: objectives.expected_nll(lambda w, b: model.nll(w, shared, b), q, noise.outer, task.query),
+        argnums=(0, 1),
+    )(info.inner_params, meta.shared)
+    assert relative_error(tuple(gradient), through) < 1e-12
+
+
+def test_abml_outer_loss_equals_a_hand_computation() -> None:
+    algorithm = algorithms.abml(**{**WIDE, "temperature": 0.7}, hyper_prior_weight=0.02)
+    model, meta, task, noise = set_up(algorithm)
+    _, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    posterior, prior = info.inner_params, meta.prior
+    assert isinstance(prior, DiagonalGaussian)
+
+    def summed_nll(batch: Batch, draws: Params) -> float:
+        total = 0.0
+        for s in range(2):
+            weights = {
+                name: posterior.mean[name] + (0.5 * posterior.log_var[name]).exp() * draws[name][s] for name in draws
+            }
+            hidden = torch.tanh(batch.x @ weights["0.weight"].mT + weights["0.bias"])
+            error = batch.y - (hidden @ weights["2.weight"].mT + weights["2.bias"])
+            # Noise variance 0.3.
+            total += float((error**2 / 0.6 + 0.5 * math.log(2 * math.pi * 0.3)).sum()) / 2
+        return total
+
+    def normal(mean: Params, log_var: Params) -> torch.distributions.Normal:
+        return torch.distributions.Normal(tree.ravel(mean)[0], (0.5 * tree.ravel(log_var)[0]).exp())
+
+    p = normal(prior.mean, prior.log_var)
+    divergence = float(torch.distributions.kl_divergence(normal(posterior.mean, posterior.log_var), p).sum())
+    # The fit of all 15 examples as one sum, with one KL divergence, per example.
+    negative_elbo = (
+        summed_nll(task.query, noise.outer) + summed_nll(task.support, noise.inner) + 0.7 * divergence
+    ) / 15
+    hyper_prior = -torch.distributions.Normal(0.0, 1.0).log_prob(p.mean).sum()
+    gamma = torch.distributions.Gamma(torch.tensor(1.0, dtype=DOUBLE), torch.tensor(0.01, dtype=DOUBLE))
+    hyper_prior = hyper_prior - gamma.log_prob(1 / p.variance).sum()
+    # The noise variance starts as a float32 logarithm.
+    assert math.isclose(float(info.outer_loss), negative_elbo + 0.02 * float(hyper_prior), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["expected_nll", "predictive_nll", "abml"])
+@pytest.mark.parametrize("name", ["vampire", "ibaml"])
+def test_hyper_prior_adds_its_own_gradient_and_nothing_else(name: str, outer: str) -> None:
+    settings: dict[str, Any] = {**WIDE, "outer": outer}
+    plain = make_algorithm(name, **settings)
+    model, meta, task, noise = set_up(plain)
+    without, info_without = plain.hypergradient(model.nll, meta, task, noise)
+    penalised = make_algorithm(name, **settings, hyper_prior_weight=0.3)
+    gradient, info = penalised.hypergradient(model.nll, meta, task, noise)
+    penalty = tree.scale(0.3, torch.func.grad(objectives.hyper_prior_nll)(meta.prior))
+    assert relative_error(tree.sub(gradient.prior, without.prior), penalty) < 1e-9
+    torch.testing.assert_close(gradient.shared, without.shared, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        info.outer_loss - info_without.outer_loss, 0.3 * objectives.hyper_prior_nll(meta.prior), rtol=1e-10, atol=0
+    )
+
+
+def test_noise_is_drawn_with_the_shapes_that_are_documented() -> None:
+    meta = algorithms.ibaml().init({"w": torch.zeros(3, 2, dtype=DOUBLE)}, {}, generator=generator())
+    fixed = algorithms.ibaml(num_samples=4).draw_noise(meta, generator=generator())
+    assert fixed.inner["w"].shape == fixed.outer["w"].shape == (4, 3, 2)
+    assert fixed.steps == {}
+    assert fixed.inner["w"].dtype == DOUBLE
+    fresh = algorithms.ibaml(num_samples=4, fresh_noise=True, num_inner_steps=3).draw_noise(meta, generator=generator())
+    assert fresh.steps["w"].shape == (3, 4, 3, 2)
+    draws = [*fresh.steps["w"], fresh.inner["w"], fresh.outer["w"]]
+    assert len({float(draw.flatten()[0]) for draw in draws}) == 5
+    paired = algorithms.ibaml(num_samples=4, antithetic=True, fresh_noise=True).draw_noise(meta, generator=generator())
+    for draw in (paired.inner["w"], paired.outer["w"], *paired.steps["w"]):
+        assert torch.equal(draw[:2], -draw[2:])
+    weights = algorithms.maml().init(meta.prior.mean, {}, generator=generator())
+    assert algorithms.maml().draw_noise(weights, generator=generator()) == TaskNoise({}, {}, {})
+
+
+def test_fresh_noise_gives_each_inner_step_its_own_draw() -> None:
+    settings: dict[str, Any] = {**WIDE, "num_inner_steps": 3}
+    fresh = algorithms.vampire(**settings, fresh_noise=True)
+    model, meta, task, noise = set_up(fresh)
+    posterior = meta.prior
+    assert isinstance(posterior, DiagonalGaussian)
+    for step in range(3):
+
+        def inner_loss(q: DiagonalGaussian, step: int = step) -> Tensor:
+            draws = {name: value[step] for name, value in noise.steps.items()}
+            nll = objectives.expected_nll(lambda w, b: model.nll(w, meta.shared, b), q, draws, task.support)
+            return nll + kl_divergence(q, meta.prior) / 6
+
+        posterior = tree.axpy(-settings["inner_learning_rate"], torch.func.grad(inner_loss)(posterior), posterior)
+    adapted = fresh.adapt(model.nll, meta, task.support, noise)
+    assert relative_error(adapted.value, posterior) < 1e-14
+    _, info = fresh.hypergradient(model.nll, meta, task, noise)
+    assert relative_error(info.inner_params, posterior) < 1e-14
+
+
+def test_fresh_and_fixed_noise_differ_already_after_one_step() -> None:
+    settings: dict[str, Any] = {**WIDE, "num_inner_steps": 1}
+    fresh, fixed = (algorithms.vampire(**settings, fresh_noise=flag) for flag in (True, False))
+    model, meta, task, noise = set_up(fresh)
+    adapted = [algorithm.adapt(model.nll, meta, task.support, noise).value for algorithm in (fresh, fixed)]
+    assert relative_error(*adapted) > 1e-3
+    same = noise._replace(inner={name: value[0] for name, value in noise.steps.items()})
+    assert relative_error(adapted[0], fixed.adapt(model.nll, meta, task.support, same).value) == 0
+
+
+def test_weight_samples_are_draws_from_the_posterior_or_the_weights_themselves() -> None:
+    posterior = DiagonalGaussian({"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([-1.0, 0.5])})
+    algorithm = algorithms.ibaml(num_evaluation_samples=4000)
+    noise = algorithm.draw_evaluation_noise(MetaParameters(posterior, {}), generator=generator())
+    assert noise["w"].shape == (4000, 2)
+    draws = algorithm.weight_samples(posterior, noise)
+    stacked = torch.stack([draw["w"] for draw in draws]).double()
+    assert len(draws) == 4000
+    standard_error = (0.5 * posterior.log_var["w"]).exp() / math.sqrt(4000)
+    assert ((stacked.mean(0) - posterior.mean["w"]).abs() < 5 * standard_error).all()
+    variance = posterior.log_var["w"].exp()
+    assert ((stacked.var(0) - variance).abs() < 5 * variance * math.sqrt(2 / 4000)).all()
+    point = {"w": torch.zeros(2)}
+    no_noise = algorithms.maml().draw_evaluation_noise(MetaParameters(point, {}), generator=generator())
+    assert no_noise == {}
+    assert algorithms.maml().weight_samples(point, no_noise) == [point]
+
+
+# A linear model with one weight per feature and a design with X^T X / N = diag(scale): mean-field is exact, and noise
+# with mean zero and unit, uncorrelated second moments makes the sampled expected nll exact.
+SIGNS = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=DOUBLE)
+
+
+def linear_task(scale: Tensor, noise_variance: float = 0.2) -> tuple[Model, Params, Episode, TaskNoise]:
+    source = generator(3)
+    design = torch.linalg.qr(torch.randn(8, 3, generator=source, dtype=DOUBLE)).Q * math.sqrt(8) * scale.sqrt()
+    weights = torch.tensor([[1.0], [-0.5], [0.8]], dtype=DOUBLE)
+    y = design @ weights + math.sqrt(noise_variance) * torch.randn(8, 1, generator=source, dtype=DOUBLE)
+    query_x = torch.randn(5, 3, generator=source, dtype=DOUBLE)
+    query = Batch(query_x, query_x @ weights)
+    model = build_model(nn.Linear(3, 1, bias=False).double(), GaussianNoise(1))
+    noise = {"weight": SIGNS.unsqueeze(1)}
+    shared = {NOISE_NAME: torch.tensor([math.log(noise_variance)], dtype=DOUBLE)}
+    return model, shared, Episode(Batch(design, y), query), TaskNoise(noise, noise, {})
+
+
+def linear_prior() -> DiagonalGaussian:
+    return DiagonalGaussian(
+        {"weight": torch.tensor([[0.3, 0.1, -0.2]], dtype=DOUBLE)},
+        {"weight": torch.tensor([[-1.0, -1.5, -2.0]], dtype=DOUBLE)},
+    )
+
+
+def linear_solution(prior: DiagonalGaussian, shared: Params, support: Batch, kl_weight: float) -> DiagonalGaussian:
+    mean, variance = closed_form_posterior(
+        support.x,
+        support.y,
+        prior.mean["weight"][0],
+        prior.log_var["weight"][0].exp(),
+        shared[NOISE_NAME].exp(),
+        kl_weight=kl_weight,
+    )
+    return DiagonalGaussian({"weight": mean.unsqueeze(0)}, {"weight": variance.log().unsqueeze(0)})
+
+
+def test_natural_gradient_reaches_the_closed_form_in_far_fewer_steps_than_gradient_descent() -> None:
+    # Curvatures of 5, 0.5 and 0.05 in the mean and lam/2 = 1/16 in the log-variance: gradient descent is stable up to a
+    # learning rate of about 0.3 and then gains 2% a step in the log-variances.
+    model, shared, task, noise = linear_task(torch.tensor([1.0, 0.1, 0.01], dtype=DOUBLE))
+    meta = MetaParameters(linear_prior(), shared)
+    solution = linear_solution(linear_prior(), shared, task.support, 1 / 8)
+
+    def error(num_steps: int, **settings: Any) -> float:
+        algorithm = algorithms.ibaml(num_inner_steps=num_steps, temperature=1.0, **settings)
+        adapted = algorithm.adapt(model.nll, meta, task.support, noise)
+        assert adapted.num_steps == num_steps
+        return relative_error(adapted.value, solution)
+
+    natural = error(32, inner_optimizer="natural_gradient", inner_learning_rate=1.0)
+    plain = {num_steps: error(num_steps, inner_learning_rate=0.3) for num_steps in (32, 512)}
+    report = f"natural gradient: 32 steps, error {natural:.1e}; gradient descent: {plain}"
+    assert natural < 1e-10, report
+    assert plain[32] > 0.05, report
+    assert plain[512] < 1e-4, report
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_ibaml_on_a_linear_model_is_the_derivative_of_the_closed_form(temperature: float) -> None:
+    model, shared, task, noise = linear_task(torch.tensor([1.0, 0.5, 0.25], dtype=DOUBLE))
+    meta = MetaParameters(linear_prior(), shared)
+    algorithm = algorithms.ibaml(
+        inner_optimizer="natural_gradient",
+        inner_learning_rate=0.9,
+        num_inner_steps=120,
+        temperature=temperature,
+        num_linear_steps=30,
+        linear_rtol=1e-13,
+    )
+    gradient, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    assert info.inner_grad_norm < 1e-12
+    assert info.linear_converged
+
+    def total(theta: MetaParameters) -> Tensor:
+        posterior = linear_solution(theta.prior, theta.shared, task.support, temperature / 8)
+        return objectives.expected_nll(lambda w, b: model.nll(w, theta.shared, b), posterior, noise.outer, task.query)
+
+    assert relative_error(gradient, torch.func.grad(total)(meta)) < 1e-10
+    torch.testing.assert_close(info.outer_loss, total(meta), rtol=1e-12, atol=0)
+
+
+def test_imaml_on_a_linear_model_is_the_derivative_of_ridge_regression() -> None:
+    model, shared, task, _ = linear_task(torch.tensor([1.0, 0.5, 0.25], dtype=DOUBLE))
+    meta = MetaParameters(linear_prior().mean, shared)
+    algorithm = algorithms.imaml(
+        num_inner_steps=300, inner_learning_rate=0.2, num_linear_steps=10, linear_rtol=1e-13, proximal_strength=0.7
+    )
+    gradient, info = algorithm.hypergradient(model.nll, meta, task, TaskNoise({}, {}, {}))
+    assert info.inner_grad_norm < 1e-12
+
+    def total(theta: MetaParameters) -> Tensor:
+        x, y, precision = task.support.x, task.support.y[:, 0], torch.exp(-theta.shared[NOISE_NAME])
+        matrix = precision * x.mT @ x / 8 + 0.7 * torch.eye(3, dtype=DOUBLE)
+        weights = torch.linalg.solve(matrix, precision * x.mT @ y / 8 + 0.7 * theta.prior["weight"][0])
+        return model.nll({"weight": weights.unsqueeze(0)}, theta.shared, task.query).mean()
+
+    assert relative_error(gradient, torch.func.grad(total)(meta)) < 1e-10
+
+
+@pytest.mark.parametrize("outer", ["predictive_nll", "abml"])
+def test_gradient_of_a_shared_body_is_the_unrolled_one_once_the_head_has_converged(outer: str) -> None:
+    settings: dict[str, Any] = {
+        "initial_log_var": (-1.0, 0.0),
+        "num_samples": 2,
+        "antithetic": True,
+        "temperature": 12.0,
+        "inner_learning_rate": 0.08,
+        "num_inner_steps": 220,
+        "outer": outer,
+    }
+    implicit = algorithms.ibaml(**settings, num_linear_steps=40, linear_rtol=1e-13)
+    model, meta, task, noise = set_up(implicit, adapt="2.*")
+    assert set(meta.prior.mean) == {"2.weight", "2.bias"}
+    assert set(meta.shared) == {"0.weight", "0.bias", NOISE_NAME}
+    gradient, info = implicit.hypergradient(model.nll, meta, task, noise)
+    assert info.inner_grad_norm < 1e-7
+    assert info.linear_converged
+    unrolled, _ = algorithms.vampire(**settings).hypergradient(model.nll, meta, task, noise)
+    assert relative_error(gradient, unrolled) < 1e-6
+    # The body reaches the outer loss through the adapted head too, not only directly.
+    first_order, _ = algorithms.vampire(**settings, estimator="first_order").hypergradient(model.nll, meta, task, noise)
+    assert relative_error(gradient.shared, first_order.shared) > 0.01
+
+
+@pytest.mark.parametrize("linear_solver", ["cg", "minres", "dense"])
+def test_linear_solvers_are_interchangeable(linear_solver: str) -> None:
+    settings: dict[str, Any] = {**WIDE, "temperature": 3.0, "num_inner_steps": 20, "num_linear_steps": 60}
+    reference = algorithms.ibaml(**settings, linear_solver="dense")
+    model, meta, task, noise = set_up(reference)
+    expected, _ = reference.hypergradient(model.nll, meta, task, noise)
+    chosen = algorithms.ibaml(**settings, linear_solver=linear_solver, linear_rtol=1e-12)
+    gradient, info = chosen.hypergradient(model.nll, meta, task, noise)
+    assert info.linear_converged
+    assert relative_error(gradient, expected) < 1e-8
+
+
+def test_neumann_series_converges_to_the_solution_of_the_linear_system() -> None:
+    # Its step is the preconditioned residual, stable where the preconditioned matrix has eigenvalues below 2: near the
+    # solution of a linear model with orthogonal design it is the identity.
+    model, shared, task, noise = linear_task(torch.ones(3, dtype=DOUBLE))
+    meta = MetaParameters(linear_prior(), shared)
+    settings: dict[str, Any] = {
+        "inner_optimizer": "natural_gradient", "inner_learning_rate": 0.9, "num_inner_steps": 120, "linear_rtol": 1e-10
+    }  # fmt: skip
+    gradient, info = algorithms.ibaml(**settings, linear_solver="neumann", num_linear_steps=20).hypergradient(
+        model.nll, meta, task, noise
+    )
+    expected, _ = algorithms.ibaml(**settings, linear_solver="dense").hypergradient(model.nll, meta, task, noise)
+    assert info.linear_converged
+    assert relative_error(gradient, expected) < 1e-9
+
+
+def test_linear_steps_and_tolerance_reach_the_solver() -> None:
+    settings: dict[str, Any] = {**WIDE, "temperature": 3.0, "num_inner_steps": 20}
+    model, meta, task, noise = set_up(algorithms.ibaml(**settings))
+    residuals = []
+    for num_steps, tolerance in ((1, 1e-12), (4, 1e-12), (60, 1e-3), (60, 1e-12)):
+        algorithm = algorithms.ibaml(**settings, num_linear_steps=num_steps, linear_rtol=tolerance)
+        _, info = algorithm.hypergradient(model.nll, meta, task, noise)
+        residuals.append(float(info.linear_residual))
+        assert bool(info.linear_converged) == (num_steps == 60)
+    assert residuals[0] > residuals[1] > 1e-3 > residuals[2] > residuals[3] and residuals[3] < 1e-11
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_vmap_over_tasks_equals_the_loop(name: str, kind: str) -> None:
+    settings: dict[str, Any] = {"num_inner_steps": 3, "inner_learning_rate": 0.05, "initial_log_var": (-3.0, -2.0)}
+    if name in ("abml", "vampire", "ibaml"):
+        settings |= {"num_samples": 2, "fresh_noise": True}
+    algorithm = make_algorithm(name, **settings)
+    model, meta, _, _ = set_up(algorithm, kind, adapt="2.*")
+    source = generator(2)
+    tasks = [(episode(kind, seed), algorithm.draw_noise(meta, generator=source)) for seed in range(3)]
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *tasks)
+    gradients, info = torch.func.vmap(partial(algorithm.hypergradient, model.nll, meta))(*stacked)
+    for diagnostic in info[:4]:
+        assert diagnostic.shape == (3,)
+    for i, task in enumerate(tasks):
+        mine = tree.map(lambda leaf, i=i: leaf[i], (gradients, info))
+        expected = algorithm.hypergradient(model.nll, meta, *task)
+        for actual, wanted in zip(tree.leaves(mine), tree.leaves(expected), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", "first_order", "implicit"])
+def test_result_carries_no_graph_when_the_meta_parameters_require_gradients(estimator: str) -> None:
+    # Meta-parameters that a torch optimiser holds usually do.
+    algorithm = algorithms.ibaml(**{**WIDE, "temperature": 3.0}, estimator=estimator)
+    model, meta, task, noise = set_up(algorithm)
+    leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), meta)
+    gradient, info = algorithm.hypergradient(model.nll, leaves, task, noise)
+    assert not any(leaf.requires_grad for leaf in tree.leaves((gradient, info)))
+    expected, _ = algorithm.hypergradient(model.nll, meta, task, noise)
+    assert relative_error(gradient, expected) == 0

@@ -1,0 +1,120 @@
+"""Predictions against torch.distributions and sums written out."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import distributions
+
+from ibaml.prediction import ClassPrediction, RegressionPrediction
+
+ALGEBRA = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def classes(num_samples: int = 5, num_examples: int = 4, num_classes: int = 3, seed: int = 0) -> ClassPrediction:
+    return ClassPrediction(torch.log_softmax(3 * draw(num_samples, num_examples, num_classes, seed=seed), -1))
+
+
+def regression(
+    num_samples: int = 5, num_examples: int = 4, num_outputs: int = 2, seed: int = 0
+) -> RegressionPrediction:
+    return RegressionPrediction(draw(num_samples, num_examples, num_outputs, seed=seed), draw(num_outputs).exp())
+
+
+def test_class_probabilities_are_averages():
+    prediction = classes()
+    probs = prediction.sample_log_probs.exp()
+    torch.testing.assert_close(prediction.probs, sum(probs) / 5, **ALGEBRA)
+    torch.testing.assert_close(prediction.log_probs, (sum(probs) / 5).log(), **ALGEBRA)
+    torch.testing.assert_close(prediction.samples(), probs, **ALGEBRA)
+    torch.testing.assert_close(prediction.probs.sum(-1), torch.ones(4, dtype=torch.float64), **ALGEBRA)
+
+
+def test_class_uncertainties_against_torch_distributions():
+    prediction = classes()
+    total = distributions.Categorical(probs=prediction.samples().mean(0)).entropy()
+    aleatoric = distributions.Categorical(probs=prediction.samples()).entropy().mean(0)
+    torch.testing.assert_close(prediction.total_uncertainty, total, **ALGEBRA)
+    torch.testing.assert_close(prediction.aleatoric, aleatoric, **ALGEBRA)
+    torch.testing.assert_close(prediction.epistemic, total - aleatoric, **ALGEBRA)
+
+
+def test_epistemic_uncertainty_is_the_mean_divergence_from_the_average():
+    """Mutual information as ``mean_s KL(p_s || p)``, another formula than total minus aleatoric."""
+    prediction = classes()
+    probs, mean = prediction.samples(), prediction.samples().mean(0)
+    divergence = (probs * (probs / mean).log()).sum(-1).mean(0)
+    torch.testing.assert_close(prediction.epistemic, divergence, **ALGEBRA)
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.integers(0, 10**6))
+def test_class_uncertainties_add_up_and_stay_in_range(num_samples, num_classes, seed):
+    prediction = classes(num_samples, 3, num_classes, seed)
+    torch.testing.assert_close(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic, **ALGEBRA)
+    assert bool((prediction.epistemic >= 0).all()) and bool((prediction.aleatoric >= 0).all())
+    assert bool((prediction.total_uncertainty <= math.log(num_classes) + 1e-12).all())
+    assert bool((prediction.epistemic <= math.log(num_samples) + 1e-12).all())
+
+
+def test_known_class_uncertainties():
+    """Two certain samples that disagree: all is epistemic. Two that agree to know nothing: all is aleatoric."""
+    sure = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64).log()
+    prediction = ClassPrediction(sure)
+    assert prediction.total_uncertainty.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert prediction.aleatoric.item() == 0 and prediction.epistemic.item() == pytest.approx(math.log(2), abs=1e-12)
+    ignorant = ClassPrediction(torch.full((2, 1, 2), 0.5, dtype=torch.float64).log())
+    assert ignorant.aleatoric.item() == pytest.approx(math.log(2), abs=1e-12) and ignorant.epistemic.item() == 0
+
+
+def test_class_nll():
+    prediction, targets = classes(), torch.tensor([0, 2, 1, 1])
+    expected = -prediction.probs[torch.arange(4), targets].log()
+    torch.testing.assert_close(prediction.nll(targets), expected, **ALGEBRA)
+
+
+def test_confident_samples_keep_their_tail():
+    """Averages are taken of logarithms: probabilities far below the smallest float32 still have an nll."""
+    prediction = ClassPrediction(torch.log_softmax(torch.tensor([[[0.0, -500.0]], [[0.0, -501.0]]]), -1))
+    assert prediction.nll(torch.tensor([1])).item() == pytest.approx(500 - math.log((1 + math.exp(-1)) / 2), rel=1e-6)
+
+
+def test_regression_moments_against_a_mixture():
+    prediction = regression()
+    mixture = distributions.MixtureSameFamily(
+        distributions.Categorical(torch.ones(4, 2, 5, dtype=torch.float64)),
+        distributions.Normal(
+            prediction.sample_means.permute(1, 2, 0), prediction.noise_variance.sqrt().reshape(1, 2, 1)
+        ),
+    )
+    torch.testing.assert_close(prediction.mean, mixture.mean, **ALGEBRA)
+    torch.testing.assert_close(prediction.total_uncertainty, mixture.variance, **ALGEBRA)
+    torch.testing.assert_close(prediction.samples(), prediction.sample_means)
+
+
+def test_regression_uncertainties():
+    prediction = regression()
+    means = prediction.sample_means
+    torch.testing.assert_close(prediction.epistemic, ((means - means.mean(0)) ** 2).mean(0), **ALGEBRA)
+    torch.testing.assert_close(prediction.aleatoric, torch.ones(4, 1, dtype=torch.float64) * prediction.noise_variance)
+    torch.testing.assert_close(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic, **ALGEBRA)
+    single = regression(num_samples=1)
+    assert bool((single.epistemic == 0).all())
+    torch.testing.assert_close(single.total_uncertainty, single.aleatoric)
+
+
+def test_regression_nll_is_of_the_joint_mixture():
+    """Outputs are independent given the weights only, so the mixture is over their joint density."""
+    prediction, targets = regression(), draw(4, 2, seed=9)
+    mixture = distributions.MixtureSameFamily(
+        distributions.Categorical(torch.ones(4, 5, dtype=torch.float64)),
+        distributions.Independent(
+            distributions.Normal(prediction.sample_means.transpose(0, 1), prediction.noise_variance.sqrt()), 1
+        ),
+    )
+    torch.testing.assert_close(prediction.nll(targets), -mixture.log_prob(targets), **ALGEBRA)

@@ -1,0 +1,323 @@
+"""Every recipe is whole, survives JSON, and can be changed by name; a misspelt name says the nearest one."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from ibaml import recipes, tree
+from ibaml.algorithms import ALGORITHMS
+from ibaml.data import ClassImages, EpisodeSampler, LinearRegressionTasks, SinusoidTasks
+from ibaml.evaluation import evaluate
+from ibaml.recipes import RECIPES, SOURCES, DataSettings, Recipe, get_recipe
+from ibaml.trainer import Trainer
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fake_images(image_size: int, channels: int = 1) -> ClassImages:
+    """Twenty classes of twenty random images: what every image source has at least."""
+    return ClassImages(
+        images=torch.randint(0, 256, (400, channels, image_size, image_size), generator=generator(), dtype=torch.uint8),
+        class_start=torch.arange(21) * 20,
+        class_names=tuple(f"class {index}" for index in range(20)),
+    )
+
+
+@pytest.fixture
+def fake_sources(monkeypatch):
+    """Stands in for the image files and keeps what was asked for."""
+    asked = []
+
+    def load(source):
+        def call(split, **arguments):
+            asked.append((source, split, arguments))
+            return fake_images(arguments["image_size"])
+
+        return call
+
+    monkeypatch.setattr(recipes, "load_glyphs", load("glyphs"))
+    monkeypatch.setattr(recipes, "load_omniglot", load("omniglot"))
+    return asked
+
+
+# The list
+
+
+def test_the_list():
+    omniglot = {
+        f"omniglot_{task}_{algorithm}"
+        for task in ("5way_1shot", "5way_5shot", "20way_1shot")
+        for algorithm in ("maml", "imaml", "abml", "ibaml")
+    }
+    glyphs = {f"glyphs_5way_5shot_{algorithm}" for algorithm in ("maml", "imaml", "abml", "ibaml")}
+    sinusoid = {f"sinusoid_{shots}shot_{algorithm}" for shots in (5, 10) for algorithm in ("maml", "abml", "ibaml")}
+    assert omniglot | glyphs | sinusoid <= RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_name_says(name):
+    recipe = get_recipe(name)
+    assert recipe.name == name and recipe == get_recipe(name)
+    source, *_, algorithm = name.split("_")
+    assert recipe.data.source == source
+    assert recipe.algorithm.name == algorithm and algorithm in ALGORITHMS
+    assert algorithm in recipe.description
+    shots = int(re.search(r"(\d+)shot", name).group(1))
+    assert recipe.data.num_shots == shots
+    if ways := re.search(r"(\d+)way", name):
+        assert recipe.data.num_ways == recipe.network.arguments["num_outputs"] == int(ways.group(1))
+        assert recipe.likelihood == "categorical"
+    else:
+        assert recipe.likelihood == "gaussian"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.name = "other"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json(name):
+    recipe = get_recipe(name)
+    text = recipe.to_json()
+    again = Recipe.from_json(text)
+    assert again == recipe
+    assert again.to_json() == text and json.loads(text)["name"] == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds(name, fake_sources):
+    """Network, tasks of all splits and algorithm fit together: one task goes through."""
+    recipe = get_recipe(name)
+    model = recipe.build_model()
+    for split in ("train", "validation", "test"):
+        tasks = recipe.data.build(split)
+        episode = tree.map(lambda leaf: leaf[0], tasks.sample(1, generator=generator()))
+        assert model.check_task(episode) == tasks.num_outputs
+        num_classes = recipe.data.num_ways if recipe.likelihood == "categorical" else 1
+        assert len(episode.support.y) == recipe.data.num_shots * num_classes
+        queries = recipe.data.num_queries if split == "train" else recipe.data.num_test_queries
+        assert len(episode.query.y) == queries * num_classes
+    again = recipe.build_model()
+    for group in ("adapted", "shared"):
+        for key, value in getattr(model, group).items():
+            assert torch.equal(value, getattr(again, group)[key]), "initial weights are those of the seed"
+    other = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=1)).build_model()
+    assert not torch.equal(tree.ravel(other.adapted)[0], tree.ravel(model.adapted)[0])
+
+
+def test_omniglot_arguments(fake_sources, tmp_path):
+    data = DataSettings(source="omniglot", protocol="official", image_size=20)
+    for split in ("train", "validation", "test"):
+        data.build(split, data=tmp_path)
+    assert [(split, arguments["rotations"]) for _, split, arguments in fake_sources] == [
+        ("train", True),
+        ("validation", False),
+        ("test", False),
+    ]
+    for _, _, arguments in fake_sources:
+        assert (arguments["root"], arguments["protocol"], arguments["image_size"]) == (tmp_path, "official", 20)
+    dataclasses.replace(data, rotations=False).build("train")
+    assert fake_sources[-1][2]["rotations"] is False and fake_sources[-1][2]["root"] is None
+
+
+# Sources
+
+
+def image_folder(path, channels="RGB") -> None:
+    for split in ("train", "validation", "test"):
+        for name in ("cat", "dog", "owl"):
+            folder = path / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                shade = 60 * index + 10 * len(split)
+                Image.new(channels, (6, 5), (shade, 40, 200)).save(folder / f"{index}.png")
+
+
+def test_image_folder(tmp_path):
+    image_folder(tmp_path / "data" / "animals")
+    data = DataSettings(
+        source="image_folder", path="animals", image_size=8, num_ways=2, num_shots=1, num_queries=2, num_test_queries=3
+    )
+    for split, queries in (("train", 4), ("validation", 6), ("test", 6)):
+        tasks = data.build(split, data=tmp_path / "data")
+        assert isinstance(tasks, EpisodeSampler)
+        assert tasks.images.class_names == ("cat", "dog", "owl")
+        episode = tasks.sample(1, generator=generator())
+        assert episode.support.x.shape == (1, 2, 3, 8, 8) and episode.query.x.shape == (1, queries, 3, 8, 8)
+    # Without --data the path is taken as it is.
+    whole = dataclasses.replace(data, path=str(tmp_path / "data" / "animals"))
+    assert whole.build("test").num_outputs == 2
+
+
+def test_a_recipe_of_ones_own_images_trains(tmp_path):
+    image_folder(tmp_path / "animals")
+    recipe = get_recipe("glyphs_5way_5shot_ibaml").override(
+        {
+            "name": "animals",
+            "data.source": "image_folder",
+            "data.path": "animals",
+            "data.image_size": "16",
+            "data.num_ways": "2",
+            "data.num_shots": "1",
+            "data.num_queries": "1",
+            "data.num_test_queries": "2",
+            "network.arguments.num_outputs": "2",
+            "network.arguments.channels": "3",
+            "network.arguments.in_channels": "3",
+            "network.arguments.image_size": "16",
+            "trainer.num_steps": "2",
+            "trainer.tasks_per_step": "2",
+            "trainer.schedule": "constant",
+        }
+    )
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    model = recipe.build_model()
+    result = Trainer(model, recipe.algorithm, recipe.trainer).fit(recipe.data.build("train", data=tmp_path))
+    tasks = recipe.data.build("test", data=tmp_path)
+    report = evaluate(model, recipe.algorithm, result.meta, tasks, num_tasks=2, seed=0).report
+    assert 0 <= report["accuracy"].mean <= 1
+
+
+def test_regression_sources():
+    sinusoid = DataSettings(source="sinusoid", num_shots=3, num_queries=4, num_test_queries=9, noise_std=0.2)
+    train, test = sinusoid.build("train"), sinusoid.build("test")
+    assert isinstance(train, SinusoidTasks) and (train.num_queries, test.num_queries) == (4, 9)
+    assert train.noise_std == 0.2
+    linear = DataSettings(source="bayesian_linear_regression", num_features=3, num_shots=6, num_queries=2)
+    tasks = linear.build("train")
+    assert isinstance(tasks, LinearRegressionTasks)
+    episode = tasks.sample(2, generator=generator())
+    assert episode.support.x.shape == (2, 6, 3) and episode.query.y.shape == (2, 2, 1)
+    # The same prior for every recipe of so many features.
+    torch.testing.assert_close(tasks.prior_mean, torch.tensor([-1.0, 0.0, 1.0]))
+    assert tasks.noise_variance == pytest.approx(0.01)
+
+
+def test_refused_data_settings(tmp_path):
+    message = f"source must be one of {', '.join(SOURCES)}, but is 'imagenet'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataSettings(source="imagenet")
+    with pytest.raises(ValueError, match="path is not set: source 'image_folder' needs the folder or zip with split/"):
+        DataSettings(source="image_folder").build("train")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        DataSettings(source="image_folder", path="absent").build("train", data=tmp_path)
+    image_folder(tmp_path / "animals")
+    with pytest.raises(ValueError, match="num_ways=5 needs at least 5 classes, got 3"):
+        DataSettings(source="image_folder", path="animals", image_size=8).build("train", data=tmp_path)
+
+
+# Changing settings
+
+
+def test_override():
+    recipe = get_recipe("sinusoid_5shot_ibaml")
+    changed = recipe.override(
+        {
+            "algorithm.num_inner_steps": "10",
+            "trainer.learning_rate": "2e-3",
+            "trainer.gradient_clip": "null",
+            "trainer.schedule": "cosine",
+            "algorithm.fresh_noise": "true",
+            "algorithm.initial_log_var": "[-5, -4.5]",
+            "algorithm.truncation": "null",
+            "network.arguments.hidden_sizes": "[3, 4]",
+            "network.arguments.activation": "tanh",
+            "data.path": "2024",
+            "adapt": "head.*",
+            "freeze": '["features.0.*", "features.3.*"]',
+            "num_test_tasks": "7",
+        }
+    )
+    assert changed.algorithm.num_inner_steps == 10 and changed.trainer.learning_rate == 2e-3
+    assert changed.trainer.gradient_clip is None and changed.trainer.schedule == "cosine"
+    assert changed.algorithm.fresh_noise is True and changed.algorithm.initial_log_var == (-5, -4.5)
+    assert changed.network.arguments["hidden_sizes"] == (3, 4) and changed.network.arguments["activation"] == "tanh"
+    assert changed.data.path == "2024"
+    assert (changed.adapt, changed.freeze) == (("head.*",), ("features.0.*", "features.3.*"))
+    assert changed.num_test_tasks == 7
+    assert Recipe.from_json(changed.to_json()) == changed
+    assert changed.build_model().adapted.keys() == {"head.weight", "head.bias"}
+    # All else is as it was, and the original untouched.
+    assert recipe == get_recipe("sinusoid_5shot_ibaml") and recipe.override({}) == recipe
+    assert changed.algorithm.temperature == recipe.algorithm.temperature
+
+
+def test_a_whole_number_is_a_number():
+    assert get_recipe("sinusoid_5shot_maml").override({"trainer.learning_rate": "1"}).trainer.learning_rate == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainr.num_steps", "3", "no setting 'trainr.num_steps'; did you mean 'trainer.num_steps'?"),
+        ("trainer.num_step", "3", "no setting 'trainer.num_step'; did you mean 'trainer.num_steps'?"),
+        # The misspelt part alone is replaced, even where the other parts contain it.
+        ("data.dat", "3", "no setting 'data.dat'; did you mean 'data.path'?"),
+        ("algorithm", "maml", "setting 'algorithm' is a group; set one of its members: name, inner_variable,"),
+        ("likelihood.name", "x", "setting 'likelihood.name': likelihood is a plain value ('categorical') without set"),
+        ("network.arguments.channels.x", "3", "channels is a plain value without settings of its own."),
+        ("network.arguments.width", "3", "Conv4 has no argument width; there are num_outputs, "),
+        ("network.name", "Conv5", "network name must be one of Conv4, MLP, ResNet12, but is 'Conv5'."),
+        ("trainer.num_steps", "ten", "setting 'trainer.num_steps' must be a whole number, but is 'ten'."),
+        ("trainer.num_steps", "2.5", "setting 'trainer.num_steps' must be a whole number, but is '2.5'."),
+        ("trainer.num_steps", "true", "setting 'trainer.num_steps' must be a whole number, but is 'true'."),
+        ("trainer.num_steps", "0", "num_steps must be at least 1, but is 0."),
+        ("trainer.gradient_clip", "no", "setting 'trainer.gradient_clip' must be a number or null, but is 'no'."),
+        ("data.rotations", "no", "setting 'data.rotations' must be true or false, but is 'no'."),
+        ("data.rotations", "1", "setting 'data.rotations' must be true or false, but is '1'."),
+        ("algorithm.initial_log_var", "[1,2,3]", "must be a JSON list such as [-7, -7], but is '[1,2,3]'."),
+        ("algorithm.initial_log_var", "-7", "must be a JSON list such as [-7, -7], but is '-7'."),
+        ("adapt", "[1]", None),
+        ("algorithm.outer", "elbo", "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
+        ("algorithm.num_inner_steps", "-1", "num_inner_steps must be at least 1, but is -1."),
+        ("data.source", "mnist", "source must be one of glyphs, omniglot, image_folder"),
+    ],
+)
+def test_refused_changes(key, value, message):
+    recipe = get_recipe("glyphs_5way_5shot_maml")
+    if message is None:
+        # No list of names, but a name nonetheless: it is the model that finds no such parameter.
+        with pytest.raises(ValueError, match=r"adapt pattern '\[1\]' matches none"):
+            recipe.override({key: value}).build_model()
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe.override({key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("glyphs_5way_5shot_ibamel", "glyphs_5way_5shot_ibaml"),
+        ("omniglot_5way_1shot_mam", "omniglot_5way_1shot_maml"),
+        ("sinusoid_10shots_abml", "sinusoid_10shot_abml"),
+    ],
+)
+def test_an_unknown_recipe(name, nearest):
+    message = f"there is no recipe {name!r}; did you mean {nearest!r}? `ibaml recipes` lists all."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_recipe(name)
+
+
+@pytest.mark.parametrize("change", ["no json", "[]", "5", '"text"', "{}", "without", "more", "none"])
+def test_what_is_no_recipe(change):
+    values = json.loads(get_recipe("sinusoid_5shot_maml").to_json())
+    if change == "without":
+        del values["algorithm"]["name"]
+    elif change == "more":
+        values["trainer"]["patience"] = 3
+    elif change == "none":
+        values["network"]["arguments"] = None
+    text = json.dumps(values) if change in ("without", "more", "none") else change
+    with pytest.raises(ValueError, match="this is no recipe of this version of ibaml: "):
+        Recipe.from_json(text)
+
+
+def test_a_recipe_with_a_refused_value():
+    values = json.loads(get_recipe("sinusoid_5shot_maml").to_json())
+    values["trainer"]["num_steps"] = 0
+    with pytest.raises(ValueError, match="num_steps must be at least 1, but is 0"):
+        Recipe.from_json(json.dumps(values))
