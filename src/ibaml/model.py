@@ -26,7 +26,7 @@ class Model:
     """A network seen as a function of its parameters.
 
     Attributes:
-        network: The module, in evaluation mode; its parameter values are never changed.
+        network: The module itself: put in evaluation mode and moved by ``to``; its parameter values are not used again.
         likelihood: Turns outputs and targets into an nll.
         adapted: Initial values of the parameters that each task adapts.
         shared: Initial values of the parameters that are meta-learned directly, the likelihood's own among them.
