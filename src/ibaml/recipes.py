@@ -271,8 +271,8 @@ def get_recipe(name: str) -> Recipe:
 
 # An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
 # steps or a weaker prior these runs ended where the inner loss was too sharp for gradient descent, with fewer steps
-# they learned less. A KL weight of 1.7e-4 and log-variances of -8 hold the weights with a strength of 0.5; the variances
-# stay far from stationary in so few steps, where the free preconditioner does not help.
+# they learned less. A KL weight of 1.7e-4 and log-variances of -8 hold the weights with a strength of 0.5. In so few
+# steps the variances stay far from stationary, where the free preconditioner does not help.
 _KL_WEIGHT = 1.7e-4
 _IBAML: dict[str, Any] = {
     "inner_learning_rate": 0.1,
