@@ -159,9 +159,9 @@ def test_refusals(ibaml, arguments, message):
     assert "error: " in errors and "Traceback" not in errors
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_without_cuda(ibaml, device):
+def test_cuda_without_cuda(ibaml, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, errors = ibaml("train", SINUSOID, "--device", device)
     assert code == 2
     assert f"--device is {device!r}, but this torch finds no CUDA device: use --device cpu." in errors

@@ -274,14 +274,6 @@ def get_recipe(name: str) -> Recipe:
 # they learned less. A KL weight of 1.7e-4 and log-variances of -8 hold the weights with a strength of 0.5. In so few
 # steps the variances stay far from stationary, where the free preconditioner does not help.
 _KL_WEIGHT = 1.7e-4
-_IBAML: dict[str, Any] = {
-    "inner_learning_rate": 0.1,
-    "num_inner_steps": 12,
-    "num_samples": 1,
-    "num_linear_steps": 4,
-    "precondition": False,
-    "initial_log_var": (-8.0, -8.0),
-}
 _IMAGE_ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {"inner_learning_rate": 0.4, "num_inner_steps": 3},
     "imaml": {"inner_learning_rate": 0.1, "num_inner_steps": 12, "proximal_strength": 0.5, "num_linear_steps": 4},
@@ -289,11 +281,25 @@ _IMAGE_ALGORITHMS: dict[str, dict[str, Any]] = {
         "inner_learning_rate": 0.4,
         "num_inner_steps": 3,
         "num_samples": 1,
-        "temperature": 25 * _KL_WEIGHT,
         "initial_log_var": (-8.0, -8.0),
     },
-    "ibaml": {**_IBAML, "temperature": 25 * _KL_WEIGHT},
+    "ibaml": {
+        "inner_learning_rate": 0.1,
+        "num_inner_steps": 12,
+        "num_samples": 1,
+        "num_linear_steps": 4,
+        "precondition": False,
+        "initial_log_var": (-8.0, -8.0),
+    },
 }
+
+
+def _image_algorithm(name: str, num_support: int, **overrides: Any) -> Algorithm:
+    """Returns the algorithm of an image recipe, with the same KL weight whatever the size of the support set."""
+    algorithm = make_algorithm(name, **{**_IMAGE_ALGORITHMS[name], **overrides})
+    if not algorithm.is_bayesian:
+        return algorithm
+    return dataclasses.replace(algorithm, temperature=round(num_support * _KL_WEIGHT, 6))
 
 
 def _glyphs(algorithm: str) -> Recipe:
@@ -304,7 +310,7 @@ def _glyphs(algorithm: str) -> Recipe:
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": 5, "channels": 32, "downsample": "stride", "zero_head": True}
         ),
-        algorithm=make_algorithm(algorithm, **_IMAGE_ALGORITHMS[algorithm]),
+        algorithm=_image_algorithm(algorithm, num_support=25),
         trainer=TrainerSettings(
             num_steps=220,
             tasks_per_step=4,
@@ -320,11 +326,7 @@ def _glyphs(algorithm: str) -> Recipe:
 
 # The network of Finn et al. 2017, appendix A.1 (strided convolutions with 64 channels), and their inner learning rates.
 def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
-    settings = dict(_IMAGE_ALGORITHMS[algorithm])
-    if "temperature" in settings:
-        settings["temperature"] = num_ways * num_shots * _KL_WEIGHT
-    if num_ways == 20 and algorithm in ("maml", "abml"):
-        settings["inner_learning_rate"] = 0.1
+    overrides = {"inner_learning_rate": 0.1} if num_ways == 20 else {}
     return Recipe(
         name=f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}",
         description=f"{algorithm} on Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016",
@@ -334,7 +336,7 @@ def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": num_ways, "channels": 64, "downsample": "stride", "zero_head": True}
         ),
-        algorithm=make_algorithm(algorithm, **settings),
+        algorithm=_image_algorithm(algorithm, num_ways * num_shots, **overrides),
         trainer=TrainerSettings(
             num_steps=60_000,
             tasks_per_step=8,
