@@ -1,0 +1,36 @@
+"""The README's Python blocks run as written, one after the other, on fewer steps and tasks than a reader would use."""
+
+import dataclasses
+import re
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+
+import ibaml
+from ibaml import recipes
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_readme_blocks_run_as_written(tmp_path, monkeypatch, glyph_cache):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IBAML_DATA", str(glyph_cache))
+    full = recipes.get_recipe("glyphs_5way_5shot_ibaml")
+    short = dataclasses.replace(full.trainer, num_steps=1, num_validation_tasks=2)
+    monkeypatch.setattr(recipes, "get_recipe", lambda name: dataclasses.replace(full, trainer=short))
+    monkeypatch.setattr(ibaml.MetaLearner, "evaluate", partialmethod(ibaml.MetaLearner.evaluate, num_tasks=2))
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    generator = torch.Generator().manual_seed(0)
+    names = {
+        "x_support": torch.rand(25, 1, 28, 28, generator=generator),
+        "y_support": torch.arange(5).repeat_interleave(5),
+        "x_query": torch.rand(10, 1, 28, 28, generator=generator),
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["report"].keys() >= {"accuracy", "nll", "ece"}
+    assert names["prediction"].probs.shape == (10, 5)
+    # The comment beside the hypergradient in the README.
+    torch.testing.assert_close(names["gradient"], torch.tensor(-0.0480), rtol=0, atol=1e-4)
