@@ -17,7 +17,8 @@ from ibaml.checkpoint import load_tensors
 from ibaml.cli import main
 from ibaml.metrics import paired_difference
 from ibaml.recipes import RECIPES
-from ibaml.trainer import BEST, CHECKPOINT, METRICS, read_metrics
+from ibaml.trainer import BEST, CHECKPOINT
+from ibaml.training_log import METRICS, read_metrics
 
 SINUSOID = "sinusoid_5shot_maml"
 SMALL = (

@@ -27,13 +27,12 @@ from ibaml.networks import MLP
 from ibaml.trainer import (
     BEST,
     CHECKPOINT,
-    METRICS,
     Trainer,
     TrainerSettings,
     TrainingDivergedError,
     TrainingResult,
-    read_metrics,
 )
+from ibaml.training_log import METRICS, read_metrics
 from ibaml.types import Batch, Episode, TaskSampler, Tensor
 
 TIMINGS = ("seconds", "tasks_per_second")

@@ -17,7 +17,8 @@ from ibaml import plots, runs
 from ibaml.evaluation import Evaluation, draw_tasks, evaluate
 from ibaml.metrics import paired_difference, reliability_curve
 from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
-from ibaml.trainer import METRICS, Trainer, TrainingDivergedError, read_metrics
+from ibaml.trainer import Trainer, TrainingDivergedError
+from ibaml.training_log import METRICS, read_metrics
 from ibaml.types import Batch, Episode
 
 _console = Console(stderr=True)

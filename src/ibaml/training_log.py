@@ -1,0 +1,126 @@
+"""What a training run shows and writes while it goes on: a progress bar, ``metrics.csv`` and TensorBoard."""
+
+import csv
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS = "metrics.csv"
+
+
+class TrainingLog:
+    """``metrics.csv`` and TensorBoard. Rows after the resumed step are dropped, so each step appears once."""
+
+    def __init__(self, run_folder: Path | None, step: int) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._path = None if run_folder is None else run_folder / METRICS
+        self._writer = None
+        if run_folder is not None:
+            # Imported here: it pulls in tensorboard, which only a run with a folder needs.
+            from torch.utils.tensorboard import SummaryWriter
+
+            assert self._path is not None
+            if self._path.exists():
+                self._rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+            self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Adds one step to the running averages."""
+        for name, value in row.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def write(self, step: int, seconds: float, extra: Mapping[str, float] | None = None) -> None:
+        """Writes the averages since the last row, or ``extra`` alone."""
+        if extra is None and self._count == 0:
+            return
+        values = extra or {name: value / self._count for name, value in self._sums.items()}
+        if extra is None:
+            self._sums, self._count = {}, 0
+        if self._path is None or self._writer is None:
+            return
+        self._rows.append({"step": step, "seconds": round(seconds, 2), **values})
+        columns = list(dict.fromkeys(name for row in self._rows for name in row))
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(temporary, self._path)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Reads a ``metrics.csv``; empty cells are left out of their rows."""
+    with path.open(newline="") as file:
+        return [
+            {name: float(value) for name, value in row.items() if value not in ("", None)}
+            for row in csv.DictReader(file)
+        ]
+
+
+class TrainingBar:
+    """A progress bar on a terminal; a line per validation elsewhere."""
+
+    def __init__(self, console: Console | None, num_steps: int, step: int) -> None:
+        self._console = console
+        self._smooth: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=num_steps, completed=step, status="")
+        self._last_line = time.monotonic()
+        self._num_steps, self._step, self._first_step, self._start = num_steps, step, step, time.monotonic()
+
+    def __enter__(self) -> "TrainingBar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, row: Mapping[str, float]) -> None:
+        """Shows one more step."""
+        self._step += 1
+        for name, value in row.items():
+            self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
+        shown = self._smooth
+        score = f"acc {shown['accuracy']:.3f}" if "accuracy" in shown else f"mse {shown['mse']:.3g}"
+        status = (
+            f"loss {shown['loss']:.3f} {score} inner grad {shown['inner_grad_norm']:.1e} "
+            f"residual {shown['linear_residual']:.1e} {shown['tasks_per_second']:.1f} tasks/s"
+        )
+        self._progress.update(self._task, advance=1, status=status)
+        if self._console is not None and not self._console.is_terminal and time.monotonic() - self._last_line > 20:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._start) / (self._step - self._first_step) * (self._num_steps - self._step)
+            self._console.print(
+                f"step {self._step}/{self._num_steps} {status}, {left / 60:.1f} min left", soft_wrap=True
+            )
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True, highlight=False)
