@@ -284,7 +284,7 @@ def test_more_steps_extend_a_run(ibaml):
 @pytest.mark.parametrize(
     ("setting", "difference"),
     [
-        ("algorithm.num_inner_steps=7", "algorithm.num_inner_steps was 5 and is now 7"),
+        ("algorithm.num_inner_steps=7", "algorithm.num_inner_steps was 1 and is now 7"),
         ("data.num_shots=3", "data.num_shots was 5 and is now 3"),
         ("trainer.learning_rate=0.5", "trainer.learning_rate was 0.001 and is now 0.5"),
     ],
@@ -321,7 +321,7 @@ def test_interrupt_outside_training(ibaml, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.Trainer, "fit", interrupt)
+    monkeypatch.setattr(runs.Trainer, "fit", interrupt)
     code, _, errors = train(ibaml, "run")
     assert code == 130
     assert "Interrupted." in errors
@@ -331,7 +331,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("defect")
 
-    monkeypatch.setattr(cli.Trainer, "fit", fail)
+    monkeypatch.setattr(runs.Trainer, "fit", fail)
     with pytest.raises(AssertionError, match="defect"):
         main(["train", SINUSOID, "--run-folder", str(tmp_path), "--device", "cpu", "--set", *SMALL])
 
@@ -380,9 +380,9 @@ def test_evaluate_reports_what_it_stores(ibaml, trained):
     code, output, errors = ibaml("evaluate", trained / "b", "--tasks", 5)
     assert code == 0
     step = load_tensors(trained / "b" / BEST)[1]["step"]
-    assert f"sinusoid_5shot_ibaml: 5 test tasks, seed 0, state of step {step}, temperature 0.1" in output
+    assert f"sinusoid_5shot_ibaml: 5 test tasks, seed 0, state of step {step}, temperature 0.05" in output
     report = json.loads((trained / "b" / "evaluation" / "report.json").read_text())
-    assert report["temperature"] == 0.1 and report["step"] == step
+    assert report["temperature"] == 0.05 and report["step"] == step
     with (trained / "b" / "evaluation" / "per_task.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == ["0", "1", "2", "3", "4"]
@@ -406,11 +406,11 @@ def test_evaluate_is_repeatable(ibaml, trained):
 
 def test_evaluate_with_other_settings(ibaml):
     train(ibaml, "run")
-    code, *_ = ibaml("evaluate", "run", "--tasks", 2, "--set", "algorithm.num_inner_steps=1", "data.num_test_queries=3")
+    code, *_ = ibaml("evaluate", "run", "--tasks", 2, "--set", "algorithm.num_inner_steps=5", "data.num_test_queries=3")
     assert code == 0
     assert load_tensors(Path("run/evaluation/predictions.safetensors"))[0]["mean"].shape == (2, 3, 1)
     # For the evaluation alone.
-    assert runs.read_recipe(Path("run")).algorithm.num_inner_steps == 5
+    assert runs.read_recipe(Path("run")).algorithm.num_inner_steps == 1
 
 
 @pytest.mark.parametrize("tasks", [0, -1])

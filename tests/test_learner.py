@@ -421,7 +421,7 @@ def test_not_fitted(tmp_path):
 def test_unknown_names():
     with pytest.raises(ValueError, match="algorithm must be one of maml, .*, ibaml, but is 'mamel'"):
         MetaLearner(image_network(), "mamel")
-    with pytest.raises(ValueError, match="likelihood must be 'categorical' or 'gaussian', but is 'poisson'"):
+    with pytest.raises(ValueError, match="likelihood must be 'categorical', .* or 'unit_gaussian', but is 'poisson'"):
         MetaLearner(image_network(), likelihood="poisson")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from ibaml.likelihoods import Categorical, GaussianNoise, make_likelihood
+from ibaml.likelihoods import Categorical, GaussianNoise, UnitGaussianNoise, make_likelihood
 from ibaml.types import Tensor
 
 ALGEBRA = 1e-10
@@ -96,6 +96,17 @@ def test_gaussian_noise_equals_torch_normal(seed: int, num_outputs: int) -> None
     torch.testing.assert_close(nll, oracle, rtol=ALGEBRA, atol=ALGEBRA)
 
 
+def test_unit_gaussian_noise_is_gaussian_noise_of_variance_one_with_nothing_to_learn() -> None:
+    outputs, targets, likelihood = draw(6, 2), draw(6, 2, seed=1), make_likelihood("unit_gaussian", 2)
+    assert isinstance(likelihood, UnitGaussianNoise)
+    assert likelihood.initial_parameters() == {}
+    oracle = -Normal(outputs, torch.ones(2, dtype=torch.float64)).log_prob(targets).sum(-1)
+    torch.testing.assert_close(likelihood.nll(outputs, targets, {}), oracle, rtol=ALGEBRA, atol=ALGEBRA)
+    prediction = likelihood.predict(torch.stack([outputs, outputs]), {})
+    torch.testing.assert_close(prediction.total_uncertainty, torch.ones_like(outputs), rtol=ALGEBRA, atol=ALGEBRA)
+    torch.testing.assert_close(prediction.mean, outputs, rtol=ALGEBRA, atol=ALGEBRA)
+
+
 def test_gaussian_noise_under_vmap_equals_the_loop() -> None:
     outputs, targets, likelihood = draw(3, 5, 2), draw(3, 5, 2, seed=1), GaussianNoise(2)
     parameters = noise_parameters(0.3, -0.5)
@@ -150,5 +161,5 @@ def test_likelihoods_are_found_by_their_names() -> None:
 
 
 def test_unknown_likelihood_is_refused() -> None:
-    with pytest.raises(ValueError, match="likelihood must be 'categorical' or 'gaussian', but is 'poisson'."):
+    with pytest.raises(ValueError, match="likelihood must be 'categorical', .* or 'unit_gaussian', but is 'poisson'."):
         make_likelihood("poisson", 1)

@@ -1,6 +1,7 @@
 """Every recipe is whole, survives JSON, and can be changed by name; a misspelt name says the nearest one."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml import recipes, tree
+from ibaml import tree
 from ibaml.algorithms import ALGORITHMS
 from ibaml.data import ClassImages, EpisodeSampler, LinearRegressionTasks, SinusoidTasks
 from ibaml.evaluation import evaluate
@@ -20,6 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@functools.cache
 def fake_images(image_size: int, channels: int = 1) -> ClassImages:
     """Twenty classes of twenty random images: what every image source has at least."""
     return ClassImages(
@@ -37,12 +39,12 @@ def fake_sources(monkeypatch):
     def load(source):
         def call(split, **arguments):
             asked.append((source, split, arguments))
-            return fake_images(arguments["image_size"])
+            return fake_images(arguments["image_size"], 3 if "imagenet" in source else 1)
 
         return call
 
-    monkeypatch.setattr(recipes, "load_glyphs", load("glyphs"))
-    monkeypatch.setattr(recipes, "load_omniglot", load("omniglot"))
+    for source in ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet"):
+        monkeypatch.setattr(f"ibaml.recipes.settings.load_{source}", load(source))
     return asked
 
 
@@ -57,15 +59,28 @@ def test_the_list():
     }
     glyphs = {f"glyphs_5way_5shot_{algorithm}" for algorithm in ("maml", "imaml", "abml", "ibaml")}
     sinusoid = {f"sinusoid_{shots}shot_{algorithm}" for shots in (5, 10) for algorithm in ("maml", "abml", "ibaml")}
-    assert omniglot | glyphs | sinusoid <= RECIPES.keys()
+    few_shot = {
+        f"{source}_5way_{shots}shot_{method}{suffix}"
+        for source in ("mini_imagenet", "tiny_imagenet")
+        for shots in (1, 5)
+        for method in ("maml_k5", "abml_k5", "ibaml_k5", "ibaml_k10", "ibaml_k15")
+        for suffix in ("", "_laptop")
+    }
+    assert omniglot | glyphs | sinusoid | few_shot <= RECIPES.keys()
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_its_name_says(name):
     recipe = get_recipe(name)
     assert recipe.name == name and recipe == get_recipe(name)
-    source, *_, algorithm = name.split("_")
+    source, _, algorithm, inner_steps = re.fullmatch(
+        r"([a-z_]+?)_(\d+way_)?\d+shot_([a-z]+)(?:_k(\d+))?(?:_laptop)?", name
+    ).groups()
     assert recipe.data.source == source
+    if inner_steps is not None:
+        assert recipe.algorithm.num_inner_steps == int(inner_steps)
+        assert f"K={inner_steps}," in recipe.description
+    assert ("LAPTOP SCALE, not the paper's" in recipe.description) == name.endswith("_laptop")
     assert recipe.algorithm.name == algorithm and algorithm in ALGORITHMS
     assert algorithm in recipe.description
     shots = int(re.search(r"(\d+)shot", name).group(1))
@@ -74,7 +89,7 @@ def test_a_recipe_is_what_its_name_says(name):
         assert recipe.data.num_ways == recipe.network.arguments["num_outputs"] == int(ways.group(1))
         assert recipe.likelihood == "categorical"
     else:
-        assert recipe.likelihood == "gaussian"
+        assert recipe.likelihood == ("unit_gaussian" if algorithm == "maml" else "gaussian")
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.name = "other"
 
@@ -88,7 +103,8 @@ def test_a_recipe_survives_json(name):
     assert again.to_json() == text and json.loads(text)["name"] == name
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Of Table 1 and Fig. 3 one method: the others have the same tasks and network.
+@pytest.mark.parametrize("name", [name for name in RECIPES if not re.search(r"imagenet.*_(abml|ibaml)_", name)])
 def test_a_recipe_builds(name, fake_sources):
     """Network, tasks of all splits and algorithm fit together: one task goes through."""
     recipe = get_recipe(name)
@@ -107,6 +123,72 @@ def test_a_recipe_builds(name, fake_sources):
             assert torch.equal(value, getattr(again, group)[key]), "initial weights are those of the seed"
     other = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=1)).build_model()
     assert not torch.equal(tree.ravel(other.adapted)[0], tree.ravel(model.adapted)[0])
+
+
+@pytest.mark.parametrize("source", ["mini_imagenet", "tiny_imagenet"])
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_settings_of_the_paper(source, shots):
+    """Zhang et al. 2023, Table 1 and Fig. 3."""
+    maml = get_recipe(f"{source}_5way_{shots}shot_maml_k5")
+    for method, steps in (("maml_k5", 5), ("abml_k5", 5), ("ibaml_k5", 5), ("ibaml_k10", 10), ("ibaml_k15", 15)):
+        recipe = get_recipe(f"{source}_5way_{shots}shot_{method}")
+        assert (recipe.data, recipe.network, recipe.trainer) == (maml.data, maml.network, maml.trainer)
+        assert (recipe.data.num_ways, recipe.data.num_shots) == (5, shots)
+        assert recipe.data.num_queries == recipe.data.num_test_queries == 15
+        assert recipe.data.image_size == recipe.network.arguments["image_size"] == 84
+        assert recipe.network.arguments["channels"] == 32
+        trainer, algorithm = recipe.trainer, recipe.algorithm
+        assert (trainer.num_steps, trainer.tasks_per_step, trainer.learning_rate) == (40_000, 2, 1e-3)
+        assert trainer.log_var_learning_rate is None and trainer.schedule == "constant"
+        assert (algorithm.num_inner_steps, algorithm.inner_learning_rate) == (steps, 1e-2)
+        assert algorithm.inner_optimizer == "gradient_descent" and not algorithm.fresh_noise
+        assert recipe.num_test_tasks == 1000
+        network = recipe.build_model().network
+        assert sum(parameter.numel() for parameter in network.parameters()) == 32_901
+        if algorithm.name == "maml":
+            assert (algorithm.estimator, algorithm.is_bayesian) == ("unrolled", False)
+            continue
+        assert algorithm.estimator == ("unrolled" if algorithm.name == "abml" else "implicit")
+        assert (algorithm.outer, algorithm.temperature) == ("abml", 0.01)
+        assert (algorithm.num_samples, algorithm.num_evaluation_samples) == (5, 10)
+        assert algorithm.initial_log_var == (-10, -9)
+        assert (algorithm.linear_solver, algorithm.num_linear_steps, algorithm.precondition) == ("cg", 5, False) or (
+            algorithm.name == "abml"
+        )
+        assert algorithm.hyper_prior_weight == pytest.approx(0.01 / (5 * (shots + 15) * 40_000))
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_the_inner_solver_is_stable_where_it_starts(shots):
+    """Gradient descent on the KL divergence alone diverges above a step size of ``2 D / lam``."""
+    for suffix in ("", "_laptop"):
+        recipe = get_recipe(f"tiny_imagenet_5way_{shots}shot_ibaml_k15{suffix}")
+        algorithm = recipe.algorithm
+        smallest = torch.tensor(algorithm.initial_log_var[0]).exp().item()
+        assert algorithm.inner_learning_rate * algorithm.temperature / (5 * shots) < 2 * smallest
+
+
+def test_the_laptop_scale_differs_in_size_and_speed_alone():
+    for shots in (1, 5):
+        for method in ("maml_k5", "abml_k5", "ibaml_k5", "ibaml_k10", "ibaml_k15"):
+            paper, laptop = (
+                get_recipe(f"mini_imagenet_5way_{shots}shot_{method}{suffix}") for suffix in ("", "_laptop")
+            )
+            assert dataclasses.replace(laptop.data, image_size=84) == paper.data
+            changed = {"num_samples", "inner_learning_rate", "initial_log_var"}
+            for field in dataclasses.fields(paper.algorithm):
+                if field.name not in changed:
+                    assert getattr(paper.algorithm, field.name) == getattr(laptop.algorithm, field.name), field.name
+            assert paper.trainer.tasks_per_step == laptop.trainer.tasks_per_step
+            assert laptop.num_test_tasks == paper.num_test_tasks
+
+
+@pytest.mark.parametrize("source", ["mini_imagenet", "tiny_imagenet"])
+def test_imagenet_arguments(source, fake_sources, tmp_path):
+    data = get_recipe(f"{source}_5way_1shot_maml_k5").data
+    for split in ("train", "validation", "test"):
+        data.build(split, data=tmp_path)
+        assert fake_sources[-1] == (source, split, {"root": tmp_path, "image_size": 84})
 
 
 def test_omniglot_arguments(fake_sources, tmp_path):
@@ -274,7 +356,7 @@ def test_a_whole_number_is_a_number():
         ("adapt", "[1]", None),
         ("algorithm.outer", "elbo", "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
         ("algorithm.num_inner_steps", "-1", "num_inner_steps must be at least 1, but is -1."),
-        ("data.source", "mnist", "source must be one of glyphs, omniglot, image_folder"),
+        ("data.source", "mnist", "source must be one of glyphs, omniglot, mini_imagenet, tiny_imagenet, image_folder"),
     ],
 )
 def test_refused_changes(key, value, message):

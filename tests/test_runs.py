@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import re
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from ibaml import runs
 from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.recipes import Recipe, get_recipe
 from ibaml.trainer import BEST, CHECKPOINT, Trainer
+from ibaml.training_log import METRICS
 
 CHANGES = {
     "trainer.num_steps": "2",
@@ -71,7 +74,7 @@ def test_opening_again(tmp_path):
     ("changes", "message"),
     [
         ({"data.num_shots": "2"}, "data.num_shots was 5 and is now 2"),
-        ({"algorithm.temperature": "1.0"}, "algorithm.temperature was 0.1 and is now 1.0"),
+        ({"algorithm.temperature": "1.0"}, "algorithm.temperature was 0.05 and is now 1.0"),
         ({"trainer.seed": "3"}, "trainer.seed was 0 and is now 3"),
         ({"network.arguments.hidden_sizes": "[5]"}, "network.arguments.hidden_sizes was [4] and is now [5]"),
     ],
@@ -105,6 +108,91 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match="this is no recipe of this version of ibaml"):
         runs.read_recipe(tmp_path)
+
+
+def test_a_run_can_be_checked_without_touching_it(trained, tmp_path):
+    folder, *_ = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    runs.check_run(folder, RECIPE)
+    runs.check_run(tmp_path / "none", RECIPE)
+    with pytest.raises(ValueError, match="trained with other settings: trainer.seed was 0 and is now 3"):
+        runs.check_run(folder, RECIPE.override({"trainer.seed": "3"}))
+    with pytest.raises(ValueError, match="holds a run of 'sinusoid_5shot_ibaml', not of 'sinusoid_5shot_maml'"):
+        runs.check_run(folder, get_recipe("sinusoid_5shot_maml"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    runs.write_text(tmp_path / "text", "a long text")
+    runs.write_text(tmp_path / "text", "short")
+    assert (tmp_path / "text").read_text() == "short"
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+# Training and evaluating
+
+
+def test_training_a_run_is_what_the_trainer_does(trained, tmp_path):
+    folder, result, _ = trained
+    console = Console(file=StringIO(), width=200)
+    again = runs.train_run(RECIPE, tmp_path / "again", console=console)
+    assert (again.num_steps, again.best_step, again.stop_reason) == (2, result.best_step, "completed")
+    for name in (CHECKPOINT, BEST):
+        whole, other = (load_tensors(path / name)[0] for path in (folder, tmp_path / "again"))
+        assert whole.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in whole.items())
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {"recipe.json", "environment.json", "README.md", METRICS, "tensorboard", CHECKPOINT, BEST}
+    assert (
+        "Training sinusoid_5shot_ibaml on cpu: 2 meta-steps of 2 tasks. Everything goes to" in console.file.getvalue()
+    )
+
+
+def test_a_run_goes_on_where_it_stopped(trained, tmp_path, capsys):
+    first = runs.train_run(RECIPE, tmp_path, max_minutes=1e-9)
+    assert (first.num_steps, first.stop_reason) == (1, "time limit")
+    assert runs.train_run(RECIPE, tmp_path).num_steps == 2
+    assert capsys.readouterr() == ("", ""), "silent without a console"
+    whole, parts = (load_tensors(path / CHECKPOINT)[0] for path in (trained[0], tmp_path))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+def test_training_refuses_before_it_writes(tmp_path):
+    recipe = get_recipe("omniglot_5way_1shot_maml")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"looked in {tmp_path / 'data'}")):
+        runs.train_run(recipe, tmp_path / "run", data=tmp_path / "data")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_a_run(trained):
+    folder, result, model = trained
+    done: list[int] = []
+    recipe, found, step, target, sampler = runs.evaluate_run(folder, num_tasks=3, seed=4, on_progress=done.append)
+    assert (recipe, step, target) == (RECIPE, result.best_step, folder / "evaluation")
+    expected = evaluate(model, RECIPE.algorithm, result.meta, sampler, num_tasks=3, seed=4)
+    for name, value in expected.per_task.items():
+        assert torch.equal(found.per_task[name], value)
+    assert done[-1] == 3
+    stored = runs.read_evaluation(folder)
+    assert (stored.step, stored.tasks["seed"], stored.tasks["num_tasks"]) == (step, 4, 3)
+    assert stored.algorithm == json.loads(RECIPE.to_json())["algorithm"]
+
+
+def test_evaluating_with_changes(trained):
+    folder, *_ = trained
+    changes = {"algorithm.num_inner_steps": "1", "num_test_tasks": "2", "data.num_test_queries": "3"}
+    found = runs.evaluate_run(folder, changes=changes)
+    assert found.recipe.algorithm.num_inner_steps == 1 and found.evaluation.mean.shape == (2, 3, 1)
+    assert runs.read_evaluation(folder).algorithm["num_inner_steps"] == 1
+    assert runs.read_recipe(folder) == RECIPE
+
+
+def test_evaluating_what_is_not_trained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run folder: it has no recipe.json"):
+        runs.evaluate_run(tmp_path)
+    runs.open_run(tmp_path, RECIPE)
+    with pytest.raises(FileNotFoundError, match="has no best.safetensors: train it first"):
+        runs.evaluate_run(tmp_path)
 
 
 # The chosen state
@@ -154,7 +242,7 @@ def test_the_summary_says_what_it_is(trained):
     assert text.startswith("# sinusoid_5shot_ibaml\n")
     assert "- 2 of 2 meta-steps of 2 tasks; ended: completed." in text
     assert f"- Chosen checkpoint: step {result.best_step}, by validation nll." in text
-    assert "- ibaml: implicit gradient, 5 inner steps, temperature 0.1." in text
+    assert "- ibaml: implicit gradient, 10 inner steps, temperature 0.05." in text
     assert "- MLP, normalisation policy: none." in text
     assert f"Evaluate: `ibaml evaluate {folder}`." in text
     for name in ("recipe.json", "environment.json", CHECKPOINT, BEST):
@@ -186,7 +274,12 @@ def test_an_evaluation_is_read_back(tmp_path):
     assert tensors.keys() == {"targets", "mean", "variance"} and torch.equal(tensors["mean"], result.mean)
     assert metadata == {"recipe": recipe.name, "seed": 4}
     report = json.loads((target / "report.json").read_text())
-    assert (report["step"], report["temperature"]) == (2, 0.1)
+    assert (report["step"], report["temperature"]) == (2, 0.05)
+    assert (stored.step, stored.algorithm["temperature"]) == (2, 0.05)
+    # As earlier versions wrote it.
+    del report["algorithm"]
+    (target / "report.json").write_text(json.dumps(report))
+    assert runs.read_evaluation(tmp_path).algorithm is None
     assert sorted(path.name for path in target.iterdir()) == ["per_task.csv", "predictions.safetensors", "report.json"]
 
 

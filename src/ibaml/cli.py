@@ -1,4 +1,4 @@
-"""The command line: ``ibaml recipes | train | evaluate | compare``."""
+"""The command line: ``ibaml recipes | train | evaluate | compare | reproduce``."""
 
 import contextlib
 import csv
@@ -14,10 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from ibaml import plots, runs
-from ibaml.evaluation import Evaluation, draw_tasks, evaluate
+from ibaml.evaluation import Evaluation, draw_tasks
+from ibaml.experiments.fig1 import Fig1Settings
+from ibaml.experiments.fig2 import Fig2Settings
+from ibaml.experiments.fig3 import Fig3Settings
+from ibaml.experiments.sinusoid import SinusoidSettings
+from ibaml.experiments.table1 import Table1Settings
 from ibaml.metrics import paired_difference, reliability_curve
 from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
-from ibaml.trainer import Trainer, TrainingDivergedError
+from ibaml.reproduce import experiment_name
+from ibaml.reproduce import reproduce as run_experiment
+from ibaml.trainer import TrainingDivergedError
 from ibaml.training_log import METRICS, read_metrics
 from ibaml.types import Batch, Episode
 
@@ -26,6 +33,28 @@ _console = Console(stderr=True)
 _Settings: TypeAlias = Annotated[
     tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE ...")
 ]
+_Experiment: TypeAlias = (
+    Annotated[
+        Fig1Settings,
+        tyro.conf.subcommand("fig1", description="Error of meta-gradients against the exact one; Theorems 1 and 2."),
+    ]
+    | Annotated[
+        Fig2Settings,
+        tyro.conf.subcommand("fig2", description="Time and memory of one meta-gradient over the number of steps."),
+    ]
+    | Annotated[
+        Table1Settings,
+        tyro.conf.subcommand("table1", description="nll and accuracy, 5-way 5-shot, on paired test tasks. Resumable."),
+    ]
+    | Annotated[
+        Fig3Settings,
+        tyro.conf.subcommand("fig3", description="Calibration, 5-way 1-shot, with reliability diagrams. Resumable."),
+    ]
+    | Annotated[
+        SinusoidSettings,
+        tyro.conf.subcommand("sinusoid", description="Sinusoid regression: errors, intervals, coverage. Resumable."),
+    ]
+)
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse")
 
 
@@ -80,19 +109,7 @@ def train(
             raise ValueError(f"--threads must be at least 1, but is {threads}.")
         torch.set_num_threads(threads)
 
-    train_tasks, validation_tasks = (chosen.data.build(split, data=data) for split in ("train", "validation"))
-    trainer = Trainer(
-        chosen.build_model(), chosen.algorithm, chosen.trainer, run_folder=folder, device=where, console=_console
-    )
-    runs.open_run(folder, chosen)
-    _console.print(
-        f"Training {chosen.name} on {where.type}: {chosen.trainer.num_steps:,} meta-steps of "
-        f"{chosen.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
-        soft_wrap=True,
-        markup=False,
-    )
-    result = trainer.fit(train_tasks, validation_tasks, max_minutes=max_minutes)
-    runs.write_summary(folder, chosen, result)
+    result = runs.train_run(chosen, folder, data=data, device=where, max_minutes=max_minutes, console=_console)
     history = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     if history:
         plots.save(plots.training_curves(history, title=chosen.name), folder / "training.png")
@@ -129,17 +146,19 @@ def evaluate_run(
         device: "auto" (CUDA if present), "cpu", "cuda", ...
         set: Change settings for the evaluation alone, such as algorithm.num_inner_steps=20.
     """
-    recipe = runs.read_recipe(run).override(dict(_split_setting(item) for group in set for item in group))
+    changes = dict(_split_setting(item) for group in set for item in group)
+    num_tasks = runs.read_recipe(run).override(changes).num_test_tasks if tasks is None else tasks
     where = _device(device)
-    model = recipe.build_model().to(where)
-    meta, step = runs.load_best(run, recipe, model)
-    sampler = recipe.data.build("test", data=data)
-    num_tasks = recipe.num_test_tasks if tasks is None else tasks
     with _progress("evaluate", num_tasks) as on_progress:
-        result = evaluate(
-            model, recipe.algorithm, meta, sampler, num_tasks=num_tasks, seed=seed, on_progress=on_progress
+        recipe, result, step, target, sampler = runs.evaluate_run(
+            run,
+            num_tasks=num_tasks,
+            seed=seed,
+            data=data,
+            device=where,
+            changes=changes,
+            on_progress=on_progress,
         )
-    target = runs.write_evaluation(run, result, recipe, seed=seed, step=step)
     _draw_evaluation(recipe, result, draw_tasks(sampler, 0, 1, seed=seed), target)
 
     algorithm = recipe.algorithm
@@ -207,14 +226,40 @@ def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None 
     _console.print(f"Table and plot are in {out}.", soft_wrap=True, markup=False)
 
 
+def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | None = None) -> None:
+    """Reproduce a figure or table of the paper.
+
+    Args:
+        experiment: Which one; `ibaml reproduce fig1 --help` lists its settings.
+        out: Folder for results and pictures [default: reproductions/EXPERIMENT].
+        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+    """
+    name = experiment_name(experiment)
+    folder = out or Path("reproductions") / name
+    # Training shows a bar of its own.
+    measures_only = isinstance(experiment, Fig1Settings | Fig2Settings)
+    with _progress(name, None) if measures_only else contextlib.nullcontext() as on_progress:
+        summary = run_experiment(experiment, folder, data=data, console=_console, on_progress=on_progress)
+    Console().print(summary, soft_wrap=True, markup=False, highlight=False)
+    _console.print(f"Tables, pictures and settings are in {folder}.", soft_wrap=True, markup=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits."""
-    commands = {"recipes": list_recipes, "train": train, "evaluate": evaluate_run, "compare": compare}
+    commands = {
+        "recipes": list_recipes,
+        "train": train,
+        "evaluate": evaluate_run,
+        "compare": compare,
+        "reproduce": reproduce,
+    }
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             commands,
             args=None if arguments is None else list(arguments),
             prog="ibaml",
+            # `ibaml reproduce fig1 --out ...`, not `ibaml reproduce --out ... experiment:fig1 --experiment.seed ...`
+            config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             description="Implicit Bayesian meta-learning: few-shot predictions that know how sure they are.",
         )
     except (ValueError, OSError, FloatingPointError, TrainingDivergedError) as error:
@@ -245,7 +290,8 @@ def _draw_evaluation(recipe: Recipe, result: Evaluation, first: Episode, target:
 
 
 @contextlib.contextmanager
-def _progress(name: str, total: int) -> Generator[Callable[[int], None], None, None]:
+def _progress(name: str, total: int | None) -> Generator[Callable[..., None], None, None]:
+    """Shows a bar and yields ``(done, total=total)``, which moves it."""
     with Progress(
         TextColumn(f"[bold]{name}"),
         BarColumn(bar_width=24),
@@ -257,7 +303,7 @@ def _progress(name: str, total: int) -> Generator[Callable[[int], None], None, N
         disable=not _console.is_terminal,
     ) as progress:
         task = progress.add_task(name, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        yield lambda done, total=total: progress.update(task, completed=done, total=total)
 
 
 def _device(name: str) -> torch.device:

@@ -156,11 +156,47 @@ class GaussianNoise:
             raise ValueError(f"{argument} has NaN or infinite values: drop or impute those examples.")
 
 
+class UnitGaussianNoise(GaussianNoise):
+    """Gaussian noise of variance one, not learned: the nll is half the squared error plus a constant.
+
+    For methods whose learning rates are published for the squared error: a learned noise variance rescales the inner
+    loss while training goes on.
+
+    Args:
+        num_outputs: Number of target dimensions.
+
+    Examples:
+        >>> likelihood = UnitGaussianNoise()
+        >>> likelihood.nll(torch.tensor([[1.0]]), torch.tensor([[3.0]]), likelihood.initial_parameters())
+        tensor([2.9189])
+    """
+
+    name = "unit_gaussian"
+
+    def __init__(self, num_outputs: int = 1) -> None:
+        super().__init__(num_outputs)
+
+    def initial_parameters(self) -> Params:
+        """Returns nothing: there is nothing to learn."""
+        return {}
+
+    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
+        """Returns ``sum_k ((y - f)^2 + log 2 pi) / 2`` per example; see ``GaussianNoise.nll``."""
+        return super().nll(outputs, targets, self._unit_noise(outputs))
+
+    def predict(self, sample_outputs: Tensor, parameters: Params) -> RegressionPrediction:
+        """Returns a mixture of unit Gaussians from means of shape ``[num_samples, num_examples, num_outputs]``."""
+        return super().predict(sample_outputs, self._unit_noise(sample_outputs))
+
+    def _unit_noise(self, like: Tensor) -> Params:
+        return {self.parameter_name: like.new_zeros(self.num_outputs)}
+
+
 def make_likelihood(name: str, num_outputs: int) -> Likelihood:
     """Builds a likelihood by name.
 
     Args:
-        name: ``"categorical"`` or ``"gaussian"``.
+        name: ``"categorical"``, ``"gaussian"`` (learned noise variance) or ``"unit_gaussian"``.
         num_outputs: Number of network outputs.
 
     Raises:
@@ -170,4 +206,6 @@ def make_likelihood(name: str, num_outputs: int) -> Likelihood:
         return Categorical()
     if name == GaussianNoise.name:
         return GaussianNoise(num_outputs)
-    raise ValueError(f"likelihood must be 'categorical' or 'gaussian', but is {name!r}.")
+    if name == UnitGaussianNoise.name:
+        return UnitGaussianNoise(num_outputs)
+    raise ValueError(f"likelihood must be 'categorical', 'gaussian' or 'unit_gaussian', but is {name!r}.")

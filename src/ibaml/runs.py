@@ -1,4 +1,4 @@
-"""Run folders: what a training run leaves behind, and how it is read back.
+"""Run folders: what a training run leaves behind, how it is read back, and recipes trained and evaluated in them.
 
 | file | what |
 |---|---|
@@ -17,24 +17,27 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from ibaml.algorithms import MetaParameters
 from ibaml.checkpoint import load_tensors, meta_from_tensors, save_tensors
-from ibaml.evaluation import Evaluation
+from ibaml.evaluation import Evaluation, evaluate
 from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.recipes import Recipe
-from ibaml.trainer import BEST, CHECKPOINT, TrainingResult, first_difference
-from ibaml.types import Tensor
+from ibaml.trainer import BEST, CHECKPOINT, Trainer, TrainingResult, first_difference
+from ibaml.types import TaskSampler, Tensor
 
 RECIPE = "recipe.json"
 EVALUATION = "evaluation"
+_CPU = torch.device("cpu")
 _NOT_TRAINING = {"description": None, "num_test_tasks": None}
 
 
@@ -45,11 +48,121 @@ class StoredEvaluation(NamedTuple):
         tasks: What fixes the set of tasks: data settings, seed and number; equal for runs that can be paired.
         report: Each metric with its interval.
         per_task: Each metric for each task.
+        step: Meta-step of the evaluated state.
+        algorithm: Settings of the algorithm that adapted, as JSON; None in reports of earlier versions.
     """
 
     tasks: dict[str, Any]
     report: dict[str, Estimate]
     per_task: dict[str, Tensor]
+    step: int
+    algorithm: dict[str, Any] | None
+
+
+class EvaluatedRun(NamedTuple):
+    """A run's chosen state on test tasks.
+
+    Attributes:
+        recipe: The run's recipe, with the changes made for this evaluation.
+        evaluation: Metrics and predictions.
+        step: Meta-step of the state.
+        target: Folder that the evaluation was written to.
+        sampler: Source of the test tasks; ``draw_tasks(sampler, ...)`` gives any of them again.
+    """
+
+    recipe: Recipe
+    evaluation: Evaluation
+    step: int
+    target: Path
+    sampler: TaskSampler
+
+
+def train_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data: Path | None = None,
+    device: torch.device = _CPU,
+    max_minutes: float | None = None,
+    console: Console | None = None,
+) -> TrainingResult:
+    """Trains a recipe in a run folder, or resumes it where its checkpoint left off.
+
+    Nothing is written before the data, the network and the folder's recipe have been found to fit.
+
+    Args:
+        recipe: What to train.
+        folder: Run folder; made if missing.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        device: Where to compute.
+        max_minutes: Stop after so many minutes, ready to resume.
+        console: Where progress is shown; None is silent.
+
+    Raises:
+        FileNotFoundError: If a data file is not found.
+        ValueError: If a data file is damaged, the tasks do not fit the network, or the folder holds another run.
+        OSError: If the folder cannot be written.
+        TrainingDivergedError: If a loss or gradient is not finite.
+    """
+    train_tasks, validation_tasks = (recipe.data.build(split, data=data) for split in ("train", "validation"))
+    trainer = Trainer(
+        recipe.build_model(), recipe.algorithm, recipe.trainer, run_folder=folder, device=device, console=console
+    )
+    open_run(folder, recipe)
+    if console is not None:
+        console.print(
+            f"Training {recipe.name} on {device.type}: {recipe.trainer.num_steps:,} meta-steps of "
+            f"{recipe.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
+            soft_wrap=True,
+            markup=False,
+        )
+    result = trainer.fit(train_tasks, validation_tasks, max_minutes=max_minutes)
+    write_summary(folder, recipe, result)
+    return result
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    num_tasks: int | None = None,
+    seed: int = 0,
+    data: Path | None = None,
+    device: torch.device = _CPU,
+    changes: Mapping[str, str] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> EvaluatedRun:
+    """Evaluates a run's best state on a fixed, seeded set of test tasks and stores the result in the run folder.
+
+    Args:
+        folder: Run folder.
+        num_tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        device: Where to compute.
+        changes: Settings to change for this evaluation alone, as for ``Recipe.override``.
+        on_progress: Called with the number of finished tasks.
+
+    Raises:
+        FileNotFoundError: If the folder is no run, the run has not been trained, or a data file is not found.
+        ValueError: If a file is damaged, a setting is refused, or ``num_tasks`` is not positive.
+        FloatingPointError: If predictions are not finite, naming the task.
+    """
+    recipe = read_recipe(folder).override(changes or {})
+    model = recipe.build_model().to(device)
+    meta, step = load_best(folder, recipe, model)
+    sampler = recipe.data.build("test", data=data)
+    evaluation = evaluate(
+        model,
+        recipe.algorithm,
+        meta,
+        sampler,
+        num_tasks=recipe.num_test_tasks if num_tasks is None else num_tasks,
+        seed=seed,
+        tasks_per_chunk=recipe.trainer.tasks_per_chunk,
+        on_progress=on_progress,
+    )
+    target = write_evaluation(folder, evaluation, recipe, seed=seed, step=step)
+    return EvaluatedRun(recipe, evaluation, step, target, sampler)
 
 
 def open_run(folder: Path, recipe: Recipe) -> None:
@@ -59,30 +172,39 @@ def open_run(folder: Path, recipe: Recipe) -> None:
         ValueError: If the folder holds another recipe, or a checkpoint of the same one with other settings.
         OSError: If the folder cannot be written.
     """
-    path = folder / RECIPE
-    if path.exists():
-        stored = read_recipe(folder)
-        if stored.name != recipe.name:
-            raise ValueError(
-                f"{folder} holds a run of {stored.name!r}, not of {recipe.name!r}: choose another --run-folder."
-            )
-        # Before recipe.json is replaced, which has to describe the checkpoint beside it.
-        old, new = ({**json.loads(one.to_json()), **_NOT_TRAINING} for one in (stored, recipe))
-        difference = first_difference(old, new)
-        if difference is not None and (folder / CHECKPOINT).exists():
-            raise ValueError(
-                f"{folder} was trained with other settings: {difference}. Use the same settings to resume, or another "
-                "--run-folder to start anew."
-            )
+    # Before recipe.json is replaced, which has to describe the checkpoint beside it.
+    check_run(folder, recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, recipe.to_json())
-        _write(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+        write_text(folder / RECIPE, recipe.to_json())
+        write_text(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
     except OSError as error:
         raise OSError(
             f"run folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
             "change its permissions."
         ) from error
+
+
+def check_run(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds a run of another recipe; a folder without a run is accepted.
+
+    Raises:
+        ValueError: If the folder holds another recipe, or a checkpoint of the same one with other settings.
+    """
+    if not (folder / RECIPE).exists():
+        return
+    stored = read_recipe(folder)
+    if stored.name != recipe.name:
+        raise ValueError(
+            f"{folder} holds a run of {stored.name!r}, not of {recipe.name!r}: choose another --run-folder."
+        )
+    old, new = ({**json.loads(one.to_json()), **_NOT_TRAINING} for one in (stored, recipe))
+    difference = first_difference(old, new)
+    if difference is not None and (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"{folder} was trained with other settings: {difference}. Use the same settings to resume, or another "
+            "--run-folder to start anew."
+        )
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -119,7 +241,7 @@ def write_summary(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
     bayesian = f", temperature {algorithm.temperature}" if algorithm.is_bayesian else ""
     steps = f"{result.num_steps} of {recipe.trainer.num_steps} meta-steps of {recipe.trainer.tasks_per_step} tasks"
     norm = recipe.network.arguments.get("norm", "batch" if recipe.network.name != "MLP" else "none")
-    _write(
+    write_text(
         folder / "README.md",
         f"""# {recipe.name}
 
@@ -153,10 +275,11 @@ def write_evaluation(folder: Path, evaluation: Evaluation, recipe: Recipe, *, se
         "tasks": _task_key(recipe, seed=seed, num_tasks=num_tasks),
         "step": step,
         "temperature": recipe.algorithm.temperature if recipe.algorithm.is_bayesian else None,
+        "algorithm": dataclasses.asdict(recipe.algorithm),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "metrics": {name: value._asdict() for name, value in evaluation.report.items()},
     }
-    _write(target / "report.json", json.dumps(report, indent=2) + "\n")
+    write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
     temporary = target / f".per_task.{os.getpid()}"
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -190,7 +313,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         if len(rows) != report["tasks"]["num_tasks"]:
             raise ValueError(f"per_task.csv has {len(rows)} tasks, report.json {report['tasks']['num_tasks']}")
         metrics = {name: Estimate(**value) for name, value in report["metrics"].items()}
-        return StoredEvaluation(report["tasks"], metrics, per_task)
+        return StoredEvaluation(report["tasks"], metrics, per_task, report["step"], report.get("algorithm"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} has not been evaluated: run `ibaml evaluate {folder}` first.") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -215,7 +338,9 @@ def _task_key(recipe: Recipe, *, seed: int, num_tasks: int) -> dict[str, Any]:
     return {"data": dataclasses.asdict(recipe.data), "seed": seed, "num_tasks": num_tasks}
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new, never a part."""
+    """Writes a text file in one move: a reader sees the old file or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)

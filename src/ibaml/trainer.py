@@ -180,7 +180,7 @@ class Trainer:
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
         if self.run_folder is not None:
-            _require_writable(self.run_folder)
+            require_writable(self.run_folder)
             if (self.run_folder / CHECKPOINT).exists():
                 self._resume(self.run_folder / CHECKPOINT)
         self._num_outputs = self._check_first_task(train_tasks, "training task")
@@ -466,8 +466,12 @@ def _caught_signals() -> Generator[list[int], None, None]:
             signal.signal(number, handler)
 
 
-def _require_writable(folder: Path) -> None:
-    """Creates the folder and a file in it, so that an unwritable place shows before any work."""
+def require_writable(folder: Path) -> None:
+    """Creates the folder and a file in it, so that an unwritable place shows before any work.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)

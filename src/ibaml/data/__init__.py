@@ -10,8 +10,11 @@ from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.glyphs import load_glyphs
 from ibaml.data.image_folder import load_image_folder
 from ibaml.data.locate import find_data_file
+from ibaml.data.mini_imagenet import load_mini_imagenet
 from ibaml.data.omniglot import load_omniglot
+from ibaml.data.restricted_pickle import load_arrays
 from ibaml.data.sinusoid import SinusoidTasks
+from ibaml.data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
     "ClassImages",
@@ -21,8 +24,11 @@ __all__ = [
     "SinusoidTasks",
     "closed_form_posterior",
     "find_data_file",
+    "load_arrays",
     "load_glyphs",
     "load_image_folder",
+    "load_mini_imagenet",
     "load_omniglot",
+    "load_tiny_imagenet",
     "with_rotations",
 ]

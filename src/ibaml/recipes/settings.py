@@ -1,23 +1,25 @@
-"""Recipes: named, complete, frozen configurations. A result's recipe name and seed reproduce it."""
+"""What a recipe consists of, how it is stored as JSON, and how single settings of it are changed by name."""
 
 import dataclasses
 import difflib
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.algorithms import Algorithm
 from ibaml.data import (
     EpisodeSampler,
     LinearRegressionTasks,
     SinusoidTasks,
     load_glyphs,
     load_image_folder,
+    load_mini_imagenet,
     load_omniglot,
+    load_tiny_imagenet,
 )
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
@@ -26,8 +28,10 @@ from ibaml.trainer import TrainerSettings
 from ibaml.types import TaskSampler
 
 Split = Literal["train", "validation", "test"]
-IMAGE_SOURCES = ("glyphs", "omniglot", "image_folder")
+IMAGE_SOURCES = ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet", "image_folder")
+"""Sources of image classification tasks."""
 SOURCES = (*IMAGE_SOURCES, "sinusoid", "bayesian_linear_regression")
+"""All sources of tasks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,10 @@ class DataSettings:
             images = load_omniglot(
                 split, root=data, protocol=self.protocol, image_size=self.image_size, rotations=rotations
             )
+        elif self.source == "mini_imagenet":
+            images = load_mini_imagenet(split, root=data, image_size=self.image_size)
+        elif self.source == "tiny_imagenet":
+            images = load_tiny_imagenet(split, root=data, image_size=self.image_size)
         else:
             if self.path is None:
                 raise ValueError(
@@ -115,7 +123,7 @@ class Recipe:
         network: Which network.
         algorithm: Which algorithm, with all settings.
         trainer: Settings of the outer loop.
-        likelihood: ``"categorical"`` or ``"gaussian"``.
+        likelihood: ``"categorical"``, ``"gaussian"`` or ``"unit_gaussian"``.
         adapt: Name patterns of the parameters that each task adapts.
         freeze: Name patterns of parameters that never change.
         num_test_tasks: Tasks of an evaluation.
@@ -251,134 +259,3 @@ def _describe(hint: Any) -> str:
         return "a JSON list such as " + ("[-7, -7]" if float in get_args(hint) else '["head.*"]')
     names = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
     return names.get(hint, "a name")
-
-
-def get_recipe(name: str) -> Recipe:
-    """Returns a recipe by name.
-
-    Raises:
-        ValueError: If there is none, with the nearest name.
-
-    Examples:
-        >>> get_recipe("glyphs_5way_5shot_ibaml").algorithm.name
-        'ibaml'
-    """
-    if name not in RECIPES:
-        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no recipe {name!r}; did you mean {nearest!r}? `ibaml recipes` lists all.")
-    return RECIPES[name]()
-
-
-# An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
-# steps or a weaker prior these runs ended where the inner loss was too sharp for gradient descent, with fewer steps
-# they learned less. A KL weight of 1.7e-4 and log-variances of -8 hold the weights with a strength of 0.5. In so few
-# steps the variances stay far from stationary, where the free preconditioner does not help.
-_KL_WEIGHT = 1.7e-4
-_IMAGE_ALGORITHMS: dict[str, dict[str, Any]] = {
-    "maml": {"inner_learning_rate": 0.4, "num_inner_steps": 3},
-    "imaml": {"inner_learning_rate": 0.1, "num_inner_steps": 12, "proximal_strength": 0.5, "num_linear_steps": 4},
-    "abml": {
-        "inner_learning_rate": 0.4,
-        "num_inner_steps": 3,
-        "num_samples": 1,
-        "initial_log_var": (-8.0, -8.0),
-    },
-    "ibaml": {
-        "inner_learning_rate": 0.1,
-        "num_inner_steps": 12,
-        "num_samples": 1,
-        "num_linear_steps": 4,
-        "precondition": False,
-        "initial_log_var": (-8.0, -8.0),
-    },
-}
-
-
-def _image_algorithm(name: str, num_support: int, **overrides: Any) -> Algorithm:
-    """Returns the algorithm of an image recipe, with the same KL weight whatever the size of the support set."""
-    algorithm = make_algorithm(name, **{**_IMAGE_ALGORITHMS[name], **overrides})
-    if not algorithm.is_bayesian:
-        return algorithm
-    return dataclasses.replace(algorithm, temperature=round(num_support * _KL_WEIGHT, 6))
-
-
-def _glyphs(algorithm: str) -> Recipe:
-    return Recipe(
-        name=f"glyphs_5way_5shot_{algorithm}",
-        description=f"{algorithm} on rendered characters, 5-way 5-shot; no Georgian or Armenian is seen in training",
-        data=DataSettings(source="glyphs", num_ways=5, num_shots=5, num_queries=5, num_test_queries=15),
-        network=NetworkSettings(
-            name="Conv4", arguments={"num_outputs": 5, "channels": 32, "downsample": "stride", "zero_head": True}
-        ),
-        algorithm=_image_algorithm(algorithm, num_support=25),
-        trainer=TrainerSettings(
-            num_steps=220,
-            tasks_per_step=4,
-            learning_rate=3e-3,
-            log_var_learning_rate=2e-2,
-            schedule="cosine",
-            validate_every=110,
-            num_validation_tasks=40,
-        ),
-        num_test_tasks=200,
-    )
-
-
-# The network of Finn et al. 2017, appendix A.1 (strided convolutions with 64 channels), and their inner learning rates.
-def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
-    overrides = {"inner_learning_rate": 0.1} if num_ways == 20 else {}
-    return Recipe(
-        name=f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}",
-        description=f"{algorithm} on Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016",
-        data=DataSettings(
-            source="omniglot", num_ways=num_ways, num_shots=num_shots, num_queries=num_shots, num_test_queries=15
-        ),
-        network=NetworkSettings(
-            name="Conv4", arguments={"num_outputs": num_ways, "channels": 64, "downsample": "stride", "zero_head": True}
-        ),
-        algorithm=_image_algorithm(algorithm, num_ways * num_shots, **overrides),
-        trainer=TrainerSettings(
-            num_steps=60_000,
-            tasks_per_step=8,
-            learning_rate=2e-3,
-            log_var_learning_rate=1e-2,
-            validate_every=200,
-            num_validation_tasks=60,
-            checkpoint_every=50,
-            log_every=20,
-        ),
-        num_test_tasks=1000,
-    )
-
-
-def _sinusoid(num_shots: int, algorithm: str) -> Recipe:
-    settings: dict[str, Any] = {"inner_learning_rate": 0.01, "num_inner_steps": 5}
-    if algorithm in ("abml", "ibaml", "vampire"):
-        settings |= {"num_samples": 2, "antithetic": True, "temperature": 0.1, "initial_log_var": (-7.0, -7.0)}
-    return Recipe(
-        name=f"sinusoid_{num_shots}shot_{algorithm}",
-        description=f"{algorithm} on sinusoid regression, {num_shots}-shot",
-        data=DataSettings(source="sinusoid", num_shots=num_shots, num_queries=10, num_test_queries=100),
-        network=NetworkSettings(name="MLP", arguments={"num_outputs": 1, "input_shape": 1, "hidden_sizes": (40, 40)}),
-        algorithm=make_algorithm(algorithm, **settings),
-        trainer=TrainerSettings(num_steps=10_000, tasks_per_step=16, validate_every=1000, log_every=50),
-        likelihood="gaussian",
-    )
-
-
-def _all_recipes() -> dict[str, Callable[[], Recipe]]:
-    recipes: dict[str, Callable[[], Recipe]] = {}
-    for algorithm in _IMAGE_ALGORITHMS:
-        recipes[f"glyphs_5way_5shot_{algorithm}"] = lambda a=algorithm: _glyphs(a)
-    for num_ways, num_shots in ((5, 1), (5, 5), (20, 1)):
-        for algorithm in _IMAGE_ALGORITHMS:
-            name = f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}"
-            recipes[name] = lambda w=num_ways, k=num_shots, a=algorithm: _omniglot(w, k, a)
-    for num_shots in (5, 10):
-        for algorithm in ("maml", "abml", "ibaml"):
-            recipes[f"sinusoid_{num_shots}shot_{algorithm}"] = lambda k=num_shots, a=algorithm: _sinusoid(k, a)
-    return recipes
-
-
-RECIPES: Mapping[str, Callable[[], Recipe]] = _all_recipes()
-"""All recipes by name."""

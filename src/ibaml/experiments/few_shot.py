@@ -1,0 +1,407 @@
+"""What Table 1 and Fig. 3 share: train several recipes in slices of minutes, then evaluate all on the same test tasks.
+
+Everything is kept in the output folder, so that a call does what is still to be done and no more:
+
+| file | what |
+|---|---|
+| runs/NAME/ | the run folder of each recipe, as ``ibaml train`` makes it |
+| slices.csv | a row for every slice of training: run, date, device, versions, steps, seconds |
+
+A run that has all its meta-steps is not trained again, and a state that was evaluated on these tasks is not evaluated
+again. The state that is evaluated has the lowest nll on validation tasks; test tasks choose nothing.
+"""
+
+import csv
+import dataclasses
+import difflib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from rich.console import Console
+
+from ibaml import runs
+from ibaml.checkpoint import load_tensors
+from ibaml.metrics import Estimate, paired_difference
+from ibaml.recipes import Recipe, get_recipe
+from ibaml.recipes.few_shot import METHODS, Scale, recipe_name
+from ibaml.runs import StoredEvaluation
+from ibaml.trainer import BEST, CHECKPOINT
+
+Source = Literal["tiny_imagenet", "mini_imagenet"]
+Stage = Literal["both", "train", "evaluate"]
+SLICES = "slices.csv"
+REFERENCE = "maml_k5"
+"""The method that the others are compared with, task by task."""
+
+_DISPLAY_NAMES = {"maml": "MAML", "abml": "ABML", "ibaml": "iBaML"}
+_LABELS: Mapping[tuple[Source, Scale], str] = {
+    ("tiny_imagenet", "laptop"): "Tiny-ImageNet stand-in, laptop scale: not miniImageNet, nor the paper's settings",
+    ("tiny_imagenet", "paper"): "Tiny-ImageNet stand-in, the paper's scale: not miniImageNet",
+    ("mini_imagenet", "laptop"): "miniImageNet, laptop scale: not the paper's settings",
+    ("mini_imagenet", "paper"): "miniImageNet, the paper's scale",
+}
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShotSettings:
+    """Settings of an experiment on few-shot image classification.
+
+    Attributes:
+        source: ``"tiny_imagenet"``, the stand-in, or ``"mini_imagenet"``, the paper's data.
+        scale: ``"laptop"``: smaller images and network, fewer and larger steps, about ten minutes a method on one core.
+            ``"paper"``: the paper's settings, for an accelerator.
+        stage: ``"train"``, ``"evaluate"`` (the states that there are), or ``"both"``.
+        max_minutes: Train each run for at most so long in this call, ready to go on in the next. None: to the end.
+        steps: Meta-steps of every run, instead of the recipes'.
+        num_tasks: Test tasks, at least 2.
+        seed: Names the set of test tasks.
+        device: ``"auto"`` (CUDA if present), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+        only: Restrict to these methods, such as ``("maml_k5", "ibaml_k10")``. Empty: all.
+        changes: Further settings of every recipe, as for ``Recipe.override``: for experiments beyond the paper's.
+    """
+
+    source: Source = "tiny_imagenet"
+    scale: Scale = "laptop"
+    stage: Stage = "both"
+    max_minutes: float | None = None
+    steps: int | None = None
+    num_tasks: int = 1000
+    seed: int = 0
+    device: str = "auto"
+    only: tuple[str, ...] = ()
+    changes: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
+    num_shots: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        """Refuses settings without a meaning."""
+        for field, choices in (("source", get_args(Source)), ("scale", get_args(Scale)), ("stage", get_args(Stage))):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} must be one of {', '.join(choices)}, but is {getattr(self, field)!r}.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(
+                f"max_minutes must be positive, but is {self.max_minutes}; to train no further use stage='evaluate'."
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, but is {self.steps}.")
+        if self.num_tasks < 2:
+            raise ValueError(f"num_tasks must be at least 2, for an interval over tasks, but is {self.num_tasks}.")
+        for name in self.only:
+            if name not in self.methods:
+                nearest = difflib.get_close_matches(name, self.methods, n=1, cutoff=0.0)[0]
+                raise ValueError(f"only names {name!r}; did you mean {nearest!r}? There are {', '.join(self.methods)}.")
+
+    @property
+    def label(self) -> str:
+        """What data and which scale, and what was changed: to be shown with every result."""
+        changes = dict(self.changes) | ({} if self.steps is None else {"trainer.num_steps": str(self.steps)})
+        changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
+        return _LABELS[self.source, self.scale] + (f"; changed: {changed}" if changed else "")
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Returns the recipe of each method, in the order of the methods, with the changes made.
+
+        Raises:
+            ValueError: If a change names no setting or a value is refused.
+        """
+        changes = dict(self.changes) | ({} if self.steps is None else {"trainer.num_steps": str(self.steps)})
+        return {
+            method: get_recipe(recipe_name(self.source, self.num_shots, method, self.scale)).override(changes)
+            for method in self.methods
+            if not self.only or method in self.only
+        }
+
+
+class RunResult(NamedTuple):
+    """How far a run has come, and how good its chosen state is.
+
+    Attributes:
+        method: Name of the method, such as ``"ibaml_k10"``.
+        recipe: The run's recipe.
+        folder: The run folder.
+        num_steps: Meta-steps taken so far.
+        seconds: Seconds of training, validation included, over all slices.
+        devices: What it was trained on, without repetition.
+        evaluation: The chosen state on the test tasks; None if it was not asked for.
+        differences: Each metric minus that of the reference, over paired tasks; empty for the reference itself, and
+            without one.
+    """
+
+    method: str
+    recipe: Recipe
+    folder: Path
+    num_steps: int
+    seconds: float
+    devices: tuple[str, ...]
+    evaluation: StoredEvaluation | None
+    differences: Mapping[str, Estimate]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all meta-steps have been taken."""
+        return self.num_steps >= self.recipe.trainer.num_steps
+
+
+def run_methods(
+    settings: FewShotSettings, *, folder: Path, data: Path | None = None, console: Console | None = None
+) -> tuple[RunResult, ...]:
+    """Runs the methods of an experiment by its settings; arguments and errors are those of ``run_recipes``.
+
+    Raises:
+        ValueError: Also if a setting is refused, or CUDA is asked for and absent.
+    """
+    return run_recipes(
+        settings.recipes(),
+        folder=folder,
+        reference=REFERENCE,
+        stage=settings.stage,
+        max_minutes=settings.max_minutes,
+        num_tasks=settings.num_tasks,
+        seed=settings.seed,
+        device=resolve_device(settings.device),
+        data=data,
+        console=console,
+    )
+
+
+def run_recipes(
+    recipes: Mapping[str, Recipe],
+    *,
+    folder: Path,
+    reference: str | None = None,
+    stage: Stage = "both",
+    max_minutes: float | None = None,
+    num_tasks: int = 1000,
+    seed: int = 0,
+    device: torch.device,
+    data: Path | None = None,
+    console: Console | None = None,
+) -> tuple[RunResult, ...]:
+    """Trains each recipe for a slice, if it is not finished, and evaluates each chosen state on the same tasks.
+
+    Args:
+        recipes: Method name to recipe; all have the same data settings.
+        folder: Output folder; call again with the same one to go on.
+        reference: Method to which the others are compared task by task; ignored if it is not among ``recipes``.
+        stage: ``"train"``, ``"evaluate"`` or ``"both"``.
+        max_minutes: Longest slice of each run.
+        num_tasks: Test tasks, at least 2.
+        seed: Names the set of test tasks.
+        device: Where to compute.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        console: Where progress is shown; None is silent.
+
+    Raises:
+        FileNotFoundError: If a data file is not found, or a run is to be evaluated that was never trained.
+        ValueError: If the folder holds a run with other settings, a file is damaged, or the recipes' tasks differ.
+        OSError: If the folder cannot be written.
+        TrainingDivergedError: If a loss or gradient is not finite; what the runs before it have is kept.
+        FloatingPointError: If predictions are not finite, naming the task.
+        KeyboardInterrupt: If training was interrupted; everything is saved.
+
+    Cost:
+        A call that finds everything done reads the stored results only.
+    """
+    if not recipes:
+        raise ValueError("recipes is empty; expected at least one method.")
+    if num_tasks < 2:
+        raise ValueError(f"num_tasks must be at least 2, for an interval over tasks, but is {num_tasks}.")
+    first = next(iter(recipes))
+    for method, recipe in recipes.items():
+        if recipe.data != recipes[first].data:
+            raise ValueError(
+                f"{first} and {method} have different data settings ({recipes[first].data} and {recipe.data}): methods "
+                "can be compared on the same tasks only."
+            )
+    folders = {method: folder / "runs" / recipe.name for method, recipe in recipes.items()}
+    # All before any work: the last of five runs should not fail after hours for what was known at the start.
+    for method, recipe in recipes.items():
+        runs.check_run(folders[method], recipe)
+    if stage == "evaluate":
+        untrained = [method for method in recipes if not (folders[method] / BEST).is_file()]
+        if untrained:
+            raise FileNotFoundError(
+                f"{', '.join(untrained)} cannot be evaluated before any training: there is no state in "
+                f"{folder / 'runs'}. Train first (stage 'train' or 'both'), or name the trained methods with `only`."
+            )
+    else:
+        for method, recipe in recipes.items():
+            _train_slice(recipe, folders[method], folder / SLICES, device, max_minutes, data, console)
+    evaluations: dict[str, StoredEvaluation | None] = dict.fromkeys(recipes)
+    if stage != "train":
+        for method, recipe in recipes.items():
+            evaluations[method] = _evaluation(recipe, folders[method], num_tasks, seed, device, data, console)
+    devices = _devices(folder / SLICES)
+    base = None if reference is None else evaluations.get(reference)
+    results: list[RunResult] = []
+    for method, recipe in recipes.items():
+        num_steps, seconds = _progress_of(folders[method])
+        evaluation = evaluations[method]
+        differences: dict[str, Estimate] = {}
+        if evaluation is not None and base is not None and method != reference:
+            differences = {
+                name: paired_difference(value, base.per_task[name]) for name, value in evaluation.per_task.items()
+            }
+        known = devices.get(recipe.name, ("unknown",))
+        results.append(RunResult(method, recipe, folders[method], num_steps, seconds, known, evaluation, differences))
+    return tuple(results)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device of a name; ``"auto"`` is CUDA if present.
+
+    Raises:
+        ValueError: If it is no device of this kind, or CUDA is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, but is {name!r}.") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device is {name!r}, but this torch finds {count} CUDA device(s): use cpu.")
+    return device
+
+
+def display_name(recipe: Recipe) -> str:
+    """Returns how a method is called in tables and figures, such as ``iBaML, K = 10``."""
+    algorithm = recipe.algorithm
+    return f"{_DISPLAY_NAMES.get(algorithm.name, algorithm.name)}, K = {algorithm.num_inner_steps}"
+
+
+def notes(settings: FewShotSettings, results: Sequence[RunResult]) -> list[str]:
+    """Returns the sentences that belong below every table: tasks, choice of state, settings, how far training went."""
+    recipe = results[0].recipe
+    bayesian = next((result.recipe.algorithm for result in results if result.recipe.algorithm.is_bayesian), None)
+    norm = recipe.network.arguments.get("norm", "batch")
+    transductive = " statistics of the queries classified together (transductive)" if norm == "batch" else ""
+    lines = [
+        f"Data and scale: {settings.label}.",
+        f"{settings.num_tasks:,} test tasks, the same for every method (seed {settings.seed}), "
+        f"{recipe.data.num_ways}-way {recipe.data.num_shots}-shot with {recipe.data.num_test_queries} query images a "
+        "class; intervals are 95% over tasks, differences are paired by task.",
+        "State: the lowest nll on validation tasks.",
+        f"{recipe.network.name}, {recipe.network.arguments['channels']} channels, "
+        f"{recipe.data.image_size} x {recipe.data.image_size} images, normalisation: {norm}{transductive}.",
+    ]
+    if bayesian is not None:
+        lines.append(
+            f"Temperature {bayesian.temperature:g}, {bayesian.num_samples} weight samples in training and "
+            f"{bayesian.num_evaluation_samples} in prediction."
+        )
+    lines.append(f"Trained on: {'; '.join(dict.fromkeys(name for result in results for name in result.devices))}.")
+    if unfinished := [result for result in results if not result.is_finished]:
+        steps = ", ".join(
+            f"{display_name(result.recipe)} at {result.num_steps:,} of {result.recipe.trainer.num_steps:,}"
+            for result in unfinished
+        )
+        lines.append(f"**Training is not finished**: {steps} meta-steps.")
+    return lines
+
+
+def _train_slice(
+    recipe: Recipe,
+    folder: Path,
+    slices: Path,
+    device: torch.device,
+    max_minutes: float | None,
+    data: Path | None,
+    console: Console | None,
+) -> None:
+    before, seconds_before = _progress_of(folder)
+    if before >= recipe.trainer.num_steps:
+        _say(console, f"{recipe.name} has its {recipe.trainer.num_steps:,} meta-steps.")
+        return
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    result = runs.train_run(recipe, folder, data=data, device=device, max_minutes=max_minutes, console=console)
+    row = {
+        "run": recipe.name,
+        "date": date,
+        "device": _describe(device),
+        "torch": torch.__version__,
+        "first_step": before,
+        "last_step": result.num_steps,
+        "seconds": round(_progress_of(folder)[1] - seconds_before, 1),
+        "stop_reason": result.stop_reason,
+    }
+    is_new = not slices.exists()
+    with slices.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+    if result.stop_reason == "interrupted":
+        raise KeyboardInterrupt
+    _say(console, f"{recipe.name}: step {result.num_steps:,} of {recipe.trainer.num_steps:,}, {result.stop_reason}.")
+
+
+def _evaluation(
+    recipe: Recipe,
+    folder: Path,
+    num_tasks: int,
+    seed: int,
+    device: torch.device,
+    data: Path | None,
+    console: Console | None,
+) -> StoredEvaluation:
+    """Returns the stored evaluation if it is of this state, algorithm and set of tasks, or makes it anew."""
+    wanted = json.loads(recipe.to_json())
+    try:
+        stored = runs.read_evaluation(folder)
+    except FileNotFoundError:
+        stored = None
+    step = load_tensors(folder / BEST)[1]["step"]
+    tasks = {"data": wanted["data"], "seed": seed, "num_tasks": num_tasks}
+    if stored is not None and (stored.step, stored.tasks, stored.algorithm) == (step, tasks, wanted["algorithm"]):
+        return stored
+    _say(console, f"Evaluating {recipe.name}, state of step {step:,}, on {num_tasks:,} test tasks.")
+    last_line = time.monotonic()
+
+    def on_progress(done: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            _say(console, f"{done:,} of {num_tasks:,} tasks")
+
+    runs.evaluate_run(folder, num_tasks=num_tasks, seed=seed, data=data, device=device, on_progress=on_progress)
+    return runs.read_evaluation(folder)
+
+
+def _progress_of(folder: Path) -> tuple[int, float]:
+    """Returns the meta-steps and seconds of training of a run, zero if there is none."""
+    if not (folder / CHECKPOINT).is_file():
+        return 0, 0.0
+    metadata = load_tensors(folder / CHECKPOINT)[1]
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
+def _devices(slices: Path) -> dict[str, tuple[str, ...]]:
+    """Returns what each run was trained on."""
+    if not slices.is_file():
+        return {}
+    with slices.open(newline="") as file:
+        found = [(row["run"], row["device"]) for row in csv.DictReader(file)]
+    return {run: tuple(dict.fromkeys(device for name, device in found if name == run)) for run, _ in found}
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {count} thread{'s' if count > 1 else ''}"
+
+
+def _say(console: Console | None, line: str) -> None:
+    if console is not None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
