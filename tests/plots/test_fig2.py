@@ -83,7 +83,7 @@ def test_only_times_have_a_spread(figure: Figure) -> None:
     assert [len(axes.collections) for axes in (memory, products)] == [0, 0]
     assert [len(axes.collections) for axes in (backward, total)] == [len(CURVES)] * 2
     segments = backward.collections[0].get_segments()  # pyright: ignore[reportAttributeAccessIssue]
-    np.testing.assert_allclose(segments, [[(k, 0.18 * k), (k, 0.26 * k)] for k in (1, 5, 10)])
+    np.testing.assert_allclose(segments, [[(k, 0.18 * k), (k, 0.2 * k)] for k in (1, 5, 10)])
 
 
 def test_one_disturbed_repeat_does_not_flatten_the_curves() -> None:

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
@@ -39,15 +39,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import numpy as np
 import torch
 
-from ibaml import objectives, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise, make_algorithm
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.hypergradient import gaussian_implicit_hypergradient, implicit_hypergradient
+from ibaml.algorithms import make_algorithm
+from ibaml.experiments.meta_gradient import (
+    MetaGradientProblem,
+    PassCounter,
+    meta_gradient_in_halves,
+    peak_bytes_of,
+)
 from ibaml.likelihoods import Categorical
-from ibaml.linear_solve import cg
 from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
-from ibaml.types import Batch, Episode, Params, Tensor
+from ibaml.types import Batch, Episode
 
 AlgorithmName: TypeAlias = Literal["maml", "imaml", "abml", "ibaml"]
 DISPLAY_NAMES = {"maml": "MAML", "imaml": "iMAML", "abml": "ABML", "ibaml": "iBaML"}
@@ -334,6 +336,8 @@ def summary(result: Fig2Result) -> str:
     """Returns all numbers and how they came about as Markdown."""
     settings = result.settings
     lines = [
+        "# Fig. 2: cost of one meta-gradient",
+        "",
         f"One meta-gradient of Conv4-{settings.num_channels} (max-pooling, batch normalisation), "
         f"{settings.image_size} x {settings.image_size} x 3 random images, {settings.num_ways}-way "
         f"{settings.num_shots}-shot, {settings.num_queries} query images a class, "
@@ -381,52 +385,6 @@ def summary(result: Fig2Result) -> str:
         names = ", ".join(f"{curve_name(p.algorithm, p.num_linear_steps)} at K = {p.num_inner_steps}" for p in early)
         lines += ["", f"Conjugate gradients stopped before step L, so that the cost is too low: {names}."]
     return "\n".join(lines) + "\n"
-
-
-class MetaGradientProblem(NamedTuple):
-    """One task with all that one meta-gradient needs.
-
-    Attributes:
-        algorithm: MAML, iMAML, ABML or iBaML.
-        nll: Per-example nll.
-        meta: Where the gradient is taken.
-        episode: Support and query set.
-        noise: Noise of the weight samples.
-    """
-
-    algorithm: Algorithm
-    nll: TaskNll
-    meta: MetaParameters
-    episode: Episode
-    noise: TaskNoise
-
-    def adapt(self, meta: MetaParameters) -> Any:
-        """Returns the result of K inner steps."""
-        return self.algorithm.adapt(self.nll, meta, self.episode.support, self.noise).value
-
-    def expected_nll(self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch) -> Tensor:
-        """Returns the expected nll of a distribution over weights."""
-        return objectives.expected_nll(lambda weights, batch: self.nll(weights, shared, batch), posterior, noise, batch)
-
-    def inner_loss(self, weights: Params, meta: MetaParameters) -> Tensor:
-        """Returns the inner loss of iMAML: support nll and a pull towards the initial weights."""
-        nll = self.nll(weights, meta.shared, self.episode.support).mean()
-        centre = cast(Params, meta.prior)
-        return nll + objectives.proximal_penalty(weights, centre, self.algorithm.proximal_strength)
-
-    def outer_loss(self, adapted: Any, meta: MetaParameters) -> Tensor:
-        """Returns the outer loss: the query nll; for ABML that of both sets and the KL divergence."""
-        support, query = self.episode
-        if not self.algorithm.is_bayesian:
-            return self.nll(adapted, meta.shared, query).mean()
-        query_loss = self.expected_nll(adapted, meta.shared, self.noise.outer, query)
-        if self.algorithm.outer != "abml":
-            return query_loss
-        support_loss = self.expected_nll(adapted, meta.shared, self.noise.inner, support)
-        num_support, num_query = len(support.y), len(query.y)
-        loss = (num_support * support_loss + num_query * query_loss) / (num_support + num_query)
-        weight = objectives.kl_weight(num_support + num_query, self.algorithm.temperature)
-        return objectives.negative_elbo(loss, adapted, cast(DiagonalGaussian, meta.prior), weight)
 
 
 def build_problem(
@@ -480,141 +438,6 @@ def build_problem(
     noise = built.draw_noise(meta, generator=generator)
     episode = Episode(batch(settings.num_shots), batch(settings.num_queries))
     return MetaGradientProblem(built, model.nll, meta, episode, noise), model
-
-
-def meta_gradient_in_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    """Computes ``Algorithm.hypergradient`` with a stop between the forward and the backward half.
-
-    Args:
-        problem: The task.
-
-    Yields:
-        None when the forward half is done, then the meta-gradient.
-    """
-    if problem.algorithm.estimator == "unrolled":
-        return _explicit_halves(problem)
-    return _implicit_halves(problem)
-
-
-def _explicit_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    value, pullback = torch.func.vjp(lambda meta: problem.outer_loss(problem.adapt(meta), meta), problem.meta)[:2]
-    yield None
-    yield pullback(torch.ones_like(value))[0]
-
-
-def _implicit_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    algorithm, meta, support = problem.algorithm, problem.meta, problem.episode.support
-    adapted = problem.adapt(meta)
-    value, pullback = torch.func.vjp(problem.outer_loss, adapted, meta)[:2]
-    yield None
-    by_adapted, by_meta = pullback(torch.ones_like(value))
-    # The graph of the query set; the library's own estimators let go of it before the linear solve as well.
-    del pullback
-
-    def linear_outer_loss(adapted: Any, meta: MetaParameters) -> Tensor:
-        # Has the gradient of the outer loss here, and that is all that the estimators take from an outer loss.
-        return tree.dot(by_adapted, adapted) + tree.dot(by_meta, meta)
-
-    solver = partial(cg, max_steps=algorithm.num_linear_steps, rtol=algorithm.linear_rtol)
-    if not algorithm.is_bayesian:
-        yield implicit_hypergradient(problem.inner_loss, linear_outer_loss, adapted, meta, solver)[0]
-        return
-    (prior, shared), _ = gaussian_implicit_hypergradient(
-        lambda posterior, shared: problem.expected_nll(posterior, shared, problem.noise.inner, support),
-        lambda posterior, prior, shared: linear_outer_loss(posterior, MetaParameters(prior, shared)),
-        adapted,
-        cast(DiagonalGaussian, meta.prior),
-        objectives.kl_weight(len(support.y), algorithm.temperature),
-        solver,
-        shared=meta.shared,
-        precondition=algorithm.precondition,
-    )
-    yield MetaParameters(prior, shared)
-
-
-class PassCounter:
-    """Counts gradients of a model's nll and products with its second derivatives.
-
-    A probe sits in the network's outputs. Differentiating goes back through it once. A product with second derivatives
-    goes back through that gradient, so through the derivative of the probe, and through the probe once more.
-    """
-
-    def __init__(self) -> None:
-        self._num_backward = 0
-        self._num_second_backward = 0
-
-    @property
-    def num_gradients(self) -> int:
-        """Gradients so far, one for every batch and weight sample."""
-        return self._num_backward - self._num_second_backward
-
-    @property
-    def num_hvps(self) -> int:
-        """Products so far, one for every batch and weight sample."""
-        return self._num_second_backward
-
-    def nll(self, model: Model) -> TaskNll:
-        """Returns ``model.nll`` with the probe in it."""
-
-        def counted(adapted: Params, shared: Params, batch: Batch) -> Tensor:
-            outputs = cast(Tensor, _Probe.apply(model.outputs(adapted, shared, batch.x), self._on_backward))
-            return model.likelihood.nll(outputs, batch.y, shared)
-
-        return counted
-
-    def _on_backward(self, gradient: Tensor) -> Tensor:
-        self._num_backward += 1
-        return cast(Tensor, _Probe.apply(gradient, self._on_second_backward))
-
-    def _on_second_backward(self, gradient: Tensor) -> Tensor:
-        self._num_second_backward += 1
-        return gradient
-
-
-class _Probe(torch.autograd.Function):
-    """The identity; its derivative passes through a given function."""
-
-    @staticmethod
-    def forward(value: Tensor, on_backward: Callable[[Tensor], Tensor]) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.on_backward = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.on_backward(gradients[0]), None
-
-
-def peak_bytes_of(function: Callable[[], object], device: torch.device) -> int:
-    """Returns the peak, during a call, of the bytes of all tensors that the call allocates.
-
-    Args:
-        function: What to call.
-        device: Whose memory to look at.
-    """
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
-    allocations = [event["args"] for event in events]
-    if not allocations:
-        return 0
-    # The total carries what earlier profiles of the process saw allocated and not freed.
-    before = allocations[0]["Total Allocated"] - allocations[0]["Bytes"]
-    return max(each["Total Allocated"] for each in allocations) - before
 
 
 def _curves(settings: Fig2Settings) -> list[tuple[AlgorithmName, int | None]]:

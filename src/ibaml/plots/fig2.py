@@ -36,9 +36,9 @@ _DASHES = ("--", ":", "-.", (0, (1, 1)), (0, (5, 1)))
 def fig2(result: Fig2Result) -> Figure:
     """Backward time, peak memory, time of both halves and Hessian-vector products against K, all from zero.
 
-    Times are medians, with a bar from the shortest to the longest repeat; panels are as high as the medians ask for, so
-    that the bar of a single disturbed repeat may be cut off. Explicit algorithms have solid lines, implicit ones a
-    broken line for each number L of conjugate gradient steps.
+    Times are medians, with a bar down to the shortest repeat: what else happens on a machine only adds to a time, and
+    a single disturbed repeat may take ten times as long. Explicit algorithms have solid lines, implicit ones a broken
+    line for each number L of conjugate gradient steps.
 
     Args:
         result: What ``ibaml.experiments.fig2.run`` returned.
@@ -92,7 +92,7 @@ def _draw(axes: Axes, panel: _Panel, result: Fig2Result) -> None:
         )
         spread = [value for value in values if isinstance(value, Duration)]
         if spread:
-            low, high = [value.shortest for value in spread], [value.longest for value in spread]
+            low, high = [value.shortest for value in spread], [value.median for value in spread]
             axes.vlines(steps, low, high, color=_COLORS[algorithm], linewidth=1.2)
     axes.set_title(panel.title, loc="left")
     axes.set_xlabel("Inner steps K")
