@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibaml import cli, runs
+from ibaml import runs
 from ibaml.checkpoint import load_tensors
 from ibaml.cli import main
 from ibaml.metrics import paired_difference
@@ -137,7 +137,7 @@ def test_misspelt_commands_exit_with_two(ibaml, command):
         ),
         (("train", SINUSOID, "--steps", "0"), "num_steps must be at least 1, but is 0."),
         (("train", SINUSOID, "--max-minutes", "0"), "max_minutes must be positive, but is 0"),
-        (("train", SINUSOID, "--device", "quantum"), "--device must be auto, cpu, cuda or cuda:N, but is 'quantum'."),
+        (("train", SINUSOID, "--device", "quantum"), "device must be auto, cpu, cuda or cuda:N, but is 'quantum'."),
         (("train", SINUSOID, "--threads", "0"), "--threads must be at least 1, but is 0."),
         (
             ("train", SINUSOID, "--set", "network.arguments.width=3"),
@@ -165,16 +165,16 @@ def test_cuda_without_cuda(ibaml, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, errors = ibaml("train", SINUSOID, "--device", device)
     assert code == 2
-    assert f"--device is {device!r}, but this torch finds no CUDA device: use --device cpu." in errors
+    assert f"device is {device!r}, but this torch finds no CUDA device(s): use cpu." in errors
 
 
 def test_cuda_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert cli._device("auto") == torch.device("cuda")
-    assert cli._device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(ValueError, match="--device is 'cuda:1', but this torch finds 1 CUDA device"):
-        cli._device("cuda:1")
+    assert runs.resolve_device("auto") == torch.device("cuda")
+    assert runs.resolve_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="device is 'cuda:1', but this torch finds 1 CUDA device"):
+        runs.resolve_device("cuda:1")
 
 
 def test_missing_data_says_where_it_was_looked_for(ibaml, tmp_path):

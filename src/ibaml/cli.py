@@ -103,7 +103,7 @@ def train(
     if seed is not None:
         changes["trainer.seed"] = str(seed)
     chosen = chosen.override(changes)
-    where = _device(device)
+    where = runs.resolve_device(device)
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads must be at least 1, but is {threads}.")
@@ -148,7 +148,7 @@ def evaluate_run(
     """
     changes = dict(_split_setting(item) for group in set for item in group)
     num_tasks = runs.read_recipe(run).override(changes).num_test_tasks if tasks is None else tasks
-    where = _device(device)
+    where = runs.resolve_device(device)
     with _progress("evaluate", num_tasks) as on_progress:
         recipe, result, step, target, sampler = runs.evaluate_run(
             run,
@@ -304,20 +304,6 @@ def _progress(name: str, total: int | None) -> Generator[Callable[..., None], No
     ) as progress:
         task = progress.add_task(name, total=total)
         yield lambda done, total=total: progress.update(task, completed=done, total=total)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, but is {name!r}.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}, but this torch finds no CUDA device: use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}, but this torch finds {torch.cuda.device_count()} CUDA device(s).")
-    return device
 
 
 def _split_setting(item: str) -> tuple[str, str]:

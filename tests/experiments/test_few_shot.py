@@ -317,21 +317,21 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path, monkeypatch, source
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_cuda_without_cuda(monkeypatch, tmp_path, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=re.escape(f"device is {name!r}, but this torch finds 0 CUDA device(s): use")):
+    with pytest.raises(ValueError, match=re.escape(f"device is {name!r}, but this torch finds no CUDA device(s): use")):
         run_methods(dataclasses.replace(SETTINGS, device=name), folder=tmp_path)
 
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert few_shot.resolve_device("auto") == few_shot.resolve_device("cpu") == CPU
+    assert runs.resolve_device("auto") == runs.resolve_device("cpu") == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert few_shot.resolve_device("auto") == torch.device("cuda")
-    assert few_shot.resolve_device("cuda:0") == torch.device("cuda:0")
+    assert runs.resolve_device("auto") == torch.device("cuda")
+    assert runs.resolve_device("cuda:0") == torch.device("cuda:0")
     with pytest.raises(ValueError, match=re.escape("device is 'cuda:1', but this torch finds 1 CUDA device(s)")):
-        few_shot.resolve_device("cuda:1")
+        runs.resolve_device("cuda:1")
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, but is 'quantum'."):
-        few_shot.resolve_device("quantum")
+        runs.resolve_device("quantum")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
     assert few_shot._describe(torch.device("cuda:0")) == "card of cuda:0"
 

@@ -262,7 +262,7 @@ def test_cuda_where_there_is_none_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device is 'cuda', but this torch finds 0 CUDA device"):
+    with pytest.raises(ValueError, match="device is 'cuda', but this torch finds no CUDA device"):
         sinusoid.run(small_settings(device="cuda"), folder=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

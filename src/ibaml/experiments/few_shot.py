@@ -166,7 +166,7 @@ def run_methods(
         max_minutes=settings.max_minutes,
         num_tasks=settings.num_tasks,
         seed=settings.seed,
-        device=resolve_device(settings.device),
+        device=runs.resolve_device(settings.device),
         data=data,
         console=console,
     )
@@ -253,25 +253,6 @@ def run_recipes(
         known = devices.get(recipe.name, ("unknown",))
         results.append(RunResult(method, recipe, folders[method], num_steps, seconds, known, evaluation, differences))
     return tuple(results)
-
-
-def resolve_device(name: str) -> torch.device:
-    """Returns the device of a name; ``"auto"`` is CUDA if present.
-
-    Raises:
-        ValueError: If it is no device of this kind, or CUDA is asked for and absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, but is {name!r}.") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device is {name!r}, but this torch finds {count} CUDA device(s): use cpu.")
-    return device
 
 
 def display_name(recipe: Recipe) -> str:

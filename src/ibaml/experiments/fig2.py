@@ -49,6 +49,7 @@ from ibaml.experiments.meta_gradient import (
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
+from ibaml.runs import resolve_device
 from ibaml.types import Batch, Episode
 
 AlgorithmName: TypeAlias = Literal["maml", "imaml", "abml", "ibaml"]
@@ -216,7 +217,7 @@ def run(settings: Fig2Settings, *, on_progress: Callable[[int, int], None] | Non
     Cost:
         ``num_repeats + 1`` meta-gradients per point and one start of Python. One process per K is alive at a time.
     """
-    settings = dataclasses.replace(settings, device=_resolve_device(settings.device))
+    settings = dataclasses.replace(settings, device="cuda" if resolve_device(settings.device).type == "cuda" else "cpu")
     curves = _curves(settings)
     num_measurements = len(curves) * len(settings.inner_steps) * (settings.num_repeats + 1)
     done = itertools.count(1)
@@ -489,14 +490,6 @@ def _backward_ratio(a: CostPoint, b: CostPoint) -> float:
     return a.backward_seconds.shortest / b.backward_seconds.shortest
 
 
-def _resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but this torch finds no CUDA device: use 'cpu' or 'auto'.")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
 def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
@@ -561,7 +554,7 @@ def _serve(request: str, commands: Iterable[str], answer: Callable[[str], object
     settings = Fig2Settings(**cast(dict[str, Any], fields))
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    device = torch.device(_resolve_device(settings.device))
+    device = resolve_device(settings.device)
     problem, model = build_problem(settings, algorithm, num_inner_steps, num_linear_steps, device=device)
     for command in commands:
         answered = _count(problem, model, device) if command.strip() == "count" else _time(problem, device)

@@ -17,7 +17,6 @@ from rich.console import Console
 from ibaml import runs, tree
 from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
-from ibaml.experiments.few_shot import resolve_device
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
 from ibaml.prediction import RegressionPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe
@@ -205,7 +204,7 @@ def run(settings: SinusoidSettings, *, folder: Path, console: Console | None = N
         The meta-steps that are still to be taken; then, for each run and number of inner steps, one adaptation and ten
         predictions per test task.
     """
-    device = resolve_device(settings.device)
+    device = runs.resolve_device(settings.device)
     recipes = settings.recipes()
     for recipe in recipes:
         result = runs.train_run(
