@@ -380,9 +380,9 @@ def test_evaluate_reports_what_it_stores(ibaml, trained):
     code, output, errors = ibaml("evaluate", trained / "b", "--tasks", 5)
     assert code == 0
     step = load_tensors(trained / "b" / BEST)[1]["step"]
-    assert f"sinusoid_5shot_ibaml: 5 test tasks, seed 0, state of step {step}, temperature 0.05" in output
+    assert f"sinusoid_5shot_ibaml: 5 test tasks, seed 0, state of step {step}, temperature 0.025" in output
     report = json.loads((trained / "b" / "evaluation" / "report.json").read_text())
-    assert report["temperature"] == 0.05 and report["step"] == step
+    assert report["temperature"] == 0.025 and report["step"] == step
     with (trained / "b" / "evaluation" / "per_task.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == ["0", "1", "2", "3", "4"]

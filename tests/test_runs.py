@@ -74,7 +74,7 @@ def test_opening_again(tmp_path):
     ("changes", "message"),
     [
         ({"data.num_shots": "2"}, "data.num_shots was 5 and is now 2"),
-        ({"algorithm.temperature": "1.0"}, "algorithm.temperature was 0.05 and is now 1.0"),
+        ({"algorithm.temperature": "1.0"}, "algorithm.temperature was 0.025 and is now 1.0"),
         ({"trainer.seed": "3"}, "trainer.seed was 0 and is now 3"),
         ({"network.arguments.hidden_sizes": "[5]"}, "network.arguments.hidden_sizes was [4] and is now [5]"),
     ],
@@ -242,7 +242,7 @@ def test_the_summary_says_what_it_is(trained):
     assert text.startswith("# sinusoid_5shot_ibaml\n")
     assert "- 2 of 2 meta-steps of 2 tasks; ended: completed." in text
     assert f"- Chosen checkpoint: step {result.best_step}, by validation nll." in text
-    assert "- ibaml: implicit gradient, 10 inner steps, temperature 0.05." in text
+    assert "- ibaml: implicit gradient, 20 inner steps, temperature 0.025." in text
     assert "- MLP, normalisation policy: none." in text
     assert f"Evaluate: `ibaml evaluate {folder}`." in text
     for name in ("recipe.json", "environment.json", CHECKPOINT, BEST):
@@ -274,8 +274,8 @@ def test_an_evaluation_is_read_back(tmp_path):
     assert tensors.keys() == {"targets", "mean", "variance"} and torch.equal(tensors["mean"], result.mean)
     assert metadata == {"recipe": recipe.name, "seed": 4}
     report = json.loads((target / "report.json").read_text())
-    assert (report["step"], report["temperature"]) == (2, 0.05)
-    assert (stored.step, stored.algorithm["temperature"]) == (2, 0.05)
+    assert (report["step"], report["temperature"]) == (2, 0.025)
+    assert (stored.step, stored.algorithm["temperature"]) == (2, 0.025)
     # As earlier versions wrote it.
     del report["algorithm"]
     (target / "report.json").write_text(json.dumps(report))

@@ -22,6 +22,7 @@ from ibaml.types import Batch
 SMALL = {
     "algorithm.num_inner_steps": "2",
     "algorithm.inner_learning_rate": "0.001",
+    "algorithm.num_samples": "1",
     "algorithm.num_evaluation_samples": "4",
     "trainer.tasks_per_step": "3",
     "trainer.num_steps": "2",
@@ -195,6 +196,8 @@ def test_the_summary_names_what_was_done_and_the_reference(result: SinusoidResul
     assert text.count("| MAML |") == 1
     assert f"temperature {ibaml.recipe.algorithm.temperature:g}" in text
     assert "6 test tasks (seed 0) of 20 query points" in text
+    assert "unrolled gradient; 2 steps of gradient descent with rate 0.001; likelihood" in text
+    assert "1 weight sample in training and 4 in prediction" in text
 
 
 def test_the_recipes_are_the_named_ones_and_steps_can_be_changed() -> None:

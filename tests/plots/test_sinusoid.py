@@ -50,7 +50,8 @@ def experiment(
             steps = sorted({1, 5, 10, recipe.algorithm.num_inner_steps})
             points = tuple(point(k, (1 + index) / (k * num_shots), is_bayesian) for k in steps)
             examples = tuple(example(i) for i in range(num_examples)) if is_bayesian else ()
-            found.append(SinusoidRun(recipe, Path(name), 100, 90, 6.0, points, examples))
+            num_steps = recipe.trainer.num_steps
+            found.append(SinusoidRun(recipe, Path(name), num_steps, 90, 6.0, points, examples))
     return SinusoidResult(SinusoidSettings(shots=shots, algorithms=algorithms), tuple(found))
 
 
@@ -129,6 +130,15 @@ def test_bands_are_the_central_intervals_before_and_after_adaptation() -> None:
 )
 def test_what_there_is_not_gets_no_panel(changes: dict[str, Any], num_panels: int) -> None:
     assert len(plots.sinusoid(experiment(**changes)).axes) == num_panels
+
+
+def test_unfinished_training_is_said_in_the_title() -> None:
+    result = experiment()
+    first, *others = result.runs
+    assert plots.sinusoid(result).get_suptitle() == "Sinusoid regression"
+    stopped = first._replace(num_steps=first.recipe.trainer.num_steps - 1)
+    figure = plots.sinusoid(result._replace(runs=(stopped, *others)))
+    assert figure.get_suptitle() == "Sinusoid regression (training is not finished)"
 
 
 def test_nothing_is_cut_off_at_an_edge(tmp_path: Path, texts: Callable[[Figure], list[str]]) -> None:

@@ -166,6 +166,11 @@ class SinusoidRun(NamedTuple):
         return self.recipe.data.num_shots
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all meta-steps have been taken."""
+        return self.num_steps >= self.recipe.trainer.num_steps
+
+    @property
     def own_point(self) -> SinusoidPoint:
         """The point with as many inner steps as in training."""
         own = self.recipe.algorithm.num_inner_steps
@@ -288,7 +293,7 @@ def summary(result: SinusoidResult) -> str:
         lines.append(_line(["reference (MAML)", *known, "-", f"{REFERENCE_META_STEPS:,}", "-", "-"]))
         lines += _interval_table([one for one in shown if one.recipe.algorithm.is_bayesian])
     lines += ["", "## Settings", "", *(_describe(one) for one in result.runs)]
-    if unfinished := [one for one in result.runs if one.num_steps < one.recipe.trainer.num_steps]:
+    if unfinished := [one for one in result.runs if not one.is_finished]:
         names = ", ".join(one.recipe.name for one in unfinished)
         lines += ["", f"**Training is not finished**: {names}."]
     return "\n".join(lines) + "\n"
@@ -408,7 +413,7 @@ def _interval_table(shown: list[SinusoidRun]) -> list[str]:
 def _describe(one: SinusoidRun) -> str:
     algorithm, trainer = one.recipe.algorithm, one.recipe.trainer
     text = (
-        f"- {one.recipe.name}: {algorithm.estimator} gradient; {algorithm.num_inner_steps} steps of "
+        f"- {one.recipe.name}: {algorithm.estimator} gradient; {_count(algorithm.num_inner_steps, 'step')} of "
         f"{algorithm.inner_optimizer.replace('_', ' ')} with rate {algorithm.inner_learning_rate:g}"
     )
     if algorithm.inner_momentum:
@@ -416,16 +421,20 @@ def _describe(one: SinusoidRun) -> str:
     if algorithm.is_bayesian:
         variance = math.exp(sum(algorithm.initial_log_var) / 2)
         text += (
-            f"; temperature {algorithm.temperature:g}, {algorithm.num_samples} weight samples in training and "
-            f"{algorithm.num_evaluation_samples} in prediction, prior variance starts at about {variance:.1e}"
+            f"; temperature {algorithm.temperature:g}, {_count(algorithm.num_samples, 'weight sample')} in training "
+            f"and {algorithm.num_evaluation_samples} in prediction, prior variance starts at about {variance:.1e}"
         )
     if algorithm.estimator == "implicit":
-        text += f"; {algorithm.num_linear_steps} steps of {algorithm.linear_solver}"
+        text += f"; {_count(algorithm.num_linear_steps, 'step')} of {algorithm.linear_solver}"
         text += " with the free preconditioner" if algorithm.precondition else " without a preconditioner"
     return (
         f"{text}; likelihood {one.recipe.likelihood.replace('_', ' ')}; {trainer.tasks_per_step} tasks a meta-step, "
         f"Adam with rate {trainer.learning_rate:g}, {trainer.schedule}."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _line(cells: list[str]) -> str:

@@ -37,7 +37,8 @@ def sinusoid(result: SinusoidResult) -> Figure:
     num_examples = max((len(one.examples) for one in pictured), default=0)
     with mpl.rc_context(STYLE):
         figure = new_figure(WIDTH, 4.2 + 2.3 * len(pictured))
-        figure.suptitle("Sinusoid regression")
+        unfinished = "" if all(one.is_finished for one in result.runs) else " (training is not finished)"
+        figure.suptitle(f"Sinusoid regression{unfinished}")
         height_ratios = [3.1, 2.1 * len(pictured)][: 1 + bool(pictured)]
         grid = figure.add_gridspec(len(height_ratios), 1, height_ratios=height_ratios)
         num_columns = len(shots) + bool(bayesian)
