@@ -1,9 +1,11 @@
 """One small experiment is run, and every number of it computed again by other means."""
 
 import csv
+import dataclasses
 import re
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +284,25 @@ def test_an_interruption_is_passed_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(runs, "train_run", lambda *_, **__: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         sinusoid.run(small_settings(), folder=tmp_path)
+
+
+def test_more_steps_than_in_training_may_diverge_and_cost_only_that_point(
+    outcome: tuple[SinusoidResult, SinusoidResult, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_run = runs.evaluate_run
+    asked: list[int] = []
+
+    def diverging(folder: Path, **arguments: Any) -> runs.EvaluatedRun:
+        asked.append(int(arguments["changes"]["algorithm.num_inner_steps"]))
+        if asked[-1] == 3:
+            raise FloatingPointError("test task 1 gives predictions that are not finite.")
+        return evaluate_run(folder, **arguments)
+
+    monkeypatch.setattr(runs, "evaluate_run", diverging)
+    recipe, folder = outcome[0].runs[0].recipe, outcome[2]
+    assert recipe.algorithm.num_inner_steps != 3
+    settings = dataclasses.replace(outcome[0].settings, inner_steps=(1, 3))
+    found = sinusoid._evaluate(recipe, settings, folder, torch.device("cpu"), None)
+    assert 3 in asked and 3 not in [point.num_inner_steps for point in found.points]
+    assert found.failures == (f"{recipe.name} with 3 inner steps: test task 1 gives predictions that are not finite.",)
+    assert f"- Missing: {found.failures[0]}" in sinusoid.summary(SinusoidResult(settings, (found,)))

@@ -145,6 +145,8 @@ class SinusoidRun(NamedTuple):
         seconds: Seconds of training, validation included, over all calls.
         points: Test results by number of inner steps, ascending.
         examples: The first test tasks; empty for algorithms that adapt plain weights.
+        failures: Why points are missing: gradient descent that is stable for the steps it was trained with may diverge
+            with more.
     """
 
     recipe: Recipe
@@ -154,6 +156,7 @@ class SinusoidRun(NamedTuple):
     seconds: float
     points: tuple[SinusoidPoint, ...]
     examples: tuple[SinusoidExample, ...]
+    failures: tuple[str, ...] = ()
 
     @property
     def display_name(self) -> str:
@@ -293,6 +296,7 @@ def summary(result: SinusoidResult) -> str:
         lines.append(_line(["reference (MAML)", *known, "-", f"{REFERENCE_META_STEPS:,}", "-", "-"]))
         lines += _interval_table([one for one in shown if one.recipe.algorithm.is_bayesian])
     lines += ["", "## Settings", "", *(_describe(one) for one in result.runs)]
+    lines += [f"- Missing: {failure}" for one in result.runs for failure in one.failures]
     if unfinished := [one for one in result.runs if not one.is_finished]:
         names = ", ".join(one.recipe.name for one in unfinished)
         lines += ["", f"**Training is not finished**: {names}."]
@@ -313,18 +317,25 @@ def _evaluate(
     run_folder = _folder(folder, recipe)
     own = recipe.algorithm.num_inner_steps
     points: dict[int, SinusoidPoint] = {}
+    failures: list[str] = []
     best_step = 0
     # The run's own number last: its evaluation is what the run folder then holds.
     for num_inner_steps in [*(k for k in settings.inner_steps if k != own), own]:
         if console is not None:
             console.print(f"Evaluating {recipe.name} with {num_inner_steps} inner steps.", soft_wrap=True, markup=False)
-        evaluated = runs.evaluate_run(
-            run_folder,
-            num_tasks=settings.num_tasks,
-            seed=settings.seed,
-            device=device,
-            changes={"algorithm.num_inner_steps": str(num_inner_steps)},
-        )
+        try:
+            evaluated = runs.evaluate_run(
+                run_folder,
+                num_tasks=settings.num_tasks,
+                seed=settings.seed,
+                device=device,
+                changes={"algorithm.num_inner_steps": str(num_inner_steps)},
+            )
+        except FloatingPointError as error:
+            if num_inner_steps == own:
+                raise
+            failures.append(f"{recipe.name} with {num_inner_steps} inner steps: {error}")
+            continue
         best_step = evaluated.step
         points[num_inner_steps] = _point(num_inner_steps, evaluated.evaluation, recipe.algorithm.is_bayesian)
     progress = load_tensors(run_folder / CHECKPOINT)[1]
@@ -336,6 +347,7 @@ def _evaluate(
         seconds=float(progress["seconds"]),
         points=tuple(points[k] for k in sorted(points)),
         examples=_examples(recipe, settings, run_folder) if recipe.algorithm.is_bayesian else (),
+        failures=tuple(failures),
     )
 
 
