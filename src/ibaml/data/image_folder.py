@@ -140,19 +140,27 @@ def _match_split(split: str, splits: list[str], path: Path) -> str:
     raise ValueError(f"split {split!r} is not in {path}; splits present: {present}.")
 
 
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """Opens a zip archive.
+
+    Raises:
+        ValueError: If it is none, or not whole.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
+        ) from error
+
+
 @contextmanager
 def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str, ...]], bytes]]]:
     """Opens a folder or archive: what lies up to three levels deep, and a function that reads a file by its parts."""
     if path.is_dir():
         yield _list_folder(path), lambda parts: path.joinpath(*parts).read_bytes()
         return
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
-        ) from error
-    with archive:
+    with open_archive(path) as archive:
         entries = [
             _Entry(PurePosixPath(info.filename).parts, info.is_dir())
             for info in archive.infolist()

@@ -19,6 +19,7 @@ from PIL import Image
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.cache import read_class_images, write_class_images
 from ibaml.data.episodes import ClassImages
+from ibaml.data.image_folder import open_archive
 from ibaml.data.locate import ENVIRONMENT_VARIABLE, cache_folders, search_folders
 from ibaml.data.restricted_pickle import load_arrays
 
@@ -251,13 +252,7 @@ def _open_folder(csv_path: Path) -> _ImageFiles:
 @contextmanager
 def _open_archive(path: Path, split: Split) -> Generator[_ImageFiles]:
     """Opens the same layout inside a zip archive."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
-        ) from error
-    with archive:
+    with open_archive(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         csv_names = [
             name

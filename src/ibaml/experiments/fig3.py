@@ -66,20 +66,8 @@ def run(
 ) -> Fig3Result:
     """Trains the methods, in slices if asked to, and measures their calibration on the same test tasks.
 
-    Args:
-        settings: What to do.
-        folder: Output folder; a further call with the same one goes on where the last stopped.
-        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
-        console: Where progress is shown; None is silent.
-
-    Raises:
-        FileNotFoundError: If a data file is not found, or a method is to be evaluated that was never trained.
-        ValueError: If a setting is refused, CUDA is asked for and absent, a data file is damaged, or the folder holds
-            runs with other settings.
-        OSError: If the folder cannot be written.
-        TrainingDivergedError: If a loss or gradient is not finite.
-        FloatingPointError: If predictions are not finite, naming the task.
-        KeyboardInterrupt: If training was interrupted; everything is saved.
+    Arguments and errors are those of ``ibaml.experiments.few_shot.run_recipes``; a further call with the same folder
+    goes on where the last stopped.
 
     Cost:
         At the paper's scale 80,000 hypergradients a method, hours on an accelerator; at laptop scale minutes a method.
