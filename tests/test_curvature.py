@@ -82,7 +82,7 @@ def test_hvp_equals_a_central_difference_of_the_gradient(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_comes_with_the_product(mode: Mode) -> None:
     point, vector = parameters(0), parameters(10)
-    gradient, product = curvature.gradient_and_hvp(loss, point, mode=mode)
+    value, gradient, product = curvature.value_gradient_and_hvp(loss, point, mode=mode)
     assert_trees_close(gradient, torch.func.grad(loss)(point))
     once = product(vector)
     assert_trees_close(product(vector), once, tolerance=0)

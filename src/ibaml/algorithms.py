@@ -23,10 +23,11 @@ from ibaml.hypergradient import (
     implicit_hypergradient,
     unrolled_hypergradient,
 )
+from ibaml.traced import TracedNll
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, InnerSolver, LinearSolver, Params, Tensor
 
 TaskNll = Callable[[Params, Params, Batch], Tensor]
-"""``(adapted, shared, batch) -> nll per example``; ``ibaml.model.Model.nll`` is one."""
+"""``(adapted, shared, batch) -> nll per example``: ``ibaml.model.Model.nll`` or a ``ibaml.traced.TracedNll``."""
 
 LINEAR_SOLVERS: Mapping[str, Callable[..., Any]] = {
     "cg": linear_solve.cg,
@@ -198,7 +199,9 @@ class Algorithm:
             steps = tree.map(lambda *leaves: torch.stack(leaves), *draws)
         return TaskNoise(draw(self.num_samples), draw(self.num_samples), steps)
 
-    def adapt(self, nll: TaskNll, meta: MetaParameters, support: Batch, noise: TaskNoise) -> InnerSolution:
+    def adapt(
+        self, nll: TaskNll, meta: MetaParameters, support: Batch, noise: TaskNoise, *, with_grad_norm: bool = True
+    ) -> InnerSolution:
         """Solves the inner problem of one task.
 
         Args:
@@ -206,6 +209,7 @@ class Algorithm:
             meta: Meta-parameters.
             support: Support set.
             noise: Noise of the task.
+            with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
 
         Returns:
             Adapted weights, or a DiagonalGaussian posterior.
@@ -216,6 +220,7 @@ class Algorithm:
             lambda v: problem.inner_loss(v, meta),
             meta.prior,
             loss_at=None if loss_at is None else lambda step: lambda v: loss_at(step)(v, meta),
+            with_grad_norm=with_grad_norm,
         )
 
     def hypergradient(
@@ -231,12 +236,11 @@ class Algorithm:
         """
         # Parameters that ask for gradients would make every inner step keep its graph.
         meta = tree.detach(meta)
+        if self.estimator == "implicit":
+            return self._implicit(nll, meta, episode, noise)
         problem = self._problem(nll, episode.support, noise)
         outer_loss = partial(self._outer_loss, nll, episode, noise)
         solver = self._inner_solver(episode.support)
-        if self.estimator == "implicit":
-            posterior = self.adapt(nll, meta, episode.support, noise).value
-            return self._implicit(problem, outer_loss, posterior, meta, episode.support)
         arguments = (problem.inner_loss, outer_loss, lambda theta: theta.prior, meta, solver)
         if self.estimator == "first_order":
             return first_order_hypergradient(*arguments, inner_loss_at=problem.inner_loss_at)
@@ -280,7 +284,7 @@ class Algorithm:
         if not self.is_bayesian:
 
             def penalised_nll(weights: Params, theta: MetaParameters) -> Tensor:
-                value = nll(weights, theta.shared, support).mean()
+                value = _mean_nll(nll, theta.shared, weights, support)
                 if self.proximal_strength == 0:
                     return value
                 return value + objectives.proximal_penalty(weights, cast(Params, theta.prior), self.proximal_strength)
@@ -290,7 +294,7 @@ class Algorithm:
         weight = self._kl_weight(support)
 
         def expected_nll(posterior: DiagonalGaussian, shared: Params, draws: Params = noise.inner) -> Tensor:
-            return objectives.expected_nll(lambda w, batch: nll(w, shared, batch), posterior, draws, support)
+            return _expected_nll(nll, shared, posterior, draws, support)
 
         def negative_elbo(posterior: DiagonalGaussian, theta: MetaParameters, draws: Params = noise.inner) -> Tensor:
             expected = expected_nll(posterior, theta.shared, draws)
@@ -306,46 +310,61 @@ class Algorithm:
         )
 
     def _outer_loss(
-        self, nll: TaskNll, episode: Episode, noise: TaskNoise, posterior: Any, theta: MetaParameters
+        self,
+        nll: TaskNll,
+        episode: Episode,
+        noise: TaskNoise,
+        posterior: Any,
+        theta: MetaParameters,
+        *,
+        with_support: bool = True,
     ) -> Tensor:
+        """Returns the outer loss; without the support set's nll of ABML if ``with_support`` is False."""
         if not self.is_bayesian:
-            return nll(posterior, theta.shared, episode.query).mean()
-
-        def of_weights(weights: Params, batch: Batch) -> Tensor:
-            return nll(weights, theta.shared, batch)
-
-        query_loss = objectives.predictive_nll if self.outer == "predictive_nll" else objectives.expected_nll
-        loss = query_loss(of_weights, posterior, noise.outer, episode.query)
+            return _mean_nll(nll, theta.shared, posterior, episode.query)
+        if self.outer == "predictive_nll":
+            loss = objectives.predictive_nll(
+                lambda w, batch: nll(w, theta.shared, batch), posterior, noise.outer, episode.query
+            )
+        else:
+            loss = _expected_nll(nll, theta.shared, posterior, noise.outer, episode.query)
         if self.outer == "abml":
-            num_support, num_query = episode.support.y.shape[0], episode.query.y.shape[0]
-            total = num_support + num_query
-            support_loss = objectives.expected_nll(of_weights, posterior, noise.inner, episode.support)
-            loss = (num_query * loss + num_support * support_loss) / total
-            weight = objectives.kl_weight(total, self.temperature)
+            loss = (1 - self._support_share(episode)) * loss
+            if with_support:
+                support_loss = _expected_nll(nll, theta.shared, posterior, noise.inner, episode.support)
+                loss = loss + self._support_share(episode) * support_loss
+            weight = objectives.kl_weight(episode.support.y.shape[0] + episode.query.y.shape[0], self.temperature)
             loss = objectives.negative_elbo(loss, posterior, cast(DiagonalGaussian, theta.prior), weight)
         if self.hyper_prior_weight:
             loss = loss + self.hyper_prior_weight * objectives.hyper_prior_nll(cast(DiagonalGaussian, theta.prior))
         return loss
 
+    def _support_share(self, episode: Episode) -> float:
+        """Returns the weight of the support set in the outer loss of ABML."""
+        num_support = episode.support.y.shape[0]
+        return num_support / (num_support + episode.query.y.shape[0])
+
     def _implicit(
-        self,
-        problem: "_InnerProblem",
-        outer_loss: Callable[[Any, MetaParameters], Tensor],
-        posterior: Any,
-        meta: MetaParameters,
-        support: Batch,
+        self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
     ) -> tuple[MetaParameters, HypergradientInfo]:
+        problem = self._problem(nll, episode.support, noise)
+        adapted = self.adapt(nll, meta, episode.support, noise, with_grad_norm=False).value
         if problem.expected_nll is None:
-            return implicit_hypergradient(problem.inner_loss, outer_loss, posterior, meta, self._linear_solver())
+            outer_loss = partial(self._outer_loss, nll, episode, noise)
+            return implicit_hypergradient(problem.inner_loss, outer_loss, adapted, meta, self._linear_solver())
+        # The pass for the curvature gives the support set's part of the outer loss as well.
+        reuses_support = self.outer == "abml" and not tree.leaves(meta.shared)
+        outer_loss = partial(self._outer_loss, nll, episode, noise, with_support=not reuses_support)
         (prior_gradient, shared_gradient), info = gaussian_implicit_hypergradient(
             problem.expected_nll,
             lambda v, prior, shared: outer_loss(v, MetaParameters(prior, shared)),
-            posterior,
+            adapted,
             cast(DiagonalGaussian, meta.prior),
-            self._kl_weight(support),
+            self._kl_weight(episode.support),
             self._linear_solver(),
             shared=meta.shared,
             precondition=self.precondition,
+            outer_nll_weight=self._support_share(episode) if reuses_support else 0.0,
         )
         return MetaParameters(prior_gradient, shared_gradient), info
 
@@ -356,6 +375,22 @@ class _InnerProblem(NamedTuple):
     expected_nll: Callable[..., Tensor] | None
     inner_loss: Callable[..., Tensor]
     inner_loss_at: Callable[[int], Callable[..., Tensor]] | None
+
+
+def _mean_nll(nll: TaskNll, shared: Params, weights: Params, batch: Batch) -> Tensor:
+    """Returns the mean nll over a batch, by programs if there are any."""
+    return nll.mean(weights, shared, batch) if isinstance(nll, TracedNll) else nll(weights, shared, batch).mean()
+
+
+def _expected_nll(nll: TaskNll, shared: Params, posterior: DiagonalGaussian, draws: Params, batch: Batch) -> Tensor:
+    """Returns the expected nll of a batch under a distribution over weights."""
+    return objectives.expected_nll(
+        partial(_mean_nll, nll, shared),
+        posterior,
+        draws,
+        batch,
+        vectorize=isinstance(nll, TracedNll) and not nll.is_convolutional,
+    )
 
 
 def maml(**settings: Any) -> Algorithm:

@@ -1,7 +1,7 @@
 """Matrix-free curvature: a function goes in, a matrix-vector product comes out."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -9,10 +9,10 @@ from ibaml import tree
 from ibaml.types import Loss, MatVec, PyTree, Tensor
 
 
-def gradient_and_hvp(
+def value_gradient_and_hvp(
     function: Loss, point: PyTree, *, mode: Literal["reverse", "forward"] = "reverse"
-) -> tuple[PyTree, MatVec]:
-    """Returns the gradient at a point and the Hessian-vector product there, sharing one forward and backward pass.
+) -> tuple[Tensor, PyTree, MatVec]:
+    """Returns value, gradient and Hessian-vector product at a point, sharing one forward and backward pass.
 
     Args:
         function: Scalar function of a pytree, twice differentiable at ``point``.
@@ -22,7 +22,7 @@ def gradient_and_hvp(
             the gradient per product.
 
     Returns:
-        The gradient, in the structure of ``point``, and a map ``v -> H v``.
+        The value, the gradient, in the structure of ``point``, and a map ``v -> H v``.
 
     Raises:
         ValueError: If ``mode`` is unknown.
@@ -32,25 +32,28 @@ def gradient_and_hvp(
         Memory: reverse mode holds one gradient graph for as long as the map lives.
     """
     if mode == "reverse":
-        gradient, pullback = torch.func.vjp(torch.func.grad(function), point)[:2]
-        return gradient, lambda vector: pullback(vector)[0]
+        # torch does not say that has_aux adds a third result.
+        outputs: Any = torch.func.vjp(torch.func.grad_and_value(function), point, has_aux=True)
+        gradient, pullback, value = outputs
+        return value, gradient, lambda vector: pullback(vector)[0]
     if mode == "forward":
         gradient_of = torch.func.grad(function)
-        return gradient_of(point), lambda vector: torch.func.jvp(gradient_of, (point,), (vector,))[1]
+        gradient, value = torch.func.grad_and_value(function)(point)
+        return value, gradient, lambda vector: torch.func.jvp(gradient_of, (point,), (vector,))[1]
     raise ValueError(f"mode must be 'reverse' or 'forward', but is {mode!r}.")
 
 
 def hvp(function: Loss, point: PyTree, *, mode: Literal["reverse", "forward"] = "reverse") -> MatVec:
     """Returns the Hessian-vector product ``v -> H v`` of a scalar function at a point.
 
-    See ``gradient_and_hvp`` for the arguments and the cost.
+    See ``value_gradient_and_hvp`` for the arguments and the cost.
 
     Examples:
         >>> product = hvp(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
         >>> product(torch.tensor([1.0, 1.0]))
         tensor([ 6., 12.])
     """
-    return gradient_and_hvp(function, point, mode=mode)[1]
+    return value_gradient_and_hvp(function, point, mode=mode)[2]
 
 
 def gauss_newton_vp(

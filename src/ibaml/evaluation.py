@@ -11,8 +11,9 @@ from functools import partial
 import torch
 
 from ibaml import metrics, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.gaussian import DiagonalGaussian
+from ibaml.meta_step import MetaGradient
 from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
@@ -91,6 +92,7 @@ def evaluate(
     num_tasks: int,
     seed: int,
     tasks_per_chunk: int | None = None,
+    passes: MetaGradient | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Adapts to each of a fixed set of tasks and scores the predictions on its query set.
@@ -102,7 +104,8 @@ def evaluate(
         sampler: Source of the tasks.
         num_tasks: Number of tasks, at least 1.
         seed: Names the set of tasks.
-        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap`` (1: a plain loop; None: 8).
+        tasks_per_chunk: Tasks that are drawn, and sent to the device, at a time (None: 8).
+        passes: What adapts; one that has been used before has its programs. None: a new one.
         on_progress: Called with the number of finished tasks.
 
     Raises:
@@ -118,10 +121,7 @@ def evaluate(
     chunk = min(tasks_per_chunk or 8, num_tasks) if getattr(sampler, "has_equal_sizes", True) else 1
     device = tree.leaves(meta.prior)[0].device
 
-    def outputs_of(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> Tensor:
-        posterior = algorithm.adapt(model.nll, meta, episode.support, noise).value
-        samples = algorithm.weight_samples(posterior, evaluation_noise)
-        return torch.stack([model.outputs(weights, meta.shared, episode.query.x) for weights in samples])
+    passes = passes or MetaGradient(model, algorithm)
 
     predictions: list[ClassPrediction | RegressionPrediction] = []
     targets: list[Tensor] = []
@@ -141,11 +141,7 @@ def evaluate(
             (algorithm.draw_noise(meta, generator=g), algorithm.draw_evaluation_noise(meta, generator=g))
             for g in generators
         ]
-        if chunk == 1:
-            outputs = [outputs_of(tree.map(lambda leaf: leaf[0], episodes), *noises[0])]
-        else:
-            stacked = tree.map(lambda *leaves: torch.stack(leaves), *noises)
-            outputs = list(torch.func.vmap(outputs_of)(episodes, *stacked))
+        outputs = list(passes.outputs(meta, episodes, *zip(*noises, strict=True)))
         for index, value in enumerate(outputs, start=start):
             if not bool(torch.isfinite(value).all()):
                 raise FloatingPointError(

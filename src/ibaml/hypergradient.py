@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ibaml import tree
-from ibaml.curvature import gradient_and_hvp
+from ibaml.curvature import value_gradient_and_hvp
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.types import HypergradientInfo, InnerSolver, LinearSolution, LinearSolver, PyTree, Tensor
 
@@ -143,7 +143,7 @@ def implicit_hypergradient(
         tensor(-0.2400)
     """
     (outer_v, outer_meta), value = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(inner_params, meta_params)
-    inner_gradient, curvature = gradient_and_hvp(lambda v: inner_loss(v, meta_params), inner_params)
+    _, inner_gradient, curvature = value_gradient_and_hvp(lambda v: inner_loss(v, meta_params), inner_params)
     solution = solver(curvature, outer_v)
     pullback = torch.func.vjp(lambda meta: torch.func.grad(inner_loss)(inner_params, meta), meta_params)[1]
     gradient = tree.sub(outer_meta, pullback(solution.value)[0])
@@ -160,6 +160,7 @@ def gaussian_implicit_hypergradient(
     *,
     shared: PyTree | None = None,
     precondition: bool = True,
+    outer_nll_weight: float = 0.0,
 ) -> tuple[Any, HypergradientInfo]:
     """Implicit hypergradient of a learnable Gaussian prior: Lemma 1, eq. (16)-(17), of Zhang et al. 2023.
 
@@ -189,13 +190,15 @@ def gaussian_implicit_hypergradient(
             of a likelihood). Their gradient is the generic implicit one.
         precondition: Hand the solver ``diag(d_t / lam, 2 / lam)``, about the inverse of the diagonal of ``H'`` at a
             stationary point; free of cost.
+        outer_nll_weight: Adds so many times ``L`` to the outer loss, as ABML's has it; its gradient is at hand then.
+            Not with ``shared``.
 
     Returns:
         The gradient as a DiagonalGaussian (``mean`` holds ``g_m``, ``log_var`` holds ``g_logD``), or the pair of it and
         the gradient of ``shared``; and the diagnostics.
 
     Raises:
-        ValueError: If ``kl_weight`` is not positive.
+        ValueError: If ``kl_weight`` is not positive, or ``outer_nll_weight`` is given with ``shared`` parameters.
 
     Cost:
         Two gradients (three with ``shared``) and one Hessian-vector product of ``L`` per solver step. Memory does not
@@ -206,12 +209,20 @@ def gaussian_implicit_hypergradient(
             f"kl_weight must be positive, but is {kl_weight}: without the prior in the inner loss its solution does "
             "not depend on the prior, and the implicit gradient is undefined."
         )
+    if outer_nll_weight and shared is not None and tree.leaves(shared):
+        raise ValueError(
+            f"outer_nll_weight is {outer_nll_weight}, but there are shared parameters, whose gradient would lack that "
+            "term: make it a part of outer_loss."
+        )
     arguments = () if shared is None else (shared,)
     outer_gradients, value = torch.func.grad_and_value(outer_loss, argnums=tuple(range(2 + len(arguments))))(
         posterior, prior, *arguments
     )
     outer_posterior, outer_prior = outer_gradients[:2]
-    nll_gradient, nll_curvature = gradient_and_hvp(lambda v: expected_nll(v, *arguments), posterior)
+    nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(lambda v: expected_nll(v, *arguments), posterior)
+    if outer_nll_weight:
+        value = value + outer_nll_weight * nll_value
+        outer_posterior = tree.axpy(outer_nll_weight, nll_gradient, outer_posterior)
 
     inverse_variance = tree.map(lambda log_var: torch.exp(-log_var), prior.log_var)
     variance_ratio = tree.map(lambda rho, log_var: torch.exp(rho - log_var), posterior.log_var, prior.log_var)

@@ -23,6 +23,7 @@ def gradient_descent(
     momentum: float = 0.0,
     loss_at: Callable[[int], Loss] | None = None,
     num_differentiable_steps: int | None = None,
+    with_grad_norm: bool = True,
 ) -> InnerSolution:
     """Runs gradient descent with heavy-ball momentum, ``u <- momentum * u + grad``, ``x <- x - learning_rate * u``.
 
@@ -36,6 +37,7 @@ def gradient_descent(
         loss_at: Loss whose gradient step ``k`` uses, when it changes from step to step.
         num_differentiable_steps: Let derivatives flow through the last so many steps only; before those the iterate
             counts as ``init`` plus a constant. None: through all.
+        with_grad_norm: False spares the gradient at the last iterate; its norm is then NaN.
 
     Returns:
         The last iterate and the norm of the gradient of ``loss`` there.
@@ -64,7 +66,9 @@ def gradient_descent(
         return tree.axpy(-learning_rate, velocity, value), velocity
 
     start = tree.zeros_like(init) if momentum else ()
-    return _iterate(loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps)
+    return _iterate(
+        loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm
+    )
 
 
 def adam(
@@ -77,6 +81,7 @@ def adam(
     epsilon: float = 1e-8,
     loss_at: Callable[[int], Loss] | None = None,
     num_differentiable_steps: int | None = None,
+    with_grad_norm: bool = True,
 ) -> InnerSolution:
     """Runs Adam (Kingma and Ba 2015), differentiable.
 
@@ -92,6 +97,7 @@ def adam(
         epsilon: Positive; in the units of the gradient.
         loss_at: As in ``gradient_descent``.
         num_differentiable_steps: As in ``gradient_descent``.
+        with_grad_norm: As in ``gradient_descent``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -118,7 +124,9 @@ def adam(
         return tree.axpy(-learning_rate, direction, value), (first, second)
 
     start = (tree.zeros_like(init), tree.zeros_like(init))
-    return _iterate(loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps)
+    return _iterate(
+        loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm
+    )
 
 
 def preconditioned_gradient_descent(
@@ -130,6 +138,7 @@ def preconditioned_gradient_descent(
     preconditioner: Callable[[PyTree, PyTree], PyTree],
     loss_at: Callable[[int], Loss] | None = None,
     num_differentiable_steps: int | None = None,
+    with_grad_norm: bool = True,
 ) -> InnerSolution:
     """Runs ``x <- x - learning_rate * P(x, grad)``.
 
@@ -144,6 +153,7 @@ def preconditioned_gradient_descent(
         preconditioner: ``P``: maps the current value and the gradient to a direction of ascent.
         loss_at: As in ``gradient_descent``.
         num_differentiable_steps: As in ``gradient_descent``.
+        with_grad_norm: As in ``gradient_descent``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -156,7 +166,7 @@ def preconditioned_gradient_descent(
         del step
         return tree.axpy(-learning_rate, preconditioner(value, gradient), value), state
 
-    return _iterate(loss, init, update, (), num_steps, learning_rate, loss_at, num_differentiable_steps)
+    return _iterate(loss, init, update, (), num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm)
 
 
 def _iterate(
@@ -168,6 +178,7 @@ def _iterate(
     learning_rate: float | Tensor,
     loss_at: Callable[[int], Loss] | None,
     num_differentiable_steps: int | None,
+    with_grad_norm: bool,
 ) -> InnerSolution:
     """Runs ``update`` for a fixed number of steps, cutting derivatives before the last ``num_differentiable_steps``."""
     if num_steps < 0:
@@ -186,7 +197,8 @@ def _iterate(
             value, state = tree.detach(value), tree.detach(state)
         if step + 1 == cut:
             value = tree.add(value, tree.sub(init, tree.detach(init)))
-    final = tree.detach(value)
-    return InnerSolution(
-        value=value, grad_norm=tree.norm(tree.detach(torch.func.grad(loss)(final))).detach(), num_steps=num_steps
-    )
+    if with_grad_norm:
+        grad_norm = tree.norm(tree.detach(torch.func.grad(loss)(tree.detach(value)))).detach()
+    else:
+        grad_norm = torch.full_like(tree.leaves(value)[0].flatten()[0], math.nan)
+    return InnerSolution(value=value, grad_norm=grad_norm, num_steps=num_steps)

@@ -104,7 +104,9 @@ def train_run(
         OSError: If the folder cannot be written.
         TrainingDivergedError: If a loss or gradient is not finite.
     """
-    train_tasks, validation_tasks = (recipe.data.build(split, data=data) for split in ("train", "validation"))
+    train_tasks, validation_tasks = (
+        recipe.data.build(split, data=data, device=device) for split in ("train", "validation")
+    )
     trainer = Trainer(
         recipe.build_model(), recipe.algorithm, recipe.trainer, run_folder=folder, device=device, console=console
     )
@@ -150,7 +152,7 @@ def evaluate_run(
     recipe = read_recipe(folder).override(changes or {})
     model = recipe.build_model().to(device)
     meta, step = load_best(folder, recipe, model)
-    sampler = recipe.data.build("test", data=data)
+    sampler = recipe.data.build("test", data=data, device=device)
     evaluation = evaluate(
         model,
         recipe.algorithm,
@@ -358,7 +360,6 @@ def _task_key(recipe: Recipe, *, seed: int, num_tasks: int) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
     """Writes a text file in one move: a reader sees the old file or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)

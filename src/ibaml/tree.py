@@ -118,8 +118,10 @@ def holds(condition: Tensor) -> bool:
 
     Under ``torch.func.vmap`` a tensor has one value per batch member and torch refuses a Python branch on it with a
     RuntimeError; the answer is then False. Iterative solvers use this to stop early outside vmap while they run a
-    fixed number of masked steps inside it.
+    fixed number of masked steps inside it, and while a CUDA graph is captured, which must not wait for a value.
     """
+    if condition.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     try:
         return bool(condition)
     except RuntimeError:

@@ -68,7 +68,8 @@ class InnerSolution(NamedTuple):
 
     Attributes:
         value: The last iterate.
-        grad_norm: Euclidean norm of the gradient of the inner loss at ``value``, scalar tensor, detached.
+        grad_norm: Euclidean norm of the gradient of the inner loss at ``value``, scalar tensor, detached; NaN if it was
+            not asked for.
         num_steps: Number of optimiser steps taken.
     """
 
@@ -108,7 +109,8 @@ class InnerSolver(Protocol):
 
     ``loss_at(k)``, when given, is the loss whose gradient step ``k`` uses (fresh noise per step); ``loss`` then only
     serves for the gradient norm of the result. ``num_differentiable_steps`` limits reverse-mode derivatives to the
-    last so many steps; ``None`` differentiates through all of them.
+    last so many steps; ``None`` differentiates through all of them. ``with_grad_norm=False`` spares the gradient at the
+    last iterate.
     """
 
     def __call__(
@@ -119,6 +121,7 @@ class InnerSolver(Protocol):
         *,
         loss_at: Callable[[int], Loss] | None = None,
         num_differentiable_steps: int | None = None,
+        with_grad_norm: bool = True,
     ) -> InnerSolution:
         """Returns the point where minimising ``loss`` from ``init`` ended."""
         ...

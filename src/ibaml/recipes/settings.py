@@ -69,12 +69,13 @@ class DataSettings:
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, but is {self.source!r}.")
 
-    def build(self, split: Split, *, data: Path | None = None) -> TaskSampler:
+    def build(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> TaskSampler:
         """Loads the data of a split and returns its task sampler.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
             data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+            device: Where images are kept, as uint8; tasks made of them need no transfer.
 
         Raises:
             FileNotFoundError: If a data file is not found.
@@ -109,7 +110,9 @@ class DataSettings:
                 )
             path = Path(self.path) if data is None else data / self.path
             images = load_image_folder(path, split, image_size=self.image_size)
-        return EpisodeSampler(images, num_ways=self.num_ways, num_shots=self.num_shots, num_queries=num_queries)
+        return EpisodeSampler(
+            images.to(device), num_ways=self.num_ways, num_shots=self.num_shots, num_queries=num_queries
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,183 @@
+"""The hypergradients of one step's tasks: the part of training that costs, computed the fastest way that is known.
+
+Without any setting:
+
+- adapted parameters are one flat vector, so that a solver's step is one operation;
+- the network's gradients and Hessian-vector products are programs (``ibaml.traced``);
+- networks with convolutions compute task after task, others all tasks at once by ``torch.func.vmap``;
+- on CUDA the whole step is captured once as a CUDA graph and replayed.
+
+``fast=False`` switches all of it off. Both ways agree up to rounding, which the tests check for every algorithm.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ibaml import tree
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
+from ibaml.cuda_graph import replayed
+from ibaml.gaussian import DiagonalGaussian
+from ibaml.model import Model
+from ibaml.traced import TracedNll, flatten, unflatten
+from ibaml.types import Episode, HypergradientInfo, Params, Tensor
+
+
+class TaskGradients(NamedTuple):
+    """Hypergradients of several tasks.
+
+    Attributes:
+        total: Sum over the tasks.
+        info: Diagnostics, each with a leading axis of tasks; without the adapted parameters.
+        scores: Query accuracy, or mean squared error, of each task at the adapted weights or the posterior mean.
+    """
+
+    total: MetaParameters
+    info: HypergradientInfo
+    scores: Tensor
+
+
+class MetaGradient:
+    """Computes the hypergradients of tasks, and the outputs of networks that were adapted to them.
+
+    Args:
+        model: Network and likelihood.
+        algorithm: What adapts, and computes a hypergradient.
+        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: one if ``fast`` and the network has
+            convolutions, else all. 1: a plain loop.
+        fast: False differentiates the network by ``torch.func`` and nothing else.
+        compile: With ``fast``: fuse the programs' elementwise operations by TorchInductor.
+
+    Cost:
+        For each task what its algorithm costs. The first call for new shapes also writes the programs, a second or
+        two, compiles them if asked for, some ten seconds each, and on CUDA captures the graph.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        algorithm: Algorithm,
+        *,
+        tasks_per_chunk: int | None = None,
+        fast: bool = True,
+        compile: bool = False,  # noqa: A002 - torch's word
+    ) -> None:
+        self._model = model
+        self._algorithm = algorithm
+        self._traced = TracedNll(model, num_kept=algorithm.num_samples, compile=compile) if fast else None
+        if tasks_per_chunk is None and self._traced is not None and self._traced.is_convolutional:
+            tasks_per_chunk = 1
+        self._tasks_per_chunk = tasks_per_chunk
+        self._gradients = replayed(self._gradients_of) if fast else self._gradients_of
+        self._outputs = replayed(self._outputs_of) if fast else self._outputs_of
+
+    def __call__(self, meta: MetaParameters, episodes: Episode, noises: Sequence[TaskNoise]) -> TaskGradients:
+        """Returns the gradients of some tasks.
+
+        Args:
+            meta: Meta-parameters.
+            episodes: Tasks, with a leading axis, on the device of the meta-parameters.
+            noises: Noise of each task.
+        """
+        return self._gradients(meta, episodes, _stacked(noises))
+
+    def outputs(
+        self,
+        meta: MetaParameters,
+        episodes: Episode,
+        noises: Sequence[TaskNoise],
+        evaluation_noises: Sequence[Params],
+    ) -> Tensor:
+        """Adapts to each task and returns outputs at its query inputs, ``[num_tasks, num_samples, num_query, ...]``.
+
+        Args:
+            meta: Meta-parameters.
+            episodes: Tasks, with a leading axis, on the device of the meta-parameters.
+            noises: Noise of the inner problem of each task.
+            evaluation_noises: For each task the noise of its weight samples, from ``draw_evaluation_noise``.
+        """
+        return self._outputs(meta, episodes, _stacked(noises), _stacked(evaluation_noises))
+
+    def _gradients_of(self, meta: MetaParameters, episodes: Episode, noises: TaskNoise) -> TaskGradients:
+        meta, noises = self._flat(meta), self._flat_noise(noises)
+
+        def of_task(episode: Episode, noise: TaskNoise) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
+            gradient, info = self._algorithm.hypergradient(self._nll, meta, episode, noise)
+            weights = info.inner_params
+            outputs = self._network_outputs(
+                weights.mean if isinstance(weights, DiagonalGaussian) else weights, meta.shared, episode.query.x
+            )
+            return gradient, info._replace(inner_params={}), self._score(outputs, episode.query.y)
+
+        gradients, info, scores = self._for_each_task(of_task, episodes, noises)
+        total = tree.map(lambda leaf: leaf.sum(0), gradients)
+        if self._traced is not None:
+            prior = _map_prior(lambda flat: unflatten(flat, self._model.adapted), total.prior)
+            total = MetaParameters(prior, total.shared)
+        return TaskGradients(total, info, scores)
+
+    def _outputs_of(
+        self, meta: MetaParameters, episodes: Episode, noises: TaskNoise, evaluation_noises: Params
+    ) -> Tensor:
+        meta, noises = self._flat(meta), self._flat_noise(noises)
+        if self._traced is not None:
+            evaluation_noises = flatten(evaluation_noises, num_axes=2)
+
+        def of_task(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> Tensor:
+            adapted = self._algorithm.adapt(self._nll, meta, episode.support, noise, with_grad_norm=False).value
+            samples = self._algorithm.weight_samples(adapted, evaluation_noise)
+            return torch.stack([self._network_outputs(weights, meta.shared, episode.query.x) for weights in samples])
+
+        return self._for_each_task(of_task, episodes, noises, evaluation_noises)
+
+    def _for_each_task(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of one task for all of them, chunk by chunk; arguments and result have a leading axis."""
+
+        def of_chunk(start: int) -> Any:
+            selected = tree.map(lambda leaf: leaf[start : start + chunk], arguments)
+            if len(tree.leaves(selected)[0]) > 1:
+                return torch.func.vmap(function)(*selected)
+            return tree.map(lambda leaf: leaf.unsqueeze(0), function(*tree.map(lambda leaf: leaf[0], selected)))
+
+        num_tasks = len(tree.leaves(arguments)[0])
+        chunk = self._tasks_per_chunk or num_tasks
+        results = [of_chunk(start) for start in range(0, num_tasks, chunk)]
+        return tree.map(lambda *leaves: torch.cat(leaves), *results)
+
+    @property
+    def _nll(self) -> TaskNll:
+        return self._model.nll if self._traced is None else self._traced
+
+    def _flat(self, meta: MetaParameters) -> MetaParameters:
+        return meta if self._traced is None else MetaParameters(_map_prior(flatten, meta.prior), meta.shared)
+
+    def _flat_noise(self, noises: TaskNoise) -> TaskNoise:
+        if self._traced is None:
+            return noises
+        # Leading axes: tasks and weight samples, and between them inner steps where each has fresh noise.
+        return TaskNoise(
+            flatten(noises.inner, num_axes=2), flatten(noises.outer, num_axes=2), flatten(noises.steps, num_axes=3)
+        )
+
+    def _network_outputs(self, weights: Params, shared: Params, x: Tensor) -> Tensor:
+        if self._traced is not None:
+            weights = unflatten(weights, self._model.adapted)
+        return self._model.outputs(weights, shared, x)
+
+    def _score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the query accuracy or the mean squared error."""
+        if self._model.likelihood.name == "categorical":
+            return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+        return ((outputs - targets) ** 2).mean()
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return tree.map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def _map_prior(function: Callable[[Params], Params], prior: Params | DiagonalGaussian) -> Params | DiagonalGaussian:
+    """Applies a function to a dict of weights, or to both dicts of a distribution."""
+    if isinstance(prior, DiagonalGaussian):
+        return DiagonalGaussian(function(prior.mean), function(prior.log_var))
+    return function(prior)
