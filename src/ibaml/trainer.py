@@ -2,7 +2,8 @@
 
 A step draws tasks, averages their hypergradients and hands them to a ``torch.optim`` optimiser. Everything that
 decides the future of a run (meta-parameters, optimiser, generator, step) is in its checkpoint, so a run that was
-interrupted and resumed ends with the same bits as one that was not (on a CPU, with the same versions and thread count).
+interrupted and resumed ends with the same bits as one that was not (on a CPU, with the same versions, thread count and
+number of processes; with another number of processes sums are rounded in another order).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_te
 from ibaml.evaluation import evaluate
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
+from ibaml.processes import Processes, ProcessLostError, placed
 from ibaml.training_log import TrainingBar, TrainingLog
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
@@ -118,8 +120,12 @@ class Trainer:
         algorithm: What computes the hypergradients.
         settings: Settings of the loop.
         run_folder: Where checkpoints and logs go; a checkpoint in it is resumed. None: nothing is written.
-        device: Where to compute.
+        device: Where to compute; with several processes, the device of this one.
         console: Where progress is shown; None is silent.
+        processes: The processes that share each step's tasks; the first one alone writes and shows progress.
+
+    Raises:
+        ValueError: If there are more processes than tasks in a step.
     """
 
     def __init__(
@@ -131,13 +137,20 @@ class Trainer:
         run_folder: Path | None = None,
         device: torch.device | str = "cpu",
         console: Console | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        if self.processes.size > settings.tasks_per_step:
+            raise ValueError(
+                f"tasks_per_step is {settings.tasks_per_step}, fewer than the {self.processes.size} processes, which "
+                "would leave some without work: use fewer processes or more tasks."
+            )
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.algorithm = algorithm
         self.settings = settings
         self.run_folder = run_folder
-        self.console = console
+        self.console = console if self.processes.is_first else None
 
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._meta = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
@@ -150,6 +163,8 @@ class Trainer:
         self._best_nll = math.inf
         self._best_meta = self._snapshot()
         self._num_outputs = 0
+        self._stop_wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+        self._agreed_stop = (False, False)
         # What a checkpoint does not hold but depends on; another frozen body would go unnoticed otherwise.
         unsaved = {**self.model.frozen, **dict(self.model.network.named_buffers())}
         self._frozen_digest = (
@@ -166,6 +181,7 @@ class Trainer:
         """Trains until ``num_steps``, the time limit, or a signal; resumes from the run folder's checkpoint.
 
         SIGINT and SIGTERM end training after the running step, with everything saved; a second SIGINT stops at once.
+        With several processes a signal to one, or the time limit of one, ends them all after the same step.
 
         Args:
             train_tasks: Tasks to learn from.
@@ -176,13 +192,20 @@ class Trainer:
             ValueError: If a task does not fit the model, or the run folder's checkpoint another run.
             OSError: If the run folder cannot be written; nothing has been computed then.
             TrainingDivergedError: If a loss or gradient is not finite.
+            ProcessLostError: If another process has died or hangs.
         """
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
-        if self.run_folder is not None:
-            require_writable(self.run_folder)
-            if (self.run_folder / CHECKPOINT).exists():
-                self._resume(self.run_folder / CHECKPOINT)
+        try:
+            return self._fit(train_tasks, validation_tasks, max_minutes)
+        except ProcessLostError as error:
+            raise ProcessLostError(f"{error} {self._how_to_resume()}") from error
+
+    def _fit(
+        self, train_tasks: TaskSampler, validation_tasks: TaskSampler | None, max_minutes: float | None
+    ) -> TrainingResult:
+        if self.run_folder is not None and (found := self.processes.on_first(self._find_checkpoint)) is not None:
+            self._resume(self.run_folder / CHECKPOINT, *found)
         self._num_outputs = self._check_first_task(train_tasks, "training task")
         if validation_tasks is not None:
             self._check_first_task(validation_tasks, "validation task")
@@ -191,10 +214,11 @@ class Trainer:
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         stop_reason: StopReason = "completed"
         with (
-            TrainingLog(self.run_folder, self._step) as log,
+            TrainingLog(self.run_folder if self.processes.is_first else None, self._step) as log,
             TrainingBar(self.console, self.settings.num_steps, self._step) as bar,
         ):
             with _caught_signals() as caught:
+                self._stop_wishes = lambda: (bool(caught), time.monotonic() > deadline)
                 while self._step < self.settings.num_steps:
                     step_start = time.monotonic()
                     row = self._train_step(train_tasks)
@@ -209,9 +233,10 @@ class Trainer:
                         self._save()
                     if self._step % self.settings.log_every == 0:
                         log.write(self._step, self._seconds)
-                    if caught or time.monotonic() > deadline:
+                    interrupted, late = self._agreed_stop if self.processes.size > 1 else self._stop_wishes()
+                    if interrupted or late:
                         if not last:
-                            stop_reason = "interrupted" if caught else "time limit"
+                            stop_reason = "interrupted" if interrupted else "time limit"
                         break
             log.write(self._step, self._seconds)
             if validation_tasks is None:
@@ -228,40 +253,63 @@ class Trainer:
         generator_state = self._generator.get_state()
         settings = self.settings
         episodes = tasks.sample(settings.tasks_per_step, generator=self._generator)
-        noises = [
+        share = self.processes.share(settings.tasks_per_step)
+        # Every process draws everything, so that the generator stays the same in all.
+        drawn = (
             self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(settings.tasks_per_step)
-        ]
+        )
+        noises = [noise for index, noise in enumerate(drawn) if index in share]
         self._check_targets(episodes, generator_state)
-        episodes = tree.map(lambda leaf: leaf.to(self.device), episodes)
-        chunk = settings.tasks_per_chunk or settings.tasks_per_step
+        own = tree.map(lambda leaf: leaf[share.start : share.stop].to(self.device), episodes)
+        chunk = settings.tasks_per_chunk or len(share)
 
         total = tree.zeros_like(self._meta)
         infos: list[HypergradientInfo] = []
         scores: list[Tensor] = []
-        for start in range(0, settings.tasks_per_step, chunk):
-            indices = range(start, min(start + chunk, settings.tasks_per_step))
-            gradients, info, score = self._chunk(episodes, noises, indices)
+        for start in range(0, len(share), chunk):
+            indices = range(start, min(start + chunk, len(share)))
+            gradients, info, score = self._chunk(own, noises, indices)
             total = tree.add(total, tree.map(lambda leaf: leaf.sum(0), gradients))
             infos.append(info._replace(inner_params={}))
             scores.append(score)
-        gradient = tree.scale(1 / settings.tasks_per_step, total)
         info = tree.map(lambda *leaves: torch.cat(leaves), *infos)
+        total, info, score = self._sum_over_processes(total, info, torch.cat(scores), share, generator_state)
+        gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
         if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
             self._generator.set_state(generator_state)
-            self._report_divergence(episodes, info, gradient_norm)
+            # All processes are here, as all have the same sum.
+            self.processes.on_first(lambda: self._report_divergence(episodes, info, gradient_norm))
         if settings.gradient_clip is not None:
             gradient = tree.scale((settings.gradient_clip / gradient_norm).clamp_max(1.0), gradient)
         self._apply(gradient)
         self._step += 1
         return {
             "loss": float(info.outer_loss.mean()),
-            self._score_name(): float(torch.cat(scores).mean()),
+            self._score_name(): float(score.mean()),
             "inner_grad_norm": float(info.inner_grad_norm.mean()),
             "linear_residual": float(info.linear_residual.mean()),
             "linear_converged": float(info.linear_converged.double().mean()),
             "gradient_norm": float(gradient_norm),
         }
+
+    def _sum_over_processes(
+        self, total: MetaParameters, info: HypergradientInfo, score: Tensor, share: range, generator_state: Tensor
+    ) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
+        """Adds up the gradient, and gives every process all tasks' diagnostics and the others' wish to stop."""
+        if self.processes.size == 1:
+            return total, info, score
+        per_task = tree.map(lambda leaf: placed(leaf, share, self.settings.tasks_per_step), (info, score))
+        wishes = torch.tensor(self._stop_wishes(), dtype=torch.float32, device=self.device)
+        try:
+            total, (info, score), wishes = self.processes.sum((total, per_task, wishes))
+        except ProcessLostError:
+            self._generator.set_state(generator_state)
+            self._save()
+            raise
+        interrupted, late = (wishes > 0).tolist()
+        self._agreed_stop = (interrupted, late)
+        return total, info, score
 
     def _chunk(
         self, episodes: Episode, noises: Sequence[TaskNoise], indices: range
@@ -321,6 +369,7 @@ class Trainer:
                 # Far from every seed that a user would give to test tasks.
                 seed=self.settings.seed + 10**6,
                 tasks_per_chunk=self.settings.tasks_per_chunk,
+                processes=self.processes,
             )
         except (ValueError, FloatingPointError) as error:
             self._save()
@@ -363,7 +412,7 @@ class Trainer:
         self._save()
         bad = torch.nonzero(~torch.isfinite(info.outer_loss)).flatten().tolist() or list(range(len(info.outer_loss)))
         for index in bad:
-            task = tree.map(lambda leaf, i=index: leaf[i], episodes)
+            task = tree.map(lambda leaf, i=index: leaf[i].to(self.device), episodes)
             self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
         raise TrainingDivergedError(
             f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
@@ -376,6 +425,16 @@ class Trainer:
         if self.run_folder is None:
             return "The state before is lost, because there is no run folder to save it in."
         return f"The state before is saved in {self.run_folder / CHECKPOINT}."
+
+    def _how_to_resume(self) -> str:
+        if self.run_folder is None:
+            return "The state is lost, because there is no run folder to save it in."
+        if not (self.run_folder / CHECKPOINT).exists():
+            return f"There is no checkpoint in {self.run_folder} yet: the same command starts anew."
+        return (
+            f"The last checkpoint is {self.run_folder / CHECKPOINT}: the same command resumes from it, with any number "
+            "of processes."
+        )
 
     def _snapshot(self) -> MetaParameters:
         return tree.map(lambda leaf: leaf.detach().clone(), self._meta)
@@ -391,7 +450,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        if self.run_folder is None:
+        if self.run_folder is None or not self.processes.is_first:
             return
         tensors = meta_to_tensors(self._meta)
         # Its order is that of insertion, which after a resumption is not that of the parameters.
@@ -412,8 +471,13 @@ class Trainer:
             {"step": self._best_step, "description": self._description()},
         )
 
-    def _resume(self, path: Path) -> None:
-        tensors, metadata = load_tensors(path)
+    def _find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        assert self.run_folder is not None
+        require_writable(self.run_folder)
+        path = self.run_folder / CHECKPOINT
+        return load_tensors(path) if path.exists() else None
+
+    def _resume(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         if "step" not in metadata or "generator" not in tensors:
             raise ValueError(f"{path} is no training checkpoint: it holds a model without optimiser state.")
         # The tensors first: a mismatch there says plainly what is wrong.
