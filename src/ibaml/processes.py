@@ -188,7 +188,7 @@ def require_devices(device: torch.device, count: int) -> None:
     """
     if count < 1:
         raise ValueError(f"devices must be at least 1, but is {count}.")
-    if count > 1 and device.index is not None:
+    if count > 1 and ":" in str(device):
         raise ValueError(
             f"device is {str(device)!r}, which names one device, but {count} processes need one each: use "
             f"{device.type!r}, and choose among several with CUDA_VISIBLE_DEVICES."
@@ -256,8 +256,10 @@ def launch(arguments: Sequence[str], count: int) -> int:
         rdzv_endpoint="localhost:0",  # a free port
         max_restarts=0,
     )
-    # It reports each failure at length; the processes and the exception below say the same in a sentence.
+    # It reports each failure at length; the processes and the exception below say the same in a sentence. It also keeps
+    # the signals that it handles.
     disabled = logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     logging.disable(logging.ERROR)
     try:
         launch_agent(config, sys.executable, ["-u", *arguments])
@@ -275,6 +277,9 @@ def launch(arguments: Sequence[str], count: int) -> int:
         return failures[0][1].exitcode
     finally:
         logging.disable(disabled)
+        for number, handler in handlers.items():
+            if handler is not None and handler != signal.getsignal(number):
+                signal.signal(number, handler)
     return 0
 
 
