@@ -73,7 +73,8 @@ class Spoilt(Tasks):
 
 def model():
     network = MLP(1, input_shape=1, hidden_sizes=(8, 8), generator=torch.Generator().manual_seed(0)).double()
-    return build_model(network, make_likelihood("gaussian", 1))
+    float32 = build_model(network, make_likelihood("gaussian", 1))  # its noise variance is
+    return dataclasses.replace(float32, shared=tree.map(lambda leaf: leaf.double(), float32.shared))
 
 
 def trainer(folder: Path | None, group: Processes | None, kind=Trainer, name: str = "maml", **changes) -> Trainer:
