@@ -249,6 +249,15 @@ def test_divergence_stops_all_processes_with_the_state_saved(together):
     assert load_tensors(folder / "own_0" / "diverged" / CHECKPOINT)[1]["step"] == 3
 
 
+def test_bad_data_of_one_process_is_named_by_all(together):
+    found, folder = together
+    for one, told in zip(found, (False, True), strict=True):
+        name, message, is_told = one["per_task_diverged"]
+        assert name == "ValueError" and is_told == told
+        assert "training task 3 of step 3" in message and "support.x" in message
+    assert load_tensors(folder / "own_0" / "per_task_diverged" / CHECKPOINT)[1]["step"] == 2
+
+
 def test_evaluation_is_that_of_one_process(together):
     meta = two_processes.trainer(None, None, name="ibaml")._meta
     expected = evaluate(

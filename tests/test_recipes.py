@@ -303,6 +303,7 @@ def test_override():
             "trainer.learning_rate": "2e-3",
             "trainer.gradient_clip": "null",
             "trainer.schedule": "cosine",
+            "trainer.draws": "per_task",
             "algorithm.fresh_noise": "true",
             "algorithm.initial_log_var": "[-5, -4.5]",
             "algorithm.truncation": "null",

@@ -44,6 +44,7 @@ CASES = {
     "ibaml": ("ibaml", {}),
     "loop": ("ibaml", {"tasks_per_chunk": 1}),
     "chunks": ("maml", {"tasks_per_chunk": 2, "schedule": "cosine"}),
+    "per_task": ("ibaml", {"draws": "per_task"}),
     "few": ("maml", {"tasks_per_step": 2, "num_validation_tasks": 1}),
 }
 
@@ -68,6 +69,20 @@ class Spoilt(Tasks):
         self.count += num_tasks > 1
         if self.count == 4:
             episodes.support.x[1] = 1e200
+        return episodes
+
+
+class SpoiltShare(Tasks):
+    """One of the tasks that only the last process draws, in step 3, is not finite."""
+
+    count = 0
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
+        episodes = super().sample(num_tasks, generator=generator)
+        self.count += 1
+        # One draw to check a task before training, then three of five tasks in each step.
+        if processes.launched_rank() == 1 and self.count == 1 + 2 * 3 + 2:
+            episodes.support.x[0] = float("nan")
         return episodes
 
 
@@ -174,6 +189,8 @@ def everything(folder: Path, group: Processes) -> dict:
             num_tasks=7, seed=3, processes=group,
         ).per_task
     )  # fmt: skip
+    shares = trainer(own / "per_task_diverged", group, draws="per_task")
+    found["per_task_diverged"] = message_of(lambda: shares.fit(SpoiltShare(), Tasks()))
     found["too_many"] = message_of(lambda: trainer(None, group, tasks_per_step=1))
     blocked = folder / "blocked"
     group.on_first(lambda: blocked.write_text("a file"))

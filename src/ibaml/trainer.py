@@ -23,7 +23,7 @@ from rich.console import Console
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
-from ibaml.evaluation import evaluate
+from ibaml.evaluation import draw_tasks, evaluate, task_generator
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
@@ -56,6 +56,9 @@ class TrainerSettings:
         checkpoint_every: Steps between checkpoints (validations also write one).
         log_every: Steps that one row of ``metrics.csv`` averages.
         tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: all of a step; 1: a plain loop.
+        draws: None: a step's tasks and noise come one after the other from one generator, and of several processes each
+            draws all of them. ``"per_task"``: each task has a generator of its own, seeded from that one, and a process
+            draws only its share, which many processes need (docs/scaling.md); other tasks than with None.
         seed: Seed of the training tasks and noise.
     """
 
@@ -70,6 +73,7 @@ class TrainerSettings:
     checkpoint_every: int = 250
     log_every: int = 10
     tasks_per_chunk: int | None = None
+    draws: Literal["per_task"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +96,8 @@ class TrainerSettings:
                 raise ValueError(f"{field} must be positive and finite, but is {value}.")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', but is {self.schedule!r}.")
+        if self.draws not in ("per_task", None):
+            raise ValueError(f"draws must be 'per_task' or None, but is {self.draws!r}.")
 
 
 class TrainingResult(NamedTuple):
@@ -252,15 +258,10 @@ class Trainer:
     def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
         generator_state = self._generator.get_state()
         settings = self.settings
-        episodes = tasks.sample(settings.tasks_per_step, generator=self._generator)
         share = self.processes.share(settings.tasks_per_step)
-        # Every process draws everything, so that the generator stays the same in all.
-        drawn = (
-            self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(settings.tasks_per_step)
-        )
-        noises = [noise for index, noise in enumerate(drawn) if index in share]
-        self._check_targets(episodes, generator_state)
-        own = tree.map(lambda leaf: leaf[share.start : share.stop].to(self.device), episodes)
+        episodes, first_drawn, noises = self._draw(tasks, share)
+        self._check_targets(episodes, first_drawn, generator_state)
+        own = tree.map(lambda leaf: leaf[share.start - first_drawn :][: len(share)].to(self.device), episodes)
         chunk = settings.tasks_per_chunk or len(share)
 
         total = tree.zeros_like(self._meta)
@@ -279,7 +280,7 @@ class Trainer:
         if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
             self._generator.set_state(generator_state)
             # All processes are here, as all have the same sum.
-            self.processes.on_first(lambda: self._report_divergence(episodes, info, gradient_norm))
+            self._report_divergence(own, share, info, gradient_norm)
         if settings.gradient_clip is not None:
             gradient = tree.scale((settings.gradient_clip / gradient_norm).clamp_max(1.0), gradient)
         self._apply(gradient)
@@ -292,6 +293,20 @@ class Trainer:
             "linear_converged": float(info.linear_converged.double().mean()),
             "gradient_norm": float(gradient_norm),
         }
+
+    def _draw(self, tasks: TaskSampler, share: range) -> tuple[Episode, int, list[TaskNoise]]:
+        """Draws tasks, of which the second result is the first one's index, and the noise of this process's share."""
+        count = self.settings.tasks_per_step
+        if self.settings.draws == "per_task":
+            seed = int(torch.randint(2**40, (), generator=self._generator))
+            episodes = draw_tasks(tasks, share.start, share.stop, seed=seed)
+            # Far from the generators of the tasks.
+            generators = (torch.Generator().manual_seed(2**62 + task_generator(seed, i).initial_seed()) for i in share)
+            return episodes, share.start, [self.algorithm.draw_noise(self._meta, generator=g) for g in generators]
+        episodes = tasks.sample(count, generator=self._generator)
+        # All of it in every process, so that the generator stays the same in all.
+        drawn = (self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(count))
+        return episodes, 0, [noise for index, noise in enumerate(drawn) if index in share]
 
     def _sum_over_processes(
         self, total: MetaParameters, info: HypergradientInfo, score: Tensor, share: range, generator_state: Tensor
@@ -395,11 +410,11 @@ class Trainer:
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
         return self.model.check_task(first, task=name)
 
-    def _check_targets(self, episodes: Episode, generator_state: Tensor) -> None:
+    def _check_targets(self, episodes: Episode, first: int, generator_state: Tensor) -> None:
         """Refuses targets out of range, which would give a finite loss and so a wrong gradient, the state saved."""
-        for index in range(self.settings.tasks_per_step):
+        for index in range(len(episodes.support.y)):
             for part, batch in (("support", episodes.support), ("query", episodes.query)):
-                name = f"training task {index} of step {self._step + 1} {part}.y"
+                name = f"training task {first + index} of step {self._step + 1} {part}.y"
                 try:
                     self.model.likelihood.check_targets(name, batch.y[index], self._num_outputs)
                 except ValueError:
@@ -407,13 +422,21 @@ class Trainer:
                     self._save()
                     raise
 
-    def _report_divergence(self, episodes: Episode, info: HypergradientInfo, gradient_norm: Tensor) -> None:
+    def _report_divergence(self, own: Episode, share: range, info: HypergradientInfo, gradient_norm: Tensor) -> None:
         """Saves the state before the step and raises, after ruling out bad data."""
         self._save()
         bad = torch.nonzero(~torch.isfinite(info.outer_loss)).flatten().tolist() or list(range(len(info.outer_loss)))
-        for index in bad:
-            task = tree.map(lambda leaf, i=index: leaf[i].to(self.device), episodes)
-            self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+
+        def check_own() -> None:
+            for index in (index for index in bad if index in share):
+                task = tree.map(lambda leaf, i=index - share.start: leaf[i], own)
+                self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+
+        self.processes.gather(check_own)
+        # Every process is here, as all have the same sum, but one is enough to tell.
+        self.processes.on_first(lambda: self._raise_divergence(bad, info, gradient_norm))
+
+    def _raise_divergence(self, bad: list[int], info: HypergradientInfo, gradient_norm: Tensor) -> None:
         raise TrainingDivergedError(
             f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
             f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
