@@ -50,11 +50,15 @@ def conv4() -> tuple[Model, TaskSampler]:
     )
 
 
-CASES: dict[str, Callable[[], tuple[Model, TaskSampler]]] = {
-    "MLP 40-40": lambda: mlp(40),
-    "MLP 256-256": lambda: mlp(256),
-    "MLP 1024-1024": lambda: mlp(1024),
-    "Conv4, 32 channels": conv4,
+CASES: dict[str, tuple[Algorithm, Callable[[], tuple[Model, TaskSampler]]]] = {
+    "ibaml, MLP 40-40": (IBAML, lambda: mlp(40)),
+    "ibaml, MLP 512-512": (IBAML, lambda: mlp(512)),
+    "ibaml, Conv4": (IBAML, conv4),
+    # Little to compute and much to send.
+    "fomaml, MLP 2048-2048": (
+        make_algorithm("fomaml", inner_learning_rate=1e-3, num_inner_steps=1),
+        lambda: mlp(2048),
+    ),
 }
 
 
@@ -80,19 +84,21 @@ def timed(function: Callable[[], object], repeats: int) -> float:
 
 
 def steps(case: str, num_steps: int, num_tasks: int, group: Processes | None) -> list[float]:
-    model, tasks = CASES[case]()
+    algorithm, build = CASES[case]
+    model, tasks = build()
     # A plain loop over tasks, whose time is proportional to their number, as the model assumes.
     settings = TrainerSettings(num_steps=num_steps + 2, tasks_per_step=num_tasks, tasks_per_chunk=1)
-    trainer = Timed(model, IBAML, settings, processes=group)
+    trainer = Timed(model, algorithm, settings, processes=group)
     trainer.fit(tasks)
     return trainer.seconds[2:]
 
 
 def terms(case: str, num_steps: int, num_tasks: int) -> dict[str, float]:
     """Measures the terms of the model in one process, in seconds."""
-    model, tasks = CASES[case]()
+    algorithm, build = CASES[case]
+    model, tasks = build()
     generator = torch.Generator().manual_seed(0)
-    meta = tree.map(lambda leaf: leaf.clone(), IBAML.init(model.adapted, model.shared, generator=generator))
+    meta = tree.map(lambda leaf: leaf.clone(), algorithm.init(model.adapted, model.shared, generator=generator))
     optimizer = torch.optim.Adam(tree.leaves(meta))
     gradient = tree.map(lambda leaf: 1e-3 * torch.randn(leaf.shape, generator=generator), meta)
 
@@ -105,7 +111,7 @@ def terms(case: str, num_steps: int, num_tasks: int) -> dict[str, float]:
     found = {
         "parameters": sum(leaf.numel() for leaf in tree.leaves(meta)),
         "sample": timed(lambda: tasks.sample(num_tasks, generator=generator), num_steps) / num_tasks,
-        "noise": timed(lambda: draw(IBAML, meta, generator), num_steps),
+        "noise": timed(lambda: algorithm.draw_noise(meta, generator=generator), num_steps),
         "update": timed(update, num_steps),
     }
     found["step"] = min(steps(case, num_steps, num_tasks, None))
@@ -114,18 +120,11 @@ def terms(case: str, num_steps: int, num_tasks: int) -> dict[str, float]:
     return found
 
 
-def draw(algorithm: Algorithm, meta: object, generator: torch.Generator) -> object:
-    return algorithm.draw_noise(meta, generator=generator)
-
-
-def sums(group: Processes, sizes: list[int], repeats: int) -> list[float]:
-    """Least seconds of a sum of vectors of so many float32 values; the slowest process counts."""
-    least: list[float] = []
-    for size in sizes:
-        vector = torch.ones(size)
-        group.on_first(lambda: None)
-        least.append(timed(lambda v=vector: group.sum(v), repeats))
-    return [max(column) for column in zip(*group.gather(lambda: least), strict=True)]
+def sum_seconds(group: Processes, tensors: object, repeats: int) -> float:
+    """Least seconds of a sum; the slowest process counts."""
+    group.on_first(lambda: None)
+    own = timed(lambda: group.sum(tensors), repeats)
+    return max(group.gather(lambda: own))
 
 
 def line_through(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
@@ -142,14 +141,14 @@ def line_through(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
 
 def measure(num_steps: int, num_tasks: int, group: Processes) -> None:
     sizes = [100, 10_000, 100_000, 1_000_000, 4_000_000]
-    found = sums(group, sizes, 10 * num_steps)
+    found = [sum_seconds(group, torch.ones(size), 10 * num_steps) for size in sizes]
     latency, bandwidth = line_through(sizes, found)
     lines = [f"all-reduce: latency {latency * 1e6:.0f} us, bandwidth {bandwidth / 1e9:.2f} GB/s"]
     lines += [
         f"    {4 * size:>10,} bytes: {seconds * 1e3:.3f} ms, fitted {1e3 * (2 * latency + 4 * size / bandwidth):.3f} ms"
         for size, seconds in zip(sizes, found, strict=True)
     ]
-    header = "| network | n | V (bytes) | sample | noise | task | update | sum | 1 process | 1 beside another |"
+    header = "| case | n | V (bytes) | sample | noise | task | update | sum | 1 process | 1 beside another |"
     lines += ["", header + " 2 predicted | 2 measured | median | ratio |", "|---" * 14 + "|"]
     for case in CASES:
         # One after the other: the second process waits without computing.
@@ -159,7 +158,11 @@ def measure(num_steps: int, num_tasks: int, group: Processes) -> None:
         own = steps(case, num_steps, num_tasks, group)
         together = [max(column) for column in zip(*group.gather(lambda t=own: t), strict=True)]
         size = int(alone["parameters"]) + 5 * num_tasks + 2
-        (reduce,) = sums(group, [size], 4 * num_steps)
+        algorithm, build = CASES[case]
+        model, _ = build()
+        # Parameter by parameter, as in a step, so that packing them into a vector counts.
+        gradient = algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(0))
+        reduce = sum_seconds(group, gradient, 4 * num_steps)
         predicted = beside["update"] + reduce
         predicted += num_tasks * (beside["sample"] + beside["noise"]) + -(-num_tasks // group.size) * beside["task"]
         cells = [

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 import uuid
@@ -318,7 +319,8 @@ def _losses_named(processes: Processes) -> Generator[None, None, None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Of gloo's sentence, without its source file before and its advice behind.
+        reason = re.sub(r"^\[\S*\] ", "", (str(error) or type(error).__name__).splitlines()[0]).split(". ")[0]
         raise ProcessLostError(
             f"process {processes.rank} of {processes.size} cannot reach the others: one has died or hangs ({reason})."
         ) from error
