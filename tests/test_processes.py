@@ -92,6 +92,7 @@ def test_one_process_does_everything_itself():
     alone, tensors = Processes(), {"a": torch.ones(2)}
     assert alone.is_first and alone.sum(tensors) is tensors
     assert alone.gather(lambda: 3) == [3] and alone.on_first(lambda: 4) == 4 and alone.first_then_others(lambda: 5) == 5
+    assert alone.together(lambda: 6) == 6
     with pytest.raises(ValueError, match="mine") as caught:
         alone.on_first(lambda: (_ for _ in ()).throw(ValueError("mine")))
     assert not is_told_by_first(caught.value)
@@ -168,7 +169,7 @@ def test_gathered_and_sent_values(together):
     for rank, found in enumerate(together[0]):
         assert (found["rank"], found["size"]) == (rank, 2)
         assert [(one["rank"], one["value"].tolist()) for one in found["gather"]] == [(0, []), (1, [0])]
-        assert found["on_first"] == "from 0"
+        assert found["on_first"] == "from 0" and found["together"] == rank + 5
         value, calls = found["first_then_others"]
         assert value == rank and calls == ([0, 0] if rank == 0 else [1])
 
@@ -180,6 +181,7 @@ def test_errors_are_agreed(together):
         assert found["gather_error"] == ("ValueError", "raised in process 1", told)
         name, message, is_told = found["on_first_error"]
         assert name == "FileNotFoundError" and "/nowhere/at/all" in message and is_told == told
+        assert found["together_error"] == ("ValueError", "raised in process 1", told)
         name, message, is_told = found["unwritable"]
         assert name in ("OSError", "NotADirectoryError", "FileExistsError") and "cannot be written" in message
         assert is_told == told
@@ -354,6 +356,9 @@ def test_a_survivor_saves_the_state_before_the_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda sent, src: None)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own])
+    )
     monkeypatch.setattr(Processes, "share", lambda self, count: range(count))  # as if the other's part were zero
     with pytest.raises(ProcessLostError, match=r"one has died or hangs \(Connection closed by peer\)\. The last check"):
         survivor.fit(two_processes.Tasks())
@@ -425,7 +430,8 @@ def test_errors_of_several_processes_are_told_once(tmp_path):
                     "trainer.tasks_per_step=1")  # fmt: skip
     output = finish(process)
     assert process.returncode == 2, output
-    assert "error: tasks_per_step is 1, fewer than the 2 processes" in output and "Traceback" not in output
+    assert output.count("tasks_per_step is 1, fewer than the 2 processes") == 1 and "Traceback" not in output
+    assert "error: tasks_per_step is 1" in output
 
 
 def test_a_launch_that_lost_a_process_says_how_to_resume(monkeypatch, capsys, tmp_path):

@@ -158,6 +158,8 @@ def primitives(group: Processes) -> dict:
         "half": group.sum(torch.tensor([257.0 + rank, 1.0], dtype=torch.bfloat16)),
         "gather": group.gather(lambda: {"rank": rank, "value": torch.arange(rank)}),
         "gather_error": message_of(lambda: group.gather(fail_on_last)),
+        "together": group.together(lambda: rank + 5),
+        "together_error": message_of(lambda: group.together(fail_on_last)),
         "on_first": group.on_first(lambda: calls.append(rank) or f"from {rank}"),
         "on_first_error": message_of(lambda: group.on_first(lambda: open("/nowhere/at/all"))),
         "first_then_others": (group.first_then_others(lambda: calls.append(rank) or rank), calls),

@@ -119,6 +119,17 @@ class Processes:
             self._raise_agreed(error)
         return [value for value, _ in outcomes]
 
+    def together(self, function: Callable[[], T]) -> T:
+        """Calls a function in every process and returns its own result to each, or the same error to all.
+
+        Raises:
+            Exception: In every process, if the function raised in any: what the lowest of these processes raised.
+            ProcessLostError: If another process has died, or does not come within the time limit.
+        """
+        own: list[T] = []
+        self.gather(lambda: own.append(function()))
+        return own[0]
+
     def on_first(self, function: Callable[[], T]) -> T:
         """Calls a function in the first process only and returns its result to all.
 
@@ -142,12 +153,12 @@ class Processes:
         """Calls a function in every process, and in the first one before all others, so that it can fill a cache.
 
         Raises:
-            Exception: In every process, if the function raised in the first; else where it raised.
+            Exception: In every process, if the function raised in any: what the lowest of these processes raised.
             ProcessLostError: If another process has died, or does not come within the time limit.
         """
         own: list[T] = []
         self.on_first(lambda: own.append(function()))
-        return own[0] if own else function()
+        return self.together(lambda: own[0] if own else function())
 
     def _raise_agreed(self, error: Exception | None) -> None:
         if error is None:

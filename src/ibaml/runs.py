@@ -113,14 +113,16 @@ def train_run(
     train_tasks, validation_tasks = processes.first_then_others(
         lambda: tuple(recipe.data.build(split, data=data) for split in ("train", "validation"))
     )
-    trainer = Trainer(
-        recipe.build_model(),
-        recipe.algorithm,
-        recipe.trainer,
-        run_folder=folder,
-        device=device,
-        console=console,
-        processes=processes,
+    trainer = processes.together(
+        lambda: Trainer(
+            recipe.build_model(),
+            recipe.algorithm,
+            recipe.trainer,
+            run_folder=folder,
+            device=device,
+            console=console,
+            processes=processes,
+        )
     )
     processes.on_first(lambda: open_run(folder, recipe, processes))
     if console is not None and processes.is_first:

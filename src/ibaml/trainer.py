@@ -210,11 +210,8 @@ class Trainer:
     def _fit(
         self, train_tasks: TaskSampler, validation_tasks: TaskSampler | None, max_minutes: float | None
     ) -> TrainingResult:
-        if self.run_folder is not None and (found := self.processes.on_first(self._find_checkpoint)) is not None:
-            self._resume(self.run_folder / CHECKPOINT, *found)
-        self._num_outputs = self._check_first_task(train_tasks, "training task")
-        if validation_tasks is not None:
-            self._check_first_task(validation_tasks, "validation task")
+        found = self.processes.on_first(self._find_checkpoint)
+        self.processes.together(lambda: self._prepare(found, train_tasks, validation_tasks))
 
         start, start_seconds = time.monotonic(), self._seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
@@ -494,8 +491,21 @@ class Trainer:
             {"step": self._best_step, "description": self._description()},
         )
 
+    def _prepare(
+        self,
+        found: tuple[dict[str, Tensor], dict[str, Any]] | None,
+        train_tasks: TaskSampler,
+        validation_tasks: TaskSampler | None,
+    ) -> None:
+        if self.run_folder is not None and found is not None:
+            self._resume(self.run_folder / CHECKPOINT, *found)
+        self._num_outputs = self._check_first_task(train_tasks, "training task")
+        if validation_tasks is not None:
+            self._check_first_task(validation_tasks, "validation task")
+
     def _find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        assert self.run_folder is not None
+        if self.run_folder is None:
+            return None
         require_writable(self.run_folder)
         path = self.run_folder / CHECKPOINT
         return load_tensors(path) if path.exists() else None
