@@ -59,7 +59,7 @@ WORKLOADS = (
         sample=3.2e-3,
         noise=10 * 32_901 / NORMALS_PER_SECOND,
         update=0.2e-3,
-        memory=30,
+        memory=48,
     ),
     # A billion weights, each with mean and log-variance; 1 weight sample; 375 gradients of sequences of 128 tokens at
     # 6e9 operations a token, 100e12 operations a second.
@@ -70,7 +70,7 @@ WORKLOADS = (
         sample=1e-3,
         noise=2 * 1e9 / NORMALS_PER_SECOND,
         update=20 * 2e9 * 4 / 2e12,
-        memory=30,
+        memory=48,
     ),
     # The same network, of which one weight in a thousand is adapted and all others are frozen.
     Workload(
@@ -80,15 +80,15 @@ WORKLOADS = (
         sample=1e-3,
         noise=2 * 1e6 / NORMALS_PER_SECOND,
         update=1e-3,
-        memory=30,
+        memory=48,
     ),
 )
 
 
 def main() -> None:
-    print("| workload | P | wire MB | all-reduce s | step s, all draws | tasks/s | efficiency |", end="")
-    print(" step s, per_task | tasks/s | efficiency |")
-    print("|---" * 10 + "|")
+    print("| workload | P | MB sent | sum, s | step, s | efficiency |", end="")
+    print(" step, s, `per_task` | efficiency |")
+    print("|---" * 8 + "|")
     for work in WORKLOADS:
         alone = step_seconds(work, 1, 1, per_task=True, latency=0, bandwidth=1)
         for num_processes, (latency, bandwidth) in LINKS.items():
@@ -96,14 +96,14 @@ def main() -> None:
             cells = [
                 work.name,
                 f"{num_processes:,}",
-                f"{2 * (num_processes - 1) / num_processes * num_bytes / 1e6:,.4g}",
-                f"{sum_seconds(num_bytes, num_processes, latency=latency, bandwidth=bandwidth):.3g}",
+                f"{2 * (num_processes - 1) / num_processes * num_bytes / 1e6:,.2f}",
+                f"{sum_seconds(num_bytes, num_processes, latency=latency, bandwidth=bandwidth):.5f}",
             ]
             for per_task in (False, True):
                 seconds = step_seconds(
                     work, num_processes, num_processes, per_task=per_task, latency=latency, bandwidth=bandwidth
                 )
-                cells += [f"{seconds:.3g}", f"{num_processes / seconds:.3g}", f"{alone / seconds:.0%}"]
+                cells += [f"{seconds:,.3f}", f"{100 * alone / seconds:.2g}%".replace("1e+02", "100")]
             print("| " + " | ".join(cells) + " |")
     print()
     for work in WORKLOADS:
