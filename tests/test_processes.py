@@ -270,6 +270,20 @@ def test_evaluation_is_that_of_one_process(together):
         assert all(difference(found["evaluation"][name], value) < 1e-10 for name, value in expected.items())
 
 
+def test_a_learner_is_that_of_one_process(together):
+    alone = two_processes.learner_meta(None)
+    for found in together[0]:
+        assert difference(found["learner"], alone) < 1e-6  # its noise variance is float32
+
+
+def test_processes_that_start_differently_are_refused(together):
+    for found in together[0]:
+        for name in ("unequal", "unequal_weights"):
+            kind, message, _ = found[name]
+            assert kind == "ValueError"
+            assert message.startswith("processes 0 and 1 start from different weights or settings: build the network")
+
+
 def test_more_processes_than_tasks_are_refused(together):
     for found in together[0]:
         assert found["too_many"][0] == "ValueError"

@@ -17,6 +17,7 @@ from ibaml import processes, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.data import SinusoidTasks
 from ibaml.evaluation import evaluate
+from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
 from ibaml.networks import MLP
@@ -90,6 +91,12 @@ def model():
     network = MLP(1, input_shape=1, hidden_sizes=(8, 8), generator=torch.Generator().manual_seed(0)).double()
     float32 = build_model(network, make_likelihood("gaussian", 1))  # its noise variance is
     return dataclasses.replace(float32, shared=tree.map(lambda leaf: leaf.double(), float32.shared))
+
+
+def learner_meta(group: Processes | None):
+    network = MLP(1, input_shape=1, hidden_sizes=(8, 8), generator=torch.Generator().manual_seed(0)).double()
+    learner = MetaLearner(network, algorithm=ALGORITHMS["ibaml"], likelihood="gaussian")
+    return learner.fit(Tasks(), settings=SETTINGS, processes=group).meta_parameters
 
 
 def trainer(folder: Path | None, group: Processes | None, kind=Trainer, name: str = "maml", **changes) -> Trainer:
@@ -166,6 +173,12 @@ def primitives(group: Processes) -> dict:
     }
 
 
+def unequal_weights(group: Processes) -> None:
+    network = MLP(1, input_shape=1, generator=torch.Generator().manual_seed(group.rank)).double()
+    float32 = build_model(network, make_likelihood("gaussian", 1))
+    Trainer(float32, ALGORITHMS["maml"], SETTINGS, processes=group).fit(Tasks())
+
+
 def everything(folder: Path, group: Processes) -> dict:
     own = folder / f"own_{group.rank}"  # of other processes than the first these must stay absent
     found: dict = {"rank": group.rank, "size": group.size, **primitives(group)}
@@ -193,6 +206,9 @@ def everything(folder: Path, group: Processes) -> dict:
     )  # fmt: skip
     shares = trainer(own / "per_task_diverged", group, draws="per_task")
     found["per_task_diverged"] = message_of(lambda: shares.fit(SpoiltShare(), Tasks()))
+    found["unequal"] = message_of(lambda: trainer(None, group, learning_rate=0.1 * (1 + group.rank)).fit(Tasks()))
+    found["unequal_weights"] = message_of(lambda: unequal_weights(group))
+    found["learner"] = learner_meta(group)
     found["too_many"] = message_of(lambda: trainer(None, group, tasks_per_step=1))
     blocked = folder / "blocked"
     group.on_first(lambda: blocked.write_text("a file"))

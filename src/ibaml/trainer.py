@@ -8,6 +8,7 @@ number of processes; with another number of processes sums are rounded in anothe
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -195,7 +196,8 @@ class Trainer:
             max_minutes: Stop after so much time in this call.
 
         Raises:
-            ValueError: If a task does not fit the model, or the run folder's checkpoint another run.
+            ValueError: If a task does not fit the model, or the run folder's checkpoint another run, or processes start
+                from different weights or settings.
             OSError: If the run folder cannot be written; nothing has been computed then.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
@@ -212,6 +214,8 @@ class Trainer:
     ) -> TrainingResult:
         found = self.processes.on_first(self._find_checkpoint)
         self.processes.together(lambda: self._prepare(found, train_tasks, validation_tasks))
+        if self.processes.size > 1:
+            self._require_equal_starts()
 
         start, start_seconds = time.monotonic(), self._seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
@@ -502,6 +506,21 @@ class Trainer:
         self._num_outputs = self._check_first_task(train_tasks, "training task")
         if validation_tasks is not None:
             self._check_first_task(validation_tasks, "validation task")
+
+    def _require_equal_starts(self) -> None:
+        """Refuses processes whose networks were initialised differently: their sums would mean nothing."""
+
+        def start() -> str:
+            tensors = {name: value.cpu() for name, value in meta_to_tensors(self._snapshot()).items()}
+            return digest(tensors, json.dumps(self._description(), sort_keys=True, default=str))
+
+        starts = self.processes.gather(start)
+        other = next((rank for rank, value in enumerate(starts) if value != starts[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"processes 0 and {other} start from different weights or settings: build the network from the same "
+                "seed in every process (call torch.manual_seed before), and give all the same settings."
+            )
 
     def _find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.run_folder is None:
