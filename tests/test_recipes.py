@@ -303,6 +303,7 @@ def test_override():
             "trainer.learning_rate": "2e-3",
             "trainer.gradient_clip": "null",
             "trainer.schedule": "cosine",
+            "trainer.draws": "per_task",
             "algorithm.fresh_noise": "true",
             "algorithm.initial_log_var": "[-5, -4.5]",
             "algorithm.truncation": "null",
@@ -316,6 +317,7 @@ def test_override():
     )
     assert changed.algorithm.num_inner_steps == 10 and changed.trainer.learning_rate == 2e-3
     assert changed.trainer.gradient_clip is None and changed.trainer.schedule == "cosine"
+    assert changed.trainer.draws == "per_task" and changed.override({"trainer.draws": "null"}).trainer.draws is None
     assert changed.algorithm.fresh_noise is True and changed.algorithm.initial_log_var == (-5, -4.5)
     assert changed.network.arguments["hidden_sizes"] == (3, 4) and changed.network.arguments["activation"] == "tanh"
     assert changed.data.path == "2024"

@@ -52,9 +52,10 @@ def test_a_new_run(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["environment.json", "recipe.json"]
     assert runs.read_recipe(folder) == RECIPE
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment.keys() == {"date", "command", "python", "packages", "platform", "threads", "cuda"}
+    assert environment.keys() == {"date", "command", "python", "packages", "platform", "threads", "cuda", "processes"}
     assert environment["packages"].keys() >= {"ibaml", "torch", "numpy"}
     assert environment["threads"] == torch.get_num_threads()
+    assert environment["processes"] == 1
     assert (environment["cuda"] is None) == (not torch.cuda.is_available())
 
 

@@ -161,6 +161,32 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, name, tasks_
     assert_identical(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_tasks_with_generators_of_their_own(tmp_path):
+    """Each task and its noise depend on the step and the task's number alone, and a resumed run has the same ones."""
+    settings = dataclasses.replace(SMALL, draws="per_task")
+    whole = make(tmp_path / "whole", "ibaml", settings).fit(image_tasks(0))
+    make(tmp_path / "parts", "ibaml", settings).fit(image_tasks(0), max_minutes=1e-9)
+    part = make(tmp_path / "parts", "ibaml", settings).fit(image_tasks(0))
+    assert_same_meta(part.last_meta, whole.last_meta)
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+
+    one = make(None, "ibaml", settings)
+    state = one._generator.get_state()
+    episodes, first, noises = one._draw(image_tasks(0), range(3))
+    assert first == 0 and len(noises) == len(episodes.support.y) == 3
+    one._generator.set_state(state)
+    share, first, share_noises = one._draw(image_tasks(0), range(1, 3))
+    assert first == 1 and len(share_noises) == 2
+    assert_same_meta(tree.map(lambda leaf: leaf[1:], episodes), share)
+    assert_same_meta(noises[1:], share_noises)
+    # No two tasks, steps or draws of noise are alike.
+    following, _, following_noises = one._draw(image_tasks(0), range(3))
+    inputs = [*episodes.support.x, *following.support.x]
+    weights = [noise.inner["features.0.weight"] for noise in (*noises, *following_noises)]
+    for values in (inputs, weights):
+        assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_time_limits_do_not_change_the_result(tmp_path, schedule):
     settings = dataclasses.replace(SMALL, schedule=schedule, validate_every=3)
@@ -895,6 +921,7 @@ def test_episodes_of_unequal_sizes_train_one_at_a_time():
             for value in (0.0, -1.0, math.inf, math.nan)
         ],
         ("schedule", "linear", "schedule must be 'constant' or 'cosine', but is 'linear'"),
+        ("draws", "all", "draws must be 'per_task' or None, but is 'all'"),
     ],
 )
 def test_settings_are_validated(field, value, message):

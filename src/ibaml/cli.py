@@ -5,7 +5,7 @@ import csv
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 import tyro
@@ -21,10 +21,19 @@ from ibaml.experiments.fig3 import Fig3Settings
 from ibaml.experiments.sinusoid import SinusoidSettings
 from ibaml.experiments.table1 import Table1Settings
 from ibaml.metrics import paired_difference, reliability_curve
+from ibaml.processes import (
+    ProcessLostError,
+    connect,
+    is_told_by_first,
+    launch,
+    launched_rank,
+    num_launched,
+    require_devices,
+)
 from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
 from ibaml.reproduce import experiment_name
 from ibaml.reproduce import reproduce as run_experiment
-from ibaml.trainer import TrainingDivergedError
+from ibaml.trainer import TrainingDivergedError, TrainingResult
 from ibaml.training_log import METRICS, read_metrics
 from ibaml.types import Batch, Episode
 
@@ -58,6 +67,13 @@ _Experiment: TypeAlias = (
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse")
 
 
+class _Launch(NamedTuple):
+    """Asks for the same command in several processes on this machine."""
+
+    num_processes: int
+    resume: str
+
+
 def list_recipes() -> None:
     """List the recipes: named, complete configurations."""
     table = Table(Column("recipe", no_wrap=True), "what it is", "steps x tasks", box=None, pad_edge=False)
@@ -77,9 +93,10 @@ def train(
     steps: int | None = None,
     seed: int | None = None,
     device: str = "auto",
+    devices: int = 1,
     threads: int | None = None,
     set: _Settings = (),  # noqa: A002
-) -> int:
+) -> int | _Launch:
     """Train a recipe, or resume it if the run folder holds a checkpoint.
 
     Args:
@@ -90,6 +107,7 @@ def train(
         steps: Number of meta-steps, instead of the recipe's.
         seed: Seed of training, instead of the recipe's.
         device: "auto" (CUDA if present), "cpu", "cuda", "cuda:1", ...
+        devices: Number of processes that share the tasks of a step: one for each GPU, or any number on the CPU.
         threads: Number of CPU threads [default: torch's choice].
         set: Change settings of the recipe, such as algorithm.num_inner_steps=10 trainer.learning_rate=0.002.
     """
@@ -104,26 +122,47 @@ def train(
         changes["trainer.seed"] = str(seed)
     chosen = chosen.override(changes)
     where = runs.resolve_device(device)
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, but is {threads}.")
-        torch.set_num_threads(threads)
+    require_devices(where, devices)
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be at least 1, but is {threads}.")
+    resume = f"ibaml train {recipe} --run-folder {folder}"
+    if devices > 1 and num_launched() == 1:
+        return _Launch(devices, resume)
+    if devices not in (1, num_launched()):
+        raise ValueError(f"--devices is {devices}, but torchrun has started {num_launched()} processes: leave it out.")
 
-    result = runs.train_run(chosen, folder, data=data, device=where, max_minutes=max_minutes, console=_console)
+    with connect(where) as processes:
+        # Fabric has divided the cores among the processes of this machine.
+        if threads is not None:
+            torch.set_num_threads(threads)
+        result = runs.train_run(
+            chosen,
+            folder,
+            data=data,
+            device=processes.device,
+            max_minutes=max_minutes,
+            console=_console,
+            processes=processes,
+        )
+        if processes.is_first:
+            _report_training(chosen, folder, result, resume)
+    return 130 if result.stop_reason == "interrupted" else 0
+
+
+def _report_training(recipe: Recipe, folder: Path, result: TrainingResult, resume: str) -> None:
     history = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     if history:
-        plots.save(plots.training_curves(history, title=chosen.name), folder / "training.png")
+        plots.save(plots.training_curves(history, title=recipe.name), folder / "training.png")
     _console.print(
         f"Training {result.stop_reason} at step {result.num_steps}; the best state is of step {result.best_step}.\n"
         + (
             f"Evaluate it with: ibaml evaluate {folder}"
             if result.stop_reason == "completed"
-            else f"Resume with the same command: ibaml train {recipe} --run-folder {folder}"
+            else f"Resume with the same command: {resume}"
         ),
         soft_wrap=True,
         markup=False,
     )
-    return 130 if result.stop_reason == "interrupted" else 0
 
 
 def evaluate_run(
@@ -253,23 +292,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": compare,
         "reproduce": reproduce,
     }
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             commands,
-            args=None if arguments is None else list(arguments),
+            args=arguments,
             prog="ibaml",
             # `ibaml reproduce fig1 --out ...`, not `ibaml reproduce --out ... experiment:fig1 --experiment.seed ...`
             config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             description="Implicit Bayesian meta-learning: few-shot predictions that know how sure they are.",
         )
-    except (ValueError, OSError, FloatingPointError, TrainingDivergedError) as error:
+        if isinstance(code, _Launch):
+            code = _launch(arguments, code)
+    except (ValueError, OSError, FloatingPointError, TrainingDivergedError, ProcessLostError) as error:
         # What a user can mend gets a sentence; anything else is a defect and keeps its traceback.
-        _console.print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        if not is_told_by_first(error):
+            origin = f" in process {launched_rank()}" if launched_rank() > 0 else ""
+            _console.print(f"[bold red]error{origin}:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         code = 2
     except KeyboardInterrupt:
         _console.print("Interrupted.")
         code = 130
     sys.exit(code or 0)
+
+
+def _launch(arguments: Sequence[str], wanted: _Launch) -> int:
+    try:
+        return launch(["-m", "ibaml.cli", *arguments], wanted.num_processes)
+    except ProcessLostError as error:
+        raise ProcessLostError(
+            f"{error} Resume from the last checkpoint with the same command, or with another number of processes: "
+            f"{wanted.resume} --devices N"
+        ) from error
 
 
 def _draw_evaluation(recipe: Recipe, result: Evaluation, first: Episode, target: Path) -> None:
@@ -324,3 +378,7 @@ def _describe_difference(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ and independent of how many tasks are computed at a time, which is what paired c
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ from ibaml.meta_step import MetaGradient
 from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.processes import Processes
 from ibaml.types import Episode, Params, TaskSampler, Tensor
 
 _SEED_STRIDE = 1_000_003
@@ -94,6 +96,7 @@ def evaluate(
     tasks_per_chunk: int | None = None,
     passes: MetaGradient | None = None,
     on_progress: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Adapts to each of a fixed set of tasks and scores the predictions on its query set.
 
@@ -107,33 +110,72 @@ def evaluate(
         tasks_per_chunk: Tasks that are drawn, and sent to the device, at a time (None: 8).
         passes: What adapts; one that has been used before has its programs. None: a new one.
         on_progress: Called with the number of finished tasks.
+        processes: The processes that share the tasks; each returns the evaluation of all.
 
     Raises:
         ValueError: If ``num_tasks`` is not positive, a task does not fit the model, or query sets differ in size.
         FloatingPointError: If predictions are not finite, naming the task.
+        ProcessLostError: If another process has died or hangs.
 
     Cost:
         Per task ``num_inner_steps + 1`` gradients and ``num_evaluation_samples`` forward passes on the query set.
     """
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
+    processes = processes or Processes()
+
+    def own_share() -> list[_Scored]:
+        share = processes.share(num_tasks)
+        computing = passes or MetaGradient(model, algorithm)
+        return _score_tasks(model, algorithm, meta, sampler, share, seed, tasks_per_chunk, computing, on_progress)
+
+    scored = [task for share in processes.gather(own_share) for task in share]
+    if len(sizes := sorted({len(task.targets) for task in scored})) > 1:
+        raise ValueError(
+            f"test tasks have query sets of {', '.join(map(str, sizes))} examples; expected one size, so that every "
+            "task weighs the same: cut them to the smallest."
+        )
+    targets = torch.stack([task.targets for task in scored])
+    values = [torch.stack(value) for value in zip(*(task.values for task in scored), strict=True)]
+    if len(values) == 1:
+        return _classification(torch.log_softmax(values[0], -1), targets)
+    mean, variance, nll = values
+    return _regression(mean, variance, nll, targets.double())
+
+
+class _Scored(NamedTuple):
+    """Targets and predictions of one task, on the CPU: log-probabilities, or mean, variance and nll; in float64."""
+
+    targets: Tensor
+    values: tuple[Tensor, ...]
+
+
+def _score_tasks(
+    model: Model,
+    algorithm: Algorithm,
+    meta: MetaParameters,
+    sampler: TaskSampler,
+    indices: range,
+    seed: int,
+    tasks_per_chunk: int | None,
+    passes: MetaGradient,
+    on_progress: Callable[[int], None] | None,
+) -> list[_Scored]:
+    num_tasks = len(indices)
     # Support sets of unequal sizes, as a list of episodes may have, cannot be stacked.
     chunk = min(tasks_per_chunk or 8, num_tasks) if getattr(sampler, "has_equal_sizes", True) else 1
     device = tree.leaves(meta.prior)[0].device
 
-    passes = passes or MetaGradient(model, algorithm)
-
-    predictions: list[ClassPrediction | RegressionPrediction] = []
-    targets: list[Tensor] = []
+    scored: list[_Scored] = []
     num_outputs = 0
-    for start in range(0, num_tasks, chunk):
-        stop = min(start + chunk, num_tasks)
+    for start in range(indices.start, indices.stop, chunk or 1):
+        stop = min(start + chunk, indices.stop)
         episodes = tree.map(lambda leaf: leaf.to(device), draw_tasks(sampler, start, stop, seed=seed))
         for index in range(stop - start):
             # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
             task = tree.map(lambda leaf, i=index: leaf[i], episodes)
-            if start + index == 0:
-                num_outputs = model.check_task(task, task="test task 0")
+            if start + index == indices.start:
+                num_outputs = model.check_task(task, task=f"test task {start}")
             model.check_inputs(f"test task {start + index} support.x", task.support.x)
             model.likelihood.check_targets(f"test task {start + index} query.y", task.query.y, num_outputs)
         generators = [torch.Generator().manual_seed(2**40 + seed * _SEED_STRIDE + i) for i in range(start, stop)]
@@ -148,26 +190,21 @@ def evaluate(
                     f"test task {index} gives predictions that are not finite. Likely causes: inner_learning_rate "
                     f"({algorithm.inner_learning_rate}) too large, or inputs far from unit scale."
                 )
-        predictions += [model.likelihood.predict(value, meta.shared) for value in outputs]
-        targets += list(episodes.query.y)
+        scored += [
+            _scored(model.likelihood.predict(value, meta.shared), y)
+            for value, y in zip(outputs, episodes.query.y, strict=True)
+        ]
         if on_progress is not None:
             on_progress(stop)
+    return scored
 
-    if len(sizes := sorted({len(value) for value in targets})) > 1:
-        raise ValueError(
-            f"test tasks have query sets of {', '.join(map(str, sizes))} examples; expected one size, so that every "
-            "task weighs the same: cut them to the smallest."
-        )
-    stacked_targets = torch.stack(targets).cpu()
-    of_classes = [prediction for prediction in predictions if isinstance(prediction, ClassPrediction)]
-    if of_classes:
-        log_probs = torch.stack([prediction.log_probs for prediction in of_classes]).double().cpu()
-        return _classification(torch.log_softmax(log_probs, -1), stacked_targets)
-    of_values = [prediction for prediction in predictions if isinstance(prediction, RegressionPrediction)]
-    nll = torch.stack([prediction.nll(y) for prediction, y in zip(of_values, targets, strict=True)]).double().cpu()
-    mean = torch.stack([prediction.mean for prediction in of_values]).double().cpu()
-    variance = torch.stack([prediction.total_uncertainty for prediction in of_values]).double().cpu()
-    return _regression(mean, variance, nll, stacked_targets.double())
+
+def _scored(prediction: ClassPrediction | RegressionPrediction, targets: Tensor) -> _Scored:
+    if isinstance(prediction, ClassPrediction):
+        values = (prediction.log_probs,)
+    else:
+        values = (prediction.mean, prediction.total_uncertainty, prediction.nll(targets))
+    return _Scored(targets.cpu(), tuple(value.double().cpu() for value in values))
 
 
 def _classification(log_probs: Tensor, labels: Tensor) -> Evaluation:

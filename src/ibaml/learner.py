@@ -20,6 +20,7 @@ from ibaml.metrics import Estimate
 from ibaml.model import build_model
 from ibaml.networks import NetworkSettings, network_settings
 from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.processes import Processes
 from ibaml.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Batch, Episode, Params, TaskSampler, Tensor
 
@@ -150,6 +151,7 @@ class MetaLearner:
         run_folder: str | Path | None = None,
         max_minutes: float | None = None,
         progress: bool = False,
+        processes: Processes | None = None,
     ) -> "MetaLearner":
         """Meta-trains on tasks.
 
@@ -161,13 +163,16 @@ class MetaLearner:
             run_folder: Folder for logs and checkpoints; training resumes from one that is there.
             max_minutes: Time limit of this call.
             progress: Show a progress bar.
+            processes: The processes that share each step's tasks, as ``ibaml.processes.connect`` gives them.
 
         Returns:
             The learner itself.
 
         Raises:
-            ValueError: If a task does not fit the network or the likelihood.
+            ValueError: If a task does not fit the network or the likelihood, or there are more processes than tasks in
+                a step.
             TrainingDivergedError: If a loss or gradient is not finite.
+            ProcessLostError: If another process has died or hangs.
         """
         settings = settings or TrainerSettings(seed=self.seed)
         if num_steps is not None:
@@ -179,6 +184,7 @@ class MetaLearner:
             run_folder=None if run_folder is None else Path(run_folder),
             device=self.device,
             console=Console(stderr=True) if progress else None,
+            processes=processes,
         )
         validation = None if validation_tasks is None else _as_sampler(validation_tasks)
         self.training_result = trainer.fit(_as_sampler(train_tasks), validation, max_minutes=max_minutes)

@@ -31,6 +31,7 @@ from ibaml.checkpoint import load_tensors, meta_from_tensors, save_tensors
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.metrics import Estimate
 from ibaml.model import Model
+from ibaml.processes import Processes
 from ibaml.recipes import Recipe
 from ibaml.trainer import BEST, CHECKPOINT, Trainer, TrainingResult, first_difference
 from ibaml.types import TaskSampler, Tensor
@@ -85,6 +86,7 @@ def train_run(
     device: torch.device = _CPU,
     max_minutes: float | None = None,
     console: Console | None = None,
+    processes: Processes | None = None,
 ) -> TrainingResult:
     """Trains a recipe in a run folder, or resumes it where its checkpoint left off.
 
@@ -94,32 +96,45 @@ def train_run(
         recipe: What to train.
         folder: Run folder; made if missing.
         data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
-        device: Where to compute.
+        device: Where to compute; with several processes, the device of this one.
         max_minutes: Stop after so many minutes, ready to resume.
         console: Where progress is shown; None is silent.
+        processes: The processes that share each step's tasks; the first one alone writes and shows progress.
 
     Raises:
         FileNotFoundError: If a data file is not found.
-        ValueError: If a data file is damaged, the tasks do not fit the network, or the folder holds another run.
+        ValueError: If a data file is damaged, the tasks do not fit the network, the folder holds another run, or there
+            are more processes than tasks in a step.
         OSError: If the folder cannot be written.
         TrainingDivergedError: If a loss or gradient is not finite.
+        ProcessLostError: If another process has died or hangs.
     """
-    train_tasks, validation_tasks = (
-        recipe.data.build(split, data=data, device=device) for split in ("train", "validation")
+    processes = processes or Processes()
+    train_tasks, validation_tasks = processes.first_then_others(
+        lambda: tuple(recipe.data.build(split, data=data, device=device) for split in ("train", "validation"))
     )
-    trainer = Trainer(
-        recipe.build_model(), recipe.algorithm, recipe.trainer, run_folder=folder, device=device, console=console
+    trainer = processes.together(
+        lambda: Trainer(
+            recipe.build_model(),
+            recipe.algorithm,
+            recipe.trainer,
+            run_folder=folder,
+            device=device,
+            console=console,
+            processes=processes,
+        )
     )
-    open_run(folder, recipe)
-    if console is not None:
+    processes.on_first(lambda: open_run(folder, recipe, processes))
+    if console is not None and processes.is_first:
+        where = device.type if processes.size == 1 else f"{processes.size} processes on {device.type}"
         console.print(
-            f"Training {recipe.name} on {device.type}: {recipe.trainer.num_steps:,} meta-steps of "
+            f"Training {recipe.name} on {where}: {recipe.trainer.num_steps:,} meta-steps of "
             f"{recipe.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
             soft_wrap=True,
             markup=False,
         )
     result = trainer.fit(train_tasks, validation_tasks, max_minutes=max_minutes)
-    write_summary(folder, recipe, result)
+    processes.on_first(lambda: write_summary(folder, recipe, result))
     return result
 
 
@@ -186,7 +201,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def open_run(folder: Path, recipe: Recipe) -> None:
+def open_run(folder: Path, recipe: Recipe, processes: Processes | None = None) -> None:
     """Creates a run folder, or checks that an existing one holds the same recipe.
 
     Raises:
@@ -198,7 +213,8 @@ def open_run(folder: Path, recipe: Recipe) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECIPE, recipe.to_json())
-        write_text(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+        environment = {**describe_environment(), "processes": (processes or Processes()).size}
+        write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise OSError(
             f"run folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "

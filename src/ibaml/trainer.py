@@ -2,11 +2,13 @@
 
 A step draws tasks, averages their hypergradients and hands them to a ``torch.optim`` optimiser. Everything that
 decides the future of a run (meta-parameters, optimiser, generator, step) is in its checkpoint, so a run that was
-interrupted and resumed ends with the same bits as one that was not (on a CPU, with the same versions and thread count).
+interrupted and resumed ends with the same bits as one that was not (on a CPU, with the same versions, thread count and
+number of processes; with another number of processes sums are rounded in another order).
 """
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -20,12 +22,13 @@ import torch
 from rich.console import Console
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
-from ibaml.evaluation import evaluate
+from ibaml.evaluation import draw_tasks, evaluate, task_generator
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.meta_step import MetaGradient
 from ibaml.model import Model
+from ibaml.processes import Processes, ProcessLostError, placed
 from ibaml.training_log import TrainingBar, TrainingLog
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
@@ -58,6 +61,9 @@ class TrainerSettings:
             convolutions, which gain nothing from more, else all of a step.
         fast: False switches off all that ``ibaml.meta_step`` does for speed; results agree up to rounding.
         compile: Compile the network's passes as well: on CUDA 1.5 times faster each, after a minute of compiling.
+        draws: None: a step's tasks and noise come one after the other from one generator, and of several processes each
+            draws all of them. ``"per_task"``: each task has a generator of its own, seeded from that one, and a process
+            draws only its share, which many processes need (docs/scaling.md); other tasks than with None.
         seed: Seed of the training tasks and noise.
     """
 
@@ -74,6 +80,7 @@ class TrainerSettings:
     tasks_per_chunk: int | None = None
     fast: bool = True
     compile: bool = False
+    draws: Literal["per_task"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +103,8 @@ class TrainerSettings:
                 raise ValueError(f"{field} must be positive and finite, but is {value}.")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be 'constant' or 'cosine', but is {self.schedule!r}.")
+        if self.draws not in ("per_task", None):
+            raise ValueError(f"draws must be 'per_task' or None, but is {self.draws!r}.")
 
 
 class TrainingResult(NamedTuple):
@@ -124,8 +133,12 @@ class Trainer:
         algorithm: What computes the hypergradients.
         settings: Settings of the loop.
         run_folder: Where checkpoints and logs go; a checkpoint in it is resumed. None: nothing is written.
-        device: Where to compute.
+        device: Where to compute; with several processes, the device of this one.
         console: Where progress is shown; None is silent.
+        processes: The processes that share each step's tasks; the first one alone writes and shows progress.
+
+    Raises:
+        ValueError: If there are more processes than tasks in a step.
     """
 
     def __init__(
@@ -137,13 +150,20 @@ class Trainer:
         run_folder: Path | None = None,
         device: torch.device | str = "cpu",
         console: Console | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        if self.processes.size > settings.tasks_per_step:
+            raise ValueError(
+                f"tasks_per_step is {settings.tasks_per_step}, fewer than the {self.processes.size} processes, which "
+                "would leave some without work: use fewer processes or more tasks."
+            )
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.algorithm = algorithm
         self.settings = settings
         self.run_folder = run_folder
-        self.console = console
+        self.console = console if self.processes.is_first else None
 
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._meta = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
@@ -163,6 +183,8 @@ class Trainer:
         self._best_nll = math.inf
         self._best_meta = self._snapshot()
         self._num_outputs = 0
+        self._stop_wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+        self._agreed_stop = (False, False)
         # What a checkpoint does not hold but depends on; another frozen body would go unnoticed otherwise.
         unsaved = {**self.model.frozen, **dict(self.model.network.named_buffers())}
         self._frozen_digest = (
@@ -179,6 +201,7 @@ class Trainer:
         """Trains until ``num_steps``, the time limit, or a signal; resumes from the run folder's checkpoint.
 
         SIGINT and SIGTERM end training after the running step, with everything saved; a second SIGINT stops at once.
+        With several processes a signal to one, or the time limit of one, ends them all after the same step.
 
         Args:
             train_tasks: Tasks to learn from.
@@ -186,28 +209,36 @@ class Trainer:
             max_minutes: Stop after so much time in this call.
 
         Raises:
-            ValueError: If a task does not fit the model, or the run folder's checkpoint another run.
+            ValueError: If a task does not fit the model, or the run folder's checkpoint another run, or processes start
+                from different weights or settings.
             OSError: If the run folder cannot be written; nothing has been computed then.
             TrainingDivergedError: If a loss or gradient is not finite.
+            ProcessLostError: If another process has died or hangs.
         """
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
-        if self.run_folder is not None:
-            require_writable(self.run_folder)
-            if (self.run_folder / CHECKPOINT).exists():
-                self._resume(self.run_folder / CHECKPOINT)
-        self._num_outputs = self._check_first_task(train_tasks, "training task")
-        if validation_tasks is not None:
-            self._check_first_task(validation_tasks, "validation task")
+        try:
+            return self._fit(train_tasks, validation_tasks, max_minutes)
+        except ProcessLostError as error:
+            raise ProcessLostError(f"{error} {self._how_to_resume()}") from error
+
+    def _fit(
+        self, train_tasks: TaskSampler, validation_tasks: TaskSampler | None, max_minutes: float | None
+    ) -> TrainingResult:
+        found = self.processes.on_first(self._find_checkpoint)
+        self.processes.together(lambda: self._prepare(found, train_tasks, validation_tasks))
+        if self.processes.size > 1:
+            self._require_equal_starts()
 
         start, start_seconds = time.monotonic(), self._seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         stop_reason: StopReason = "completed"
         with (
-            TrainingLog(self.run_folder, self._step) as log,
+            TrainingLog(self.run_folder if self.processes.is_first else None, self._step) as log,
             TrainingBar(self.console, self.settings.num_steps, self._step) as bar,
         ):
             with _caught_signals() as caught:
+                self._stop_wishes = lambda: (bool(caught), time.monotonic() > deadline)
                 while self._step < self.settings.num_steps:
                     step_start = time.monotonic()
                     row = self._train_step(train_tasks)
@@ -222,9 +253,10 @@ class Trainer:
                         self._save()
                     if self._step % self.settings.log_every == 0:
                         log.write(self._step, self._seconds)
-                    if caught or time.monotonic() > deadline:
+                    interrupted, late = self._agreed_stop if self.processes.size > 1 else self._stop_wishes()
+                    if interrupted or late:
                         if not last:
-                            stop_reason = "interrupted" if caught else "time limit"
+                            stop_reason = "interrupted" if interrupted else "time limit"
                         break
             log.write(self._step, self._seconds)
             if validation_tasks is None:
@@ -240,32 +272,63 @@ class Trainer:
     def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
         generator_state = self._generator.get_state()
         settings = self.settings
-        episodes = tasks.sample(settings.tasks_per_step, generator=self._generator)
-        noises = [
-            self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(settings.tasks_per_step)
-        ]
-        self._check_targets(episodes, generator_state)
-        episodes = tree.map(lambda leaf: leaf.to(self.device), episodes)
-        total, info, scores = self._meta_gradient(
-            self._meta, episodes, tree.map(lambda leaf: leaf.to(self.device), noises)
-        )
+        share = self.processes.share(settings.tasks_per_step)
+        episodes, first_drawn, noises = self._draw(tasks, share)
+        self._check_targets(episodes, first_drawn, generator_state)
+        own = tree.map(lambda leaf: leaf[share.start - first_drawn :][: len(share)].to(self.device), episodes)
+        own_noises = tree.map(lambda leaf: leaf.to(self.device), noises)
+        computed = self._meta_gradient(self._meta, own, own_noises)
+        total, info, score = self._sum_over_processes(*computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
         if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
             self._generator.set_state(generator_state)
-            self._report_divergence(episodes, info, gradient_norm)
+            # All processes are here, as all have the same sum.
+            self._report_divergence(own, share, info, gradient_norm)
         if settings.gradient_clip is not None:
             gradient = tree.scale((settings.gradient_clip / gradient_norm).clamp_max(1.0), gradient)
         self._apply(gradient)
         self._step += 1
         return {
             "loss": float(info.outer_loss.mean()),
-            self._score_name(): float(scores.mean()),
+            self._score_name(): float(score.mean()),
             "inner_grad_norm": float(info.inner_grad_norm.mean()),
             "linear_residual": float(info.linear_residual.mean()),
             "linear_converged": float(info.linear_converged.double().mean()),
             "gradient_norm": float(gradient_norm),
         }
+
+    def _draw(self, tasks: TaskSampler, share: range) -> tuple[Episode, int, list[TaskNoise]]:
+        """Draws tasks, of which the second result is the first one's index, and the noise of this process's share."""
+        count = self.settings.tasks_per_step
+        if self.settings.draws == "per_task":
+            seed = int(torch.randint(2**40, (), generator=self._generator))
+            episodes = draw_tasks(tasks, share.start, share.stop, seed=seed)
+            # Far from the generators of the tasks.
+            generators = (torch.Generator().manual_seed(2**62 + task_generator(seed, i).initial_seed()) for i in share)
+            return episodes, share.start, [self.algorithm.draw_noise(self._meta, generator=g) for g in generators]
+        episodes = tasks.sample(count, generator=self._generator)
+        # All of it in every process, so that the generator stays the same in all.
+        drawn = (self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(count))
+        return episodes, 0, [noise for index, noise in enumerate(drawn) if index in share]
+
+    def _sum_over_processes(
+        self, total: MetaParameters, info: HypergradientInfo, score: Tensor, share: range, generator_state: Tensor
+    ) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
+        """Adds up the gradient, and gives every process all tasks' diagnostics and the others' wish to stop."""
+        if self.processes.size == 1:
+            return total, info, score
+        per_task = tree.map(lambda leaf: placed(leaf, share, self.settings.tasks_per_step), (info, score))
+        wishes = torch.tensor(self._stop_wishes(), dtype=torch.float32, device=self.device)
+        try:
+            total, (info, score), wishes = self.processes.sum((total, per_task, wishes))
+        except ProcessLostError:
+            self._generator.set_state(generator_state)
+            self._save()
+            raise
+        interrupted, late = (wishes > 0).tolist()
+        self._agreed_stop = (interrupted, late)
+        return total, info, score
 
     def _score_name(self) -> str:
         return "accuracy" if self.model.likelihood.name == "categorical" else "mse"
@@ -302,6 +365,7 @@ class Trainer:
                 seed=self.settings.seed + 10**6,
                 tasks_per_chunk=self.settings.tasks_per_chunk,
                 passes=self._meta_gradient,
+                processes=self.processes,
             )
         except (ValueError, FloatingPointError) as error:
             self._save()
@@ -327,11 +391,11 @@ class Trainer:
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
         return self.model.check_task(first, task=name)
 
-    def _check_targets(self, episodes: Episode, generator_state: Tensor) -> None:
+    def _check_targets(self, episodes: Episode, first: int, generator_state: Tensor) -> None:
         """Refuses targets out of range, which would give a finite loss and so a wrong gradient, the state saved."""
-        for index in range(self.settings.tasks_per_step):
+        for index in range(len(episodes.support.y)):
             for part, batch in (("support", episodes.support), ("query", episodes.query)):
-                name = f"training task {index} of step {self._step + 1} {part}.y"
+                name = f"training task {first + index} of step {self._step + 1} {part}.y"
                 try:
                     self.model.likelihood.check_targets(name, batch.y[index], self._num_outputs)
                 except ValueError:
@@ -339,13 +403,21 @@ class Trainer:
                     self._save()
                     raise
 
-    def _report_divergence(self, episodes: Episode, info: HypergradientInfo, gradient_norm: Tensor) -> None:
+    def _report_divergence(self, own: Episode, share: range, info: HypergradientInfo, gradient_norm: Tensor) -> None:
         """Saves the state before the step and raises, after ruling out bad data."""
         self._save()
         bad = torch.nonzero(~torch.isfinite(info.outer_loss)).flatten().tolist() or list(range(len(info.outer_loss)))
-        for index in bad:
-            task = tree.map(lambda leaf, i=index: leaf[i], episodes)
-            self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+
+        def check_own() -> None:
+            for index in (index for index in bad if index in share):
+                task = tree.map(lambda leaf, i=index - share.start: leaf[i], own)
+                self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+
+        self.processes.gather(check_own)
+        # Every process is here, as all have the same sum, but one is enough to tell.
+        self.processes.on_first(lambda: self._raise_divergence(bad, info, gradient_norm))
+
+    def _raise_divergence(self, bad: list[int], info: HypergradientInfo, gradient_norm: Tensor) -> None:
         raise TrainingDivergedError(
             f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
             f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
@@ -357,6 +429,16 @@ class Trainer:
         if self.run_folder is None:
             return "The state before is lost, because there is no run folder to save it in."
         return f"The state before is saved in {self.run_folder / CHECKPOINT}."
+
+    def _how_to_resume(self) -> str:
+        if self.run_folder is None:
+            return "The state is lost, because there is no run folder to save it in."
+        if not (self.run_folder / CHECKPOINT).exists():
+            return f"There is no checkpoint in {self.run_folder} yet: the same command starts anew."
+        return (
+            f"The last checkpoint is {self.run_folder / CHECKPOINT}: the same command resumes from it, with any number "
+            "of processes."
+        )
 
     def _snapshot(self) -> MetaParameters:
         return tree.map(lambda leaf: leaf.detach().clone(), self._meta)
@@ -372,7 +454,7 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        if self.run_folder is None:
+        if self.run_folder is None or not self.processes.is_first:
             return
         tensors = meta_to_tensors(self._meta)
         # Its order is that of insertion, which after a resumption is not that of the parameters.
@@ -393,8 +475,41 @@ class Trainer:
             {"step": self._best_step, "description": self._description()},
         )
 
-    def _resume(self, path: Path) -> None:
-        tensors, metadata = load_tensors(path)
+    def _prepare(
+        self,
+        found: tuple[dict[str, Tensor], dict[str, Any]] | None,
+        train_tasks: TaskSampler,
+        validation_tasks: TaskSampler | None,
+    ) -> None:
+        if self.run_folder is not None and found is not None:
+            self._resume(self.run_folder / CHECKPOINT, *found)
+        self._num_outputs = self._check_first_task(train_tasks, "training task")
+        if validation_tasks is not None:
+            self._check_first_task(validation_tasks, "validation task")
+
+    def _require_equal_starts(self) -> None:
+        """Refuses processes whose networks were initialised differently: their sums would mean nothing."""
+
+        def start() -> str:
+            tensors = {name: value.cpu() for name, value in meta_to_tensors(self._snapshot()).items()}
+            return digest(tensors, json.dumps(self._description(), sort_keys=True, default=str))
+
+        starts = self.processes.gather(start)
+        other = next((rank for rank, value in enumerate(starts) if value != starts[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"processes 0 and {other} start from different weights or settings: build the network from the same "
+                "seed in every process (call torch.manual_seed before), and give all the same settings."
+            )
+
+    def _find_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self.run_folder is None:
+            return None
+        require_writable(self.run_folder)
+        path = self.run_folder / CHECKPOINT
+        return load_tensors(path) if path.exists() else None
+
+    def _resume(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         if "step" not in metadata or "generator" not in tensors:
             raise ValueError(f"{path} is no training checkpoint: it holds a model without optimiser state.")
         # The tensors first: a mismatch there says plainly what is wrong.

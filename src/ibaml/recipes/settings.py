@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -28,6 +28,8 @@ from ibaml.trainer import TrainerSettings
 from ibaml.types import TaskSampler
 
 Split = Literal["train", "validation", "test"]
+# Before Python 3.14, ``Literal["a"] | None`` is of the second kind.
+_UNIONS = (types.UnionType, Union)
 IMAGE_SOURCES = ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet", "image_folder")
 """Sources of image classification tasks."""
 SOURCES = (*IMAGE_SOURCES, "sinusoid", "bayesian_linear_regression")
@@ -243,7 +245,7 @@ def _fits(value: Any, hint: Any) -> bool:
     options = get_args(hint)
     if get_origin(hint) is Literal:
         return isinstance(value, str)
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in _UNIONS:
         return any(_fits(value, option) for option in options)
     if get_origin(hint) is tuple:
         if not isinstance(value, tuple):
@@ -256,7 +258,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in _UNIONS:
         return " or ".join(_describe(option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return "a JSON list such as " + ("[-7, -7]" if float in get_args(hint) else '["head.*"]')
