@@ -8,7 +8,6 @@ are those of the library (docs/design.md), so that both do the same work on the 
 import torch
 import torch.nn.functional as F
 from torch.autograd import grad
-from torch.func import functional_call
 
 from benchmarks.problems import Problem
 

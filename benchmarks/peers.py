@@ -5,18 +5,12 @@ differentiates implicitly (iMAML). None has a distribution over weights. They co
 and are imported where they are used, so that one that is missing costs its own line of the table only.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.problems import Problem
+from benchmarks.problems import MetaStep, Problem
 from ibaml.types import Tensor
-
-MetaStep: TypeAlias = Callable[[], list[Tensor]]
-"""Computes the gradients of all tasks, summed, in the order of ``Problem.meta_leaves``."""
 
 
 def higher(problem: Problem) -> MetaStep:

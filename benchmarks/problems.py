@@ -1,13 +1,14 @@
 """What is measured: a network, an algorithm and a few random tasks, all on the same tensors for every candidate."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import nn
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise, make_algorithm
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
@@ -15,6 +16,9 @@ from ibaml.types import Batch, Episode, Params, Tensor
 
 AlgorithmName: TypeAlias = Literal["maml", "imaml", "abml", "ibaml"]
 NetworkName: TypeAlias = Literal["mlp", "conv4_64_28", "conv4_32_84", "resnet12_28", "resnet12_84", "tiny"]
+
+MetaStep: TypeAlias = Callable[[], list[Tensor]]
+"""Computes the gradients of all tasks, summed, in the order of ``Problem.meta_leaves``."""
 
 DISPLAY_NAMES = {"maml": "MAML", "imaml": "iMAML", "abml": "ABML", "ibaml": "iBaML"}
 EXPLICIT = ("maml", "abml")
@@ -157,18 +161,3 @@ def build_problem(
     episodes = [Episode(batch(case.num_shots), batch(case.num_queries)) for _ in range(case.num_tasks)]
     noises = [algorithm.draw_noise(meta, generator=generator) for _ in range(case.num_tasks)]
     return Problem(case, network, model, algorithm, meta, episodes, noises)
-
-
-def library_gradient(problem: Problem, nll: TaskNll | None = None) -> list[Tensor]:
-    """Returns the summed meta-gradient of all tasks as the library computes it; the only place that calls it.
-
-    Args:
-        problem: The problem.
-        nll: Takes the place of ``problem.model.nll``, to count how often it is differentiated.
-    """
-    nll = problem.model.nll if nll is None else nll
-    total = None
-    for episode, noise in zip(problem.episodes, problem.noises, strict=True):
-        gradient, _ = problem.algorithm.hypergradient(nll, problem.meta, episode, noise)
-        total = gradient if total is None else tree.add(total, gradient)
-    return tree.leaves(total.prior)
