@@ -1,0 +1,177 @@
+"""Time, memory and correctness of all candidates on one case, taking turns."""
+
+import copy
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.candidates import BASELINE, candidates
+from benchmarks.counting import counted_passes, gradient_equivalents
+from benchmarks.problems import Case, MetaStep, Problem, build_problem
+from ibaml import tree
+from ibaml.experiments.fig2 import Duration
+from ibaml.experiments.meta_gradient import peak_bytes_of
+from ibaml.types import Batch, Tensor
+
+# A single forward and backward pass takes milliseconds; the shortest of a few per turn is steadier.
+_PLAIN_PER_TURN = 3
+
+
+class Measurement(NamedTuple):
+    """One candidate on one case; numbers are per task.
+
+    Attributes:
+        candidate: Name.
+        seconds: Time; None if the candidate does not run.
+        peak_bytes: Peak memory of the whole meta-step, of all tasks.
+        num_gradients: Gradients that were counted; 0 if the network was not called as a module.
+        num_hvps: Hessian-vector products that were counted.
+        difference: Relative distance from the gradient of the baseline.
+        failure: Why it does not run, or "".
+    """
+
+    candidate: str
+    seconds: Duration | None = None
+    peak_bytes: int = 0
+    num_gradients: float = 0
+    num_hvps: float = 0
+    difference: float = 0
+    failure: str = ""
+
+
+class CaseResult(NamedTuple):
+    """All candidates on one case.
+
+    Attributes:
+        case: The case.
+        plain: Name of the fastest way to do one plain forward and backward pass on the support set.
+        plain_seconds: Time of that.
+        measurements: One per candidate.
+    """
+
+    case: Case
+    plain: str
+    plain_seconds: Duration
+    measurements: list[Measurement]
+
+    def of(self, candidate: str) -> Measurement:
+        """Returns the line of a candidate."""
+        return next(each for each in self.measurements if each.candidate == candidate)
+
+    def distance_to_limit(self, measurement: Measurement) -> float:
+        """Returns time over (gradient-equivalents x one plain forward and backward pass), of median times."""
+        assert measurement.seconds is not None
+        return measurement.seconds.median / (gradient_equivalents(self.case) * self.plain_seconds.median)
+
+
+def measure_case(
+    case: Case,
+    *,
+    device: torch.device,
+    min_repeats: int,
+    max_repeats: int,
+    max_seconds: float,
+) -> CaseResult:
+    """Measures one case: a pass that counts, a pass that watches memory, then timed turns of all candidates.
+
+    Args:
+        case: The case.
+        device: Where to measure.
+        min_repeats: Least number of turns.
+        max_repeats: Largest number of turns.
+        max_seconds: No further turn begins after so long, once there were ``min_repeats``.
+    """
+    problem = build_problem(case, device=device)
+    steps: dict[str, MetaStep] = {}
+    found: dict[str, Measurement] = {}
+    reference: list[Tensor] = []
+    for name, make in candidates(case.algorithm).items():
+        step, found[name], gradient = _warm_up(name, make, problem, reference)
+        if step is not None:
+            steps[name] = step
+        if name == BASELINE:
+            reference = gradient
+    plain = plain_passes(problem.network, problem.episodes[0].support)
+
+    seconds: dict[str, list[float]] = {name: [] for name in [*steps, *plain]}
+    start = time.perf_counter()
+    for turn in range(max_repeats):
+        if turn >= min_repeats and time.perf_counter() - start > max_seconds:
+            break
+        for name, step in steps.items():
+            seconds[name].append(_seconds_of(step, device) / case.num_tasks)
+        for name, step in plain.items():
+            seconds[name].append(min(_seconds_of(step, device) for _ in range(_PLAIN_PER_TURN)))
+    best = min(plain, key=lambda name: statistics.median(seconds[name]))
+    lines = [
+        each._replace(seconds=_duration(seconds[name])) if name in steps else each for name, each in found.items()
+    ]
+    return CaseResult(case, best, _duration(seconds[best]), lines)
+
+
+def plain_passes(network: nn.Module, batch: Batch) -> dict[str, Callable[[], object]]:
+    """Returns ways to compute one gradient of the nll in eager mode: with channels first and, for images, last."""
+
+    def gradient(network: nn.Module, x: Tensor) -> Callable[[], object]:
+        parameters = list(network.parameters())
+        return lambda: torch.autograd.grad(F.cross_entropy(network(x), batch.y), parameters)
+
+    # Copies: the peers leave gradients in the network's own parameters.
+    ways = {"channels first": gradient(copy.deepcopy(network), batch.x)}
+    if batch.x.ndim == 4:
+        last = torch.channels_last
+        moved = copy.deepcopy(network).to(memory_format=last)
+        ways["channels last"] = gradient(moved, batch.x.contiguous(memory_format=last))
+    return ways
+
+
+def relative_difference(gradient: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Returns ``||gradient - reference|| / ||reference||``, NaN if it is not finite."""
+    gradient, reference = list(gradient), list(reference)
+    return float(tree.norm(tree.sub(gradient, reference)) / tree.norm(reference))
+
+
+def _warm_up(
+    name: str, make: Callable[[Problem], MetaStep], problem: Problem, reference: list[Tensor]
+) -> tuple[MetaStep | None, Measurement, list[Tensor]]:
+    """Builds a candidate and runs it twice, to count and to watch memory."""
+    try:
+        with warnings.catch_warnings(), counted_passes(problem.network) as counter:
+            warnings.simplefilter("ignore", FutureWarning)  # torchopt uses the old names of torch.func
+            step = make(problem)
+            gradient = [each.detach().clone() for each in step()]
+    # Anything at all can go wrong in code written for another version of torch; the reason goes into the table.
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return None, Measurement(name, failure=f"{type(error).__name__}: {reason}"), []
+    num_tasks = problem.case.num_tasks
+    line = Measurement(
+        name,
+        peak_bytes=peak_bytes_of(step, problem.device),
+        num_gradients=counter.num_gradients / num_tasks,
+        num_hvps=counter.num_hvps / num_tasks,
+        difference=relative_difference(gradient, reference) if reference else 0.0,
+    )
+    return step, line, gradient
+
+
+def _seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _duration(seconds: Sequence[float]) -> Duration:
+    return Duration(statistics.median(seconds), min(seconds), max(seconds))

@@ -1,0 +1,97 @@
+"""Which cases a run measures, and how often."""
+
+import dataclasses
+from typing import Literal
+
+from benchmarks.problems import EXPLICIT, AlgorithmName, Case, NetworkName
+
+_ALGORITHMS: tuple[AlgorithmName, ...] = ("maml", "imaml", "abml", "ibaml")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """Settings of a run.
+
+    Attributes:
+        full: The whole grid: every algorithm with K and L in {5, 10, 15} on every network, also ResNet-12 at 84 x 84.
+            It takes hours on a CPU. Otherwise K = L = 5 and, on the two Conv4 with one shot, K = L = 10 and 15 for MAML
+            and iBaML.
+        device: "auto" (CUDA if present), "cpu" or "cuda".
+        num_threads: CPU threads; None leaves torch its choice.
+        min_repeats: Least number of timed turns per case.
+        max_repeats: Largest number of timed turns per case.
+        max_seconds: A case gets no further turn after so long.
+        num_samples: Weight samples S of ABML and iBaML.
+        num_tasks: Tasks of a meta-step.
+        only: Measure only cases whose network is among these; empty: all.
+    """
+
+    full: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = None
+    min_repeats: int = 3
+    max_repeats: int = 15
+    max_seconds: float = 10.0
+    num_samples: int = 2
+    num_tasks: int = 2
+    only: tuple[NetworkName, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses settings without a meaning."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, but is {self.device!r}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1 or None, but is {self.num_threads}.")
+        if not 1 <= self.min_repeats <= self.max_repeats:
+            raise ValueError(
+                f"min_repeats must be between 1 and max_repeats = {self.max_repeats}, but is {self.min_repeats}."
+            )
+        if not self.max_seconds >= 0:
+            raise ValueError(f"max_seconds must be at least 0, but is {self.max_seconds}.")
+
+    def cases(self) -> list[Case]:
+        """Lists the cases; those of one network and number of shots follow one another."""
+        found = self._full_grid() if self.full else self._short_grid()
+        return [case for case in found if not self.only or case.network in self.only]
+
+    def _short_grid(self) -> list[Case]:
+        found: list[Case] = []
+        for network, num_shots in (
+            ("mlp", 1),
+            ("conv4_64_28", 1),
+            ("conv4_64_28", 5),
+            ("conv4_32_84", 1),
+            ("conv4_32_84", 5),
+        ):
+            found += [self._case(network, algorithm, num_shots, 5, 5) for algorithm in _ALGORITHMS]
+            if num_shots == 1 and network != "mlp":
+                found += [
+                    self._case(network, algorithm, num_shots, num_steps, num_steps)
+                    for num_steps in (10, 15)
+                    for algorithm in ("maml", "ibaml")
+                ]
+        return found + [self._case("resnet12_28", algorithm, 1, 5, 5) for algorithm in ("maml", "ibaml")]
+
+    def _full_grid(self) -> list[Case]:
+        networks: tuple[NetworkName, ...] = ("mlp", "conv4_64_28", "conv4_32_84", "resnet12_28", "resnet12_84")
+        return [
+            self._case(network, algorithm, num_shots, num_inner_steps, num_linear_steps)
+            for network in networks
+            for num_shots in (1, 5)
+            for algorithm in _ALGORITHMS
+            for num_inner_steps in (5, 10, 15)
+            for num_linear_steps in ((5,) if algorithm in EXPLICIT else (5, 10, 15))
+        ]
+
+    def _case(
+        self, network: NetworkName, algorithm: AlgorithmName, num_shots: int, num_inner_steps: int, num_linear_steps: int
+    ) -> Case:
+        return Case(
+            network=network,
+            algorithm=algorithm,
+            num_shots=num_shots,
+            num_inner_steps=num_inner_steps,
+            num_linear_steps=None if algorithm in EXPLICIT else num_linear_steps,
+            num_samples=self.num_samples,
+            num_tasks=self.num_tasks,
+        )
