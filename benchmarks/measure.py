@@ -1,10 +1,11 @@
 """Time, memory and correctness of all candidates on one case, taking turns."""
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.candidates import BASELINE, candidates
-from benchmarks.counting import counted_passes, gradient_equivalents
+from benchmarks.counting import GRADIENTS_PER_HVP, counted_passes, needed_work
 from benchmarks.problems import Case, MetaStep, Problem, build_problem
 from ibaml import tree
 from ibaml.experiments.fig2 import Duration
@@ -52,34 +53,38 @@ class CaseResult(NamedTuple):
     Attributes:
         case: The case.
         plain: Name of the fastest way to do one plain forward and backward pass on the support set.
-        plain_seconds: Time of that.
+        support_seconds: Time of that.
+        query_seconds: Time of the fastest plain forward and backward pass on the query set.
         measurements: One per candidate.
     """
 
     case: Case
     plain: str
-    plain_seconds: Duration
+    support_seconds: Duration
+    query_seconds: Duration
     measurements: list[Measurement]
 
     def of(self, candidate: str) -> Measurement:
         """Returns the line of a candidate."""
         return next(each for each in self.measurements if each.candidate == candidate)
 
+    @property
+    def limit_seconds(self) -> float:
+        """Time of the needed work if every part took as long as a plain forward and backward pass on its batch."""
+        work = needed_work(self.case)
+        on_support = work.support_gradients + GRADIENTS_PER_HVP * work.hvps
+        return on_support * self.support_seconds.median + work.query_gradients * self.query_seconds.median
+
     def distance_to_limit(self, measurement: Measurement) -> float:
-        """Returns time over (gradient-equivalents x one plain forward and backward pass), of median times."""
+        """Returns the median time of a candidate over that limit."""
         assert measurement.seconds is not None
-        return measurement.seconds.median / (gradient_equivalents(self.case) * self.plain_seconds.median)
+        return measurement.seconds.median / self.limit_seconds
 
 
 def measure_case(
-    case: Case,
-    *,
-    device: torch.device,
-    min_repeats: int,
-    max_repeats: int,
-    max_seconds: float,
+    case: Case, *, device: torch.device, min_repeats: int, max_repeats: int, max_seconds: float
 ) -> CaseResult:
-    """Measures one case: a pass that counts, a pass that watches memory, then timed turns of all candidates.
+    """Measures one case: one pass that counts and watches memory, then timed turns of all candidates.
 
     Args:
         case: The case.
@@ -93,14 +98,18 @@ def measure_case(
     found: dict[str, Measurement] = {}
     reference: list[Tensor] = []
     for name, make in candidates(case.algorithm).items():
-        step, found[name], gradient = _warm_up(name, make, problem, reference)
+        step, found[name], gradient = _first_pass(name, make, problem, reference)
         if step is not None:
             steps[name] = step
         if name == BASELINE:
             reference = gradient
-    plain = plain_passes(problem.network, problem.episodes[0].support)
-
-    seconds: dict[str, list[float]] = {name: [] for name in [*steps, *plain]}
+    episode = problem.episodes[0]
+    plain = {
+        (part, way): step
+        for part in episode._fields
+        for way, step in plain_passes(problem.network, getattr(episode, part)).items()
+    }
+    seconds: dict[object, list[float]] = {name: [] for name in [*steps, *plain]}
     start = time.perf_counter()
     for turn in range(max_repeats):
         if turn >= min_repeats and time.perf_counter() - start > max_seconds:
@@ -109,11 +118,29 @@ def measure_case(
             seconds[name].append(_seconds_of(step, device) / case.num_tasks)
         for name, step in plain.items():
             seconds[name].append(min(_seconds_of(step, device) for _ in range(_PLAIN_PER_TURN)))
-    best = min(plain, key=lambda name: statistics.median(seconds[name]))
-    lines = [
-        each._replace(seconds=_duration(seconds[name])) if name in steps else each for name, each in found.items()
-    ]
-    return CaseResult(case, best, _duration(seconds[best]), lines)
+    best = {
+        part: min((name for name in plain if name[0] == part), key=lambda name: statistics.median(seconds[name]))
+        for part in episode._fields
+    }
+    lines = [each._replace(seconds=_duration(seconds[name])) if name in steps else each for name, each in found.items()]
+    support, query = (_duration(seconds[best[part]]) for part in episode._fields)
+    return CaseResult(case, best["support"][1], support, query, lines)
+
+
+def check_in_float64(case: Case) -> dict[str, float]:
+    """Returns how far every candidate's gradient is from the baseline's, in float64 on a small network.
+
+    A candidate that does not run is left out.
+    """
+    problem = build_problem(dataclasses.replace(case, network="tiny"), dtype=torch.float64)
+    found: dict[str, float] = {}
+    reference: list[Tensor] = []
+    for name, make in candidates(case.algorithm).items():
+        with contextlib.suppress(Exception):
+            gradient = make(problem)()
+            reference = gradient if name == BASELINE else reference
+            found[name] = relative_difference(gradient, reference)
+    return found
 
 
 def plain_passes(network: nn.Module, batch: Batch) -> dict[str, Callable[[], object]]:
@@ -138,25 +165,30 @@ def relative_difference(gradient: Sequence[Tensor], reference: Sequence[Tensor])
     return float(tree.norm(tree.sub(gradient, reference)) / tree.norm(reference))
 
 
-def _warm_up(
+def _first_pass(
     name: str, make: Callable[[Problem], MetaStep], problem: Problem, reference: list[Tensor]
 ) -> tuple[MetaStep | None, Measurement, list[Tensor]]:
-    """Builds a candidate and runs it twice, to count and to watch memory."""
+    """Builds a candidate and runs it once, to count, to watch memory and to see what it computes."""
+    results: list[list[Tensor]] = []
+    num_tasks = problem.case.num_tasks
     try:
-        with warnings.catch_warnings(), counted_passes(problem.network) as counter:
-            warnings.simplefilter("ignore", FutureWarning)  # torchopt uses the old names of torch.func
+        with counted_passes(problem.network) as counter:
             step = make(problem)
-            gradient = [each.detach().clone() for each in step()]
+            if problem.device.type == "cuda":
+                # CUDA's libraries allocate workspaces with the first call and keep them.
+                step()
+            before = counter.num_gradients, counter.num_hvps
+            peak_bytes = peak_bytes_of(lambda: results.append(step()), problem.device)
     # Anything at all can go wrong in code written for another version of torch; the reason goes into the table.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         return None, Measurement(name, failure=f"{type(error).__name__}: {reason}"), []
-    num_tasks = problem.case.num_tasks
+    gradient = [each.detach().clone() for each in results[0]]
     line = Measurement(
         name,
-        peak_bytes=peak_bytes_of(step, problem.device),
-        num_gradients=counter.num_gradients / num_tasks,
-        num_hvps=counter.num_hvps / num_tasks,
+        peak_bytes=peak_bytes,
+        num_gradients=(counter.num_gradients - before[0]) / num_tasks,
+        num_hvps=(counter.num_hvps - before[1]) / num_tasks,
         difference=relative_difference(gradient, reference) if reference else 0.0,
     )
     return step, line, gradient

@@ -14,13 +14,13 @@ class BenchmarkSettings:
 
     Attributes:
         full: The whole grid: every algorithm with K and L in {5, 10, 15} on every network, also ResNet-12 at 84 x 84.
-            It takes hours on a CPU. Otherwise K = L = 5 and, on the two Conv4 with one shot, K = L = 10 and 15 for MAML
-            and iBaML.
+            It takes hours on a CPU. Otherwise K = L = 5 and, on the two Conv4 with one shot, some K = L = 10 and 15.
         device: "auto" (CUDA if present), "cpu" or "cuda".
         num_threads: CPU threads; None leaves torch its choice.
         min_repeats: Least number of timed turns per case.
         max_repeats: Largest number of timed turns per case.
         max_seconds: A case gets no further turn after so long.
+        max_minutes: No further case begins after so long; the result names the missing ones. None: no limit.
         num_samples: Weight samples S of ABML and iBaML.
         num_tasks: Tasks of a meta-step.
         only: Measure only cases whose network is among these; empty: all.
@@ -32,6 +32,7 @@ class BenchmarkSettings:
     min_repeats: int = 3
     max_repeats: int = 15
     max_seconds: float = 10.0
+    max_minutes: float | None = None
     num_samples: int = 2
     num_tasks: int = 2
     only: tuple[NetworkName, ...] = ()
@@ -49,28 +50,33 @@ class BenchmarkSettings:
         if not self.max_seconds >= 0:
             raise ValueError(f"max_seconds must be at least 0, but is {self.max_seconds}.")
 
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be positive or None, but is {self.max_minutes}.")
+
     def cases(self) -> list[Case]:
-        """Lists the cases; those of one network and number of shots follow one another."""
+        """Lists the cases."""
         found = self._full_grid() if self.full else self._short_grid()
         return [case for case in found if not self.only or case.network in self.only]
 
     def _short_grid(self) -> list[Case]:
-        found: list[Case] = []
-        for network, num_shots in (
-            ("mlp", 1),
-            ("conv4_64_28", 1),
-            ("conv4_64_28", 5),
-            ("conv4_32_84", 1),
-            ("conv4_32_84", 5),
-        ):
-            found += [self._case(network, algorithm, num_shots, 5, 5) for algorithm in _ALGORITHMS]
-            if num_shots == 1 and network != "mlp":
-                found += [
-                    self._case(network, algorithm, num_shots, num_steps, num_steps)
-                    for num_steps in (10, 15)
-                    for algorithm in ("maml", "ibaml")
-                ]
-        return found + [self._case("resnet12_28", algorithm, 1, 5, 5) for algorithm in ("maml", "ibaml")]
+        # In the order of importance: when the time is up, the last ones are missing.
+        grid: list[tuple[NetworkName, int, int, tuple[AlgorithmName, ...]]] = [
+            ("conv4_64_28", 1, 5, _ALGORITHMS),
+            ("conv4_32_84", 1, 5, _ALGORITHMS),
+            ("mlp", 1, 5, _ALGORITHMS),
+            ("conv4_64_28", 5, 5, _ALGORITHMS),
+            ("conv4_64_28", 1, 10, ("maml", "ibaml")),
+            ("conv4_32_84", 1, 10, ("ibaml",)),
+            ("conv4_32_84", 5, 5, ("ibaml", "maml")),
+            ("resnet12_28", 1, 5, ("ibaml", "maml")),
+            ("conv4_64_28", 1, 15, ("ibaml", "maml")),
+            ("conv4_32_84", 1, 15, ("ibaml",)),
+        ]
+        return [
+            self._case(network, algorithm, num_shots, num_steps, num_steps)
+            for network, num_shots, num_steps, algorithms in grid
+            for algorithm in algorithms
+        ]
 
     def _full_grid(self) -> list[Case]:
         networks: tuple[NetworkName, ...] = ("mlp", "conv4_64_28", "conv4_32_84", "resnet12_28", "resnet12_84")
@@ -84,13 +90,18 @@ class BenchmarkSettings:
         ]
 
     def _case(
-        self, network: NetworkName, algorithm: AlgorithmName, num_shots: int, num_inner_steps: int, num_linear_steps: int
+        self,
+        network: NetworkName,
+        algorithm: AlgorithmName,
+        num_shots: int,
+        num_inner_steps: int,
+        num_linear_steps: int,
     ) -> Case:
         return Case(
             network=network,
             algorithm=algorithm,
             num_shots=num_shots,
-            num_inner_steps=num_inner_steps,
+            num_inner_steps=num_steps,
             num_linear_steps=None if algorithm in EXPLICIT else num_linear_steps,
             num_samples=self.num_samples,
             num_tasks=self.num_tasks,
