@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import tyro
@@ -27,6 +27,7 @@ from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.fig1 import Fig1Settings
 from ibaml.experiments.fig2 import describe_device
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
+from ibaml.gaussian import DiagonalGaussian
 from ibaml.hypergradient import gaussian_implicit_hypergradient
 from ibaml.likelihoods import Categorical
 from ibaml.linear_solve import cg
@@ -36,11 +37,12 @@ from ibaml.runs import write_text
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolver, PyTree, Tensor
 
 _RESULTS = Path(__file__).resolve().parent / "results"
-_MAX_NEWTON_STEPS = 40
+_MAX_LBFGS_STEPS = 400
+_NUM_NEWTON_STEPS = 2
 PLAIN = "gradient descent + CG"
 
-# Gradient of one task with K inner steps, L products and a learning rate.
-Estimate = Callable[[int, int, float, int], PyTree]
+# Gradients of some tasks with K inner steps, L products and a relative learning rate.
+Estimate: TypeAlias = Callable[[int, int, float, Sequence[int]], Sequence[PyTree]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,14 @@ class AccuracySettings:
     """
 
     budgets: tuple[tuple[int, int], ...] = ((5, 5), (10, 10), (15, 15))
-    relative_learning_rates: tuple[float, ...] = tuple(2.0**k for k in range(-8, 2))
+    relative_learning_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-10, 3))
     num_tuning_tasks: int = 2
     num_tasks: int = 3
     num_channels: int = 8
     image_size: int = 14
     prior_log_vars: tuple[tuple[float, float], ...] = ((-10.0, -9.0), (-10.0, -6.0))
     num_samples: int = 1
-    temperature: float = 0.01
+    temperature: float = 0.05
     seed: int = 0
     num_threads: int | None = None
     output: Path | None = None
@@ -127,11 +129,11 @@ def compare(
     for num_steps, num_products in settings.budgets:
         for name, estimate in methods.items():
             errors = {
-                rate: nrmse([estimate(num_steps, num_products, rate, t) for t in tuning], [exact[t] for t in tuning])
+                rate: nrmse(estimate(num_steps, num_products, rate, tuning), [exact[t] for t in tuning])
                 for rate in settings.relative_learning_rates
             }
             best = min(errors, key=errors.__getitem__)
-            found = nrmse([estimate(num_steps, num_products, best, t) for t in judged], [exact[t] for t in judged])
+            found = nrmse(estimate(num_steps, num_products, best, judged), [exact[t] for t in judged])
             rows.append(Row(problem, num_steps, num_products, name, best, found))
     return rows
 
@@ -155,7 +157,6 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
     episodes = tasks.sample(many.num_tuning_tasks + many.num_tasks, generator=generator)
     problem = LinearGaussianProblem(episodes, noise_variance=fig1.noise_variance, relative_learning_rate=1.0)
     exact = _unstack(torch.func.vmap(problem.exact_hypergradient)(episodes))
-    each = _unstack(episodes)
     natural = objectives.natural_gradient(problem.kl_weight)
 
     def gradient_descent(rate: float, num_steps: int, momentum: float) -> InnerSolver:
@@ -171,9 +172,12 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
         return partial(inner.adam, num_steps=num_steps, learning_rate=rate)
 
     def method(solver: Callable[[float, int], InnerSolver], precondition: bool) -> Estimate:
-        return lambda num_steps, num_products, rate, task: problem.implicit(
-            solver(rate, num_steps), partial(cg, max_steps=num_products, rtol=0.0), precondition, each[task]
-        )
+        def estimate(num_steps: int, num_products: int, rate: float, chosen: Sequence[int]) -> list[PyTree]:
+            linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
+            one_task = partial(problem.implicit, solver(rate, num_steps), linear_solver, precondition)
+            return _unstack(torch.func.vmap(one_task)(tree.map(lambda leaf: leaf[list(chosen)], episodes)))
+
+        return estimate
 
     methods = {
         PLAIN: method(partial(gradient_descent, momentum=0.0), False),
@@ -211,12 +215,15 @@ class ConvProblem(NamedTuple):
     inner_grad_norm: float
     linear_residual: float
 
-    def estimate(self, num_steps: int, num_products: int, task: int, **changes: Any) -> PyTree:
-        """Returns the meta-gradient of one task at some cost."""
+    def estimate(self, num_steps: int, num_products: int, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
+        """Returns the meta-gradients of some tasks at some cost."""
         algorithm = dataclasses.replace(
             self.algorithm, num_inner_steps=num_steps, num_linear_steps=num_products, **changes
         )
-        return algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior
+        return [
+            algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior
+            for task in tasks
+        ]
 
 
 def build_conv_problem(settings: AccuracySettings, prior_log_var: tuple[float, float]) -> ConvProblem:
@@ -258,17 +265,17 @@ def conv_tasks(settings: AccuracySettings, prior_log_var: tuple[float, float]) -
     low, high = prior_log_var
     deviation = math.exp((low + high) / 4)
 
-    def descent(num_steps: int, num_products: int, rate: float, task: int, **changes: Any) -> PyTree:
+    def descent(num_steps: int, num_products: int, rate: float, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
         rate /= problem.largest_curvature
-        return problem.estimate(num_steps, num_products, task, inner_learning_rate=rate, **changes)
+        return problem.estimate(num_steps, num_products, tasks, inner_learning_rate=rate, **changes)
 
-    def adam(num_steps: int, num_products: int, rate: float, task: int) -> PyTree:
+    def adam(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
         changes = {"inner_optimizer": "adam", "inner_learning_rate": rate * deviation, "precondition": True}
-        return problem.estimate(num_steps, num_products, task, **changes)
+        return problem.estimate(num_steps, num_products, tasks, **changes)
 
-    def natural_gradient(num_steps: int, num_products: int, rate: float, task: int) -> PyTree:
+    def natural_gradient(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
         changes = {"inner_optimizer": "natural_gradient", "inner_learning_rate": rate, "precondition": True}
-        return problem.estimate(num_steps, num_products, task, **changes)
+        return problem.estimate(num_steps, num_products, tasks, **changes)
 
     methods: dict[str, Estimate] = {
         PLAIN: descent,
@@ -293,9 +300,10 @@ def _solve(problem: ConvProblem) -> ConvProblem:
     residuals: list[float] = []
     curvatures: list[float] = []
     for episode, noise in zip(problem.episodes, problem.noises, strict=True):
-        loss = _inner_loss(problem, episode, noise)
+        weight = objectives.kl_weight(len(episode.support.y), problem.algorithm.temperature)
+        loss = partial(_inner_loss, problem, episode, noise, weight)
         curvatures.append(_largest_curvature(loss, problem.meta.prior))
-        solution = _minimise(loss, problem.meta.prior)
+        solution = _minimise(loss, problem.meta.prior, weight)
         gradient, info = _gradient_at(problem, episode, noise, solution)
         exact.append(gradient)
         grad_norms.append(float(info.inner_grad_norm / tree.norm(torch.func.grad(loss)(problem.meta.prior))))
@@ -312,35 +320,41 @@ def _expected_nll(problem: ConvProblem, posterior: PyTree, noise: PyTree, batch:
     return objectives.expected_nll(lambda weights, b: problem.model.nll(weights, {}, b), posterior, noise, batch)
 
 
-def _inner_loss(problem: ConvProblem, episode: Episode, noise: TaskNoise) -> Callable[[PyTree], Tensor]:
-    weight = objectives.kl_weight(len(episode.support.y), problem.algorithm.temperature)
-
-    def loss(posterior: PyTree) -> Tensor:
-        expected = _expected_nll(problem, posterior, noise.inner, episode.support)
-        return objectives.negative_elbo(expected, posterior, problem.meta.prior, weight)
-
-    return loss
+def _inner_loss(problem: ConvProblem, episode: Episode, noise: TaskNoise, weight: float, posterior: PyTree) -> Tensor:
+    expected = _expected_nll(problem, posterior, noise.inner, episode.support)
+    return objectives.negative_elbo(expected, posterior, problem.meta.prior, weight)
 
 
-def _minimise(loss: Callable[[PyTree], Tensor], start: PyTree) -> PyTree:
-    """Adam into the basin, then Newton steps, halved while they do not lower the gradient norm."""
-    value = inner.adam(loss, start, num_steps=300, learning_rate=0.003).value
-    for _ in range(_MAX_NEWTON_STEPS):
-        gradient, product = gradient_and_hvp(loss, value)
-        norm = tree.norm(gradient)
-        if norm < 1e-12:
-            break
-        direction = cg(product, gradient, max_steps=1000, rtol=min(0.1, float(norm))).value
-        size = 1.0
-        while size > 1e-3:
-            candidate = tree.axpy(-size, direction, value)
-            if tree.norm(torch.func.grad(loss)(candidate)) < norm:
-                break
-            size /= 2
-        else:
-            break
-        value = candidate
-    return value
+def _minimise(loss: Callable[[PyTree], Tensor], prior: DiagonalGaussian, weight: float) -> PyTree:
+    """L-BFGS in coordinates in which the Hessian of the KL term is one at the prior, then Newton steps."""
+    scale = DiagonalGaussian(
+        tree.map(lambda log_var: torch.exp(0.5 * log_var) / math.sqrt(weight), prior.log_var),
+        tree.map(lambda log_var: torch.full_like(log_var, math.sqrt(2 / weight)), prior.log_var),
+    )
+    zeros, unravel = tree.ravel(tree.zeros_like(prior))
+    white = zeros.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [white], max_iter=_MAX_LBFGS_STEPS, history_size=50, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def place(vector: Tensor) -> PyTree:
+        return tree.add(prior, tree.mul(scale, unravel(vector)))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(place(white))
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    solution = tree.detach(place(white))
+    for _ in range(_NUM_NEWTON_STEPS):
+        gradient, product = gradient_and_hvp(loss, solution)
+        step = cg(
+            product, gradient, max_steps=1000, rtol=1e-6, preconditioner=partial(tree.mul, tree.mul(scale, scale))
+        )
+        solution = tree.sub(solution, step.value)
+    return solution
 
 
 def _gradient_at(

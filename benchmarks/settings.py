@@ -94,7 +94,7 @@ class BenchmarkSettings:
         network: NetworkName,
         algorithm: AlgorithmName,
         num_shots: int,
-        num_inner_steps: int,
+        num_steps: int,
         num_linear_steps: int,
     ) -> Case:
         return Case(
