@@ -74,7 +74,7 @@ test: $(VENV)/.test
 # Results go to benchmarks/results/, the headline ratios into the README. For the whole grid: make bench BENCH_ARGS=--full
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-enable --benchmark-columns=min,median,rounds
-	$(BIN)/python -m benchmarks.accuracy_per_cost
+	$(BIN)/python -m benchmarks.accuracy_per_cost --update-readme
 	$(BIN)/python -m benchmarks.run --max-minutes 10 --update-readme $(BENCH_ARGS)
 
 static: $(VENV)/.dev

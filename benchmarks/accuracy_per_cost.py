@@ -20,6 +20,7 @@ import torch
 import tyro
 from torch import nn
 
+from benchmarks.report import replace_between_markers
 from ibaml import inner, objectives, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, ibaml
 from ibaml.curvature import gradient_and_hvp
@@ -64,11 +65,12 @@ class AccuracySettings:
         seed: Seed of tasks, weights and noise.
         num_threads: CPU threads; None leaves torch its choice.
         output: The result file; None: benchmarks/results/DATE-accuracy-per-cost.md.
+        update_readme: Put the headline ratios into the README.
     """
 
     budgets: tuple[tuple[int, int], ...] = ((5, 5), (10, 10), (15, 15))
     relative_learning_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-10, 3))
-    num_tuning_tasks: int = 2
+    num_tuning_tasks: int = 1
     num_tasks: int = 3
     num_channels: int = 8
     image_size: int = 14
@@ -78,6 +80,7 @@ class AccuracySettings:
     seed: int = 0
     num_threads: int | None = None
     output: Path | None = None
+    update_readme: bool = False
 
     def __post_init__(self) -> None:
         """Refuses settings without a meaning."""
@@ -121,11 +124,24 @@ def nrmse(estimates: Sequence[PyTree], exact: Sequence[PyTree]) -> float:
 
 
 def compare(
-    problem: str, methods: dict[str, Estimate], exact: Sequence[PyTree], settings: AccuracySettings
+    problem: str,
+    methods: dict[str, Estimate],
+    exact: Sequence[PyTree],
+    settings: AccuracySettings,
+    on_progress: Callable[[float], None] = lambda _: None,
 ) -> list[Row]:
-    """Measures all methods at all costs; the first tasks are for tuning, the others for judging."""
+    """Measures all methods at all costs; the first tasks are for tuning, the others for judging.
+
+    Args:
+        problem: Its name.
+        methods: By name.
+        exact: The exact gradients of all tasks.
+        settings: Costs, grid of learning rates and number of tasks for tuning.
+        on_progress: Called after every method with the part of the work that is done.
+    """
     tuning, judged = range(settings.num_tuning_tasks), range(settings.num_tuning_tasks, len(exact))
     rows: list[Row] = []
+    done, total = 0, len(methods) * sum(map(sum, settings.budgets))
     for num_steps, num_products in settings.budgets:
         for name, estimate in methods.items():
             errors = {
@@ -135,6 +151,8 @@ def compare(
             best = min(errors, key=errors.__getitem__)
             found = nrmse(estimate(num_steps, num_products, best, judged), [exact[t] for t in judged])
             rows.append(Row(problem, num_steps, num_products, name, best, found))
+            done += num_steps + num_products
+            on_progress(done / total)
     return rows
 
 
@@ -259,7 +277,9 @@ def build_conv_problem(settings: AccuracySettings, prior_log_var: tuple[float, f
     return _solve(unsolved)
 
 
-def conv_tasks(settings: AccuracySettings, prior_log_var: tuple[float, float]) -> tuple[list[Row], str]:
+def conv_tasks(
+    settings: AccuracySettings, prior_log_var: tuple[float, float], on_progress: Callable[[float], None]
+) -> tuple[list[Row], str]:
     """A small Conv4; also returns how well the reference is converged."""
     problem = build_conv_problem(settings, prior_log_var)
     low, high = prior_log_var
@@ -290,7 +310,7 @@ def conv_tasks(settings: AccuracySettings, prior_log_var: tuple[float, float]) -
         f"{name}: in the reference at most {problem.inner_grad_norm:.0e} of the inner gradient at the prior is left, "
         f"and {problem.linear_residual:.0e} of the right-hand side of the linear system."
     )
-    return compare(name, methods, problem.exact, settings), note
+    return compare(name, methods, problem.exact, settings, on_progress), note
 
 
 def _solve(problem: ConvProblem) -> ConvProblem:
@@ -397,6 +417,8 @@ def summary(rows: Sequence[Row], notes: Sequence[str], settings: AccuracySetting
         f"{settings.num_tasks} tasks.",
         "",
         *[f"- {note}" for note in notes],
+        "",
+        *headline(rows),
     ]
     for problem in dict.fromkeys(row.problem for row in rows):
         lines += [
@@ -415,6 +437,21 @@ def summary(rows: Sequence[Row], notes: Sequence[str], settings: AccuracySetting
     return "\n".join(lines) + "\n"
 
 
+def headline(rows: Sequence[Row]) -> list[str]:
+    """Returns the most accurate method at every cost against the plain one, as a table; the target is 0.5 or less."""
+    lines = [
+        "| problem | K | L | most accurate | NRMSE | of plain gradient descent and CG | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for plain in (row for row in rows if row.method == PLAIN):
+        best = min((row for row in rows if row[:3] == plain[:3] and row is not plain), key=lambda row: row.nrmse)
+        lines.append(
+            f"| {best.problem} | {best.num_inner_steps} | {best.num_products} | {best.method} | {best.nrmse:.3g} "
+            f"| {plain.nrmse:.3g} | {best.nrmse / plain.nrmse:.2f} |"
+        )
+    return lines
+
+
 def plain_row(rows: Sequence[Row], row: Row) -> Row:
     """Returns the row of the plain method on the same problem at the same cost."""
     return next(each for each in rows if each[:3] == row[:3] and each.method == PLAIN)
@@ -429,12 +466,16 @@ def main(settings: AccuracySettings) -> None:
     """Runs the comparison and writes the result file."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
-    start = time.monotonic()
     rows, notes = linear_regression(settings), []
+    start = time.monotonic()
     for done, prior_log_var in enumerate(settings.prior_log_vars):
-        elapsed = time.monotonic() - start
-        print(f"[{done + 1}/{len(settings.prior_log_vars)}] Conv4, {elapsed:.0f} s so far", file=sys.stderr, flush=True)
-        found, note = conv_tasks(settings, prior_log_var)
+
+        def on_progress(part: float, done: int = done) -> None:
+            part = (done + part) / len(settings.prior_log_vars)
+            minutes = (time.monotonic() - start) / 60
+            print(f"{part:.0%} done, about {minutes * (1 / part - 1):.1f} min left", file=sys.stderr, flush=True)
+
+        found, note = conv_tasks(settings, prior_log_var, on_progress)
         rows += found
         notes.append(note)
     command = f"python -m benchmarks.accuracy_per_cost {' '.join(sys.argv[1:])}".strip()
@@ -443,6 +484,14 @@ def main(settings: AccuracySettings) -> None:
     write_text(output, text)
     print(text)
     print(f"Written to {output}", file=sys.stderr)
+    if settings.update_readme:
+        readme = _RESULTS.parents[1] / "README.md"
+        lines = [
+            *headline(rows),
+            "",
+            f"All methods and settings: [benchmarks/results/{output.name}](benchmarks/results/{output.name}).",
+        ]
+        write_text(readme, replace_between_markers(readme.read_text(), "accuracy", "\n".join(lines)))
 
 
 if __name__ == "__main__":

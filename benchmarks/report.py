@@ -19,7 +19,6 @@ from benchmarks.settings import BenchmarkSettings
 # Beyond this, float32 and another order of the sums no longer explain a difference.
 LARGEST_DIFFERENCE = 1e-4
 LARGEST_DIFFERENCE_FLOAT64 = 1e-8
-README_START, README_END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 _PACKAGES = ("ibaml", "torch", "higher", "iteryne", "parallel-metalearn", "torchopt")
 
@@ -157,15 +156,16 @@ def readme_text(results: Sequence[CaseResult], device: str, result_file: str) ->
     )
 
 
-def replace_between_markers(text: str, new: str) -> str:
-    """Puts text between the two markers of the README.
+def replace_between_markers(text: str, name: str, new: str) -> str:
+    """Puts text between the two markers of a name, such as ``<!-- speed: begin -->`` and ``<!-- speed: end -->``.
 
     Raises:
         ValueError: If the markers are not there exactly once.
     """
-    pattern = re.compile(f"(?<={re.escape(README_START)}\n).*?(?={re.escape(README_END)})", re.DOTALL)
+    start, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    pattern = re.compile(f"(?<={re.escape(start)}\n).*?(?={re.escape(end)})", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"the README must have the lines {README_START} and {README_END} exactly once.")
+        raise ValueError(f"the README must have the lines {start} and {end} exactly once.")
     return pattern.sub(lambda _: f"{new}\n", text)
 
 

@@ -60,7 +60,7 @@ def main(arguments: Arguments) -> None:
     if arguments.update_readme:
         readme = _ROOT / "README.md"
         lines = report.readme_text(results, hardware, output.resolve().relative_to(_ROOT).as_posix())
-        write_text(readme, report.replace_between_markers(readme.read_text(), lines))
+        write_text(readme, report.replace_between_markers(readme.read_text(), "speed", lines))
 
 
 def _measure(arguments: Arguments, cases: list[Case], device: torch.device) -> list[CaseResult]:

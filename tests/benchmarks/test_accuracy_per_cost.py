@@ -53,16 +53,17 @@ def test_nrmse_by_hand():
 
 
 def test_learning_rates_are_chosen_on_other_tasks_than_judged():
-    asked = []
+    asked, progress = [], []
 
     def estimate(num_steps, num_products, rate, tasks):
         asked.append((num_steps, num_products, rate, list(tasks)))
         return [torch.tensor([1.0 + abs(rate - 0.5)]) for _ in tasks]
 
     settings = dataclasses.replace(SMALL, num_tuning_tasks=2, num_tasks=3, relative_learning_rates=(0.25, 0.5, 1.0))
-    (row,) = compare("p", {PLAIN: estimate}, [torch.ones(1)] * 5, settings)
+    (row,) = compare("p", {PLAIN: estimate}, [torch.ones(1)] * 5, settings, progress.append)
     assert asked == [(3, 3, rate, [0, 1]) for rate in (0.25, 0.5, 1.0)] + [(3, 3, 0.5, [2, 3, 4])]
     assert (row.learning_rate, row.nrmse) == (0.5, 0.0)
+    assert progress == [1.0]
 
 
 def test_preconditioning_halves_the_error_on_fig_1():
@@ -76,6 +77,7 @@ def test_summary_compares_with_the_plain_method():
     rows = [Row("p", 5, 5, PLAIN, 1.0, 0.8), Row("p", 5, 5, "other", 0.5, 0.2)]
     text = summary(rows, ["a note"], SMALL, "command")
     assert "| 5 | 5 | other | 0.5 | 0.2 | 0.25 |" in text
+    assert "| p | 5 | 5 | other | 0.2 | 0.8 | 0.25 |" in text
     assert "- a note" in text
 
 

@@ -121,11 +121,11 @@ def test_ratio_line_for_readers():
 
 
 def test_readme_section_is_replaced():
-    text = f"before\n{report.README_START}\nold\n{report.README_END}\nafter\n"
-    new = report.replace_between_markers(text, r"new \1")
-    assert new == f"before\n{report.README_START}\nnew \\1\n{report.README_END}\nafter\n"
-    with pytest.raises(ValueError, match="must have the lines <!-- speed: begin --> and"):
-        report.replace_between_markers("no markers", "new")
+    text = "before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n"
+    new = report.replace_between_markers(text, "speed", r"new \1")
+    assert new == text.replace("old", r"new \1")
+    with pytest.raises(ValueError, match="must have the lines <!-- accuracy: begin --> and"):
+        report.replace_between_markers(text, "accuracy", "new")
 
 
 def test_short_and_full_grid():
