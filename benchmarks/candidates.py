@@ -14,8 +14,14 @@ LIBRARY = "ibaml"
 BASELINE = "plain loops (baseline)"
 
 
-def library(problem: Problem) -> MetaStep:
-    """The library; the only place of the benchmark that computes a meta-gradient with it."""
+def library(problem: Problem, *, fast: bool = True) -> MetaStep:
+    """The library; the only place of the benchmark that computes a meta-gradient with it.
+
+    Args:
+        problem: The problem.
+        fast: False: without anything that a probe in the network would not see every pass of.
+    """
+    del fast
 
     def meta_step() -> list:
         total = None

@@ -7,13 +7,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.candidates import BASELINE, candidates
+from benchmarks.candidates import BASELINE, Candidate, candidates, library
 from benchmarks.counting import GRADIENTS_PER_HVP, counted_passes, needed_work
 from benchmarks.problems import Case, MetaStep, Problem, build_problem
 from ibaml import tree
@@ -32,8 +33,8 @@ class Measurement(NamedTuple):
         candidate: Name.
         seconds: Time; None if the candidate does not run.
         peak_bytes: Peak memory of the whole meta-step, of all tasks.
-        num_gradients: Gradients that were counted; 0 if the network was not called as a module.
-        num_hvps: Hessian-vector products that were counted.
+        num_gradients: Gradients, counted on a small network.
+        num_hvps: Hessian-vector products, counted there.
         difference: Relative distance from the gradient of the baseline.
         failure: Why it does not run, or "".
     """
@@ -84,7 +85,7 @@ class CaseResult(NamedTuple):
 def measure_case(
     case: Case, *, device: torch.device, min_repeats: int, max_repeats: int, max_seconds: float
 ) -> CaseResult:
-    """Measures one case: one pass that counts and watches memory, then timed turns of all candidates.
+    """Measures one case: one pass that watches memory, then timed turns of all candidates.
 
     Args:
         case: The case.
@@ -97,8 +98,9 @@ def measure_case(
     steps: dict[str, MetaStep] = {}
     found: dict[str, Measurement] = {}
     reference: list[Tensor] = []
+    checks = check_on_small_network(case)
     for name, make in candidates(case.algorithm).items():
-        step, found[name], gradient = _first_pass(name, make, problem, reference)
+        step, found[name], gradient = _first_pass(name, make, problem, reference, checks.get(name))
         if step is not None:
             steps[name] = step
         if name == BASELINE:
@@ -127,19 +129,34 @@ def measure_case(
     return CaseResult(case, best["support"][1], support, query, lines)
 
 
-def check_in_float64(case: Case) -> dict[str, float]:
-    """Returns how far every candidate's gradient is from the baseline's, in float64 on a small network.
+class Check(NamedTuple):
+    """What a candidate computes and how often it passes through the network, on a small network.
 
-    A candidate that does not run is left out.
+    Attributes:
+        difference: Relative distance from the gradient of the baseline, in float64.
+        num_gradients: Gradients per task.
+        num_hvps: Hessian-vector products per task.
     """
+
+    difference: float
+    num_gradients: float
+    num_hvps: float
+
+
+def check_on_small_network(case: Case) -> dict[str, Check]:
+    """Checks all candidates; one that does not run is left out. Counts do not depend on the network."""
     problem = build_problem(dataclasses.replace(case, network="tiny"), dtype=torch.float64)
-    found: dict[str, float] = {}
+    found: dict[str, Check] = {}
     reference: list[Tensor] = []
     for name, make in candidates(case.algorithm).items():
         with contextlib.suppress(Exception):
             gradient = make(problem)()
             reference = gradient if name == BASELINE else reference
-            found[name] = relative_difference(gradient, reference)
+            difference = relative_difference(gradient, reference)
+            with counted_passes(problem.network) as counter:
+                (partial(make, fast=False) if make is library else make)(problem)()
+            counts = counter.num_gradients / case.num_tasks, counter.num_hvps / case.num_tasks
+            found[name] = Check(difference, *counts)
     return found
 
 
@@ -166,31 +183,25 @@ def relative_difference(gradient: Sequence[Tensor], reference: Sequence[Tensor])
 
 
 def _first_pass(
-    name: str, make: Callable[[Problem], MetaStep], problem: Problem, reference: list[Tensor]
+    name: str, make: Candidate, problem: Problem, reference: list[Tensor], check: Check | None
 ) -> tuple[MetaStep | None, Measurement, list[Tensor]]:
-    """Builds a candidate and runs it once, to count, to watch memory and to see what it computes."""
+    """Builds a candidate and runs it, to watch memory and to see what it computes."""
     results: list[list[Tensor]] = []
-    num_tasks = problem.case.num_tasks
     try:
-        with counted_passes(problem.network) as counter:
-            step = make(problem)
-            if problem.device.type == "cuda":
-                # CUDA's libraries allocate workspaces with the first call and keep them.
-                step()
-            before = counter.num_gradients, counter.num_hvps
-            peak_bytes = peak_bytes_of(lambda: results.append(step()), problem.device)
+        step = make(problem)
+        if problem.device.type == "cuda" or make is library:
+            # CUDA's libraries allocate workspaces with the first call and keep them, and the library prepares itself.
+            step()
+        peak_bytes = peak_bytes_of(lambda: results.append(step()), problem.device)
     # Anything at all can go wrong in code written for another version of torch; the reason goes into the table.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         return None, Measurement(name, failure=f"{type(error).__name__}: {reason}"), []
     gradient = [each.detach().clone() for each in results[0]]
-    line = Measurement(
-        name,
-        peak_bytes=peak_bytes,
-        num_gradients=(counter.num_gradients - before[0]) / num_tasks,
-        num_hvps=(counter.num_hvps - before[1]) / num_tasks,
-        difference=relative_difference(gradient, reference) if reference else 0.0,
-    )
+    difference = relative_difference(gradient, reference) if reference else 0.0
+    line = Measurement(name, peak_bytes=peak_bytes, difference=difference)
+    if check is not None:
+        line = line._replace(num_gradients=check.num_gradients, num_hvps=check.num_hvps)
     return step, line, gradient
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.candidates import BASELINE, LIBRARY
 from benchmarks.counting import gradient_equivalents, needed_work
-from benchmarks.measure import CaseResult, Measurement
+from benchmarks.measure import CaseResult, Check, Measurement
 from benchmarks.problems import NETWORKS, Case
 from benchmarks.settings import BenchmarkSettings
 
@@ -89,7 +89,7 @@ def ratios(results: Sequence[CaseResult]) -> list[Ratio]:
 
 def summary(
     results: Sequence[CaseResult],
-    differences: dict[str, dict[str, float]],
+    checks: dict[str, dict[str, Check]],
     missing: Sequence[Case],
     settings: BenchmarkSettings,
     device: str,
@@ -99,7 +99,7 @@ def summary(
 
     Args:
         results: All measured cases.
-        differences: Of ``check_in_float64``, by algorithm.
+        checks: Of ``check_on_small_network``, by algorithm.
         missing: Cases that there was no time for.
         settings: Of the run.
         device: Hardware, number of threads and version of torch.
@@ -115,7 +115,7 @@ def summary(
         "tensors. Times are per task: the median of at least "
         f"{settings.min_repeats} turns, in which all candidates run one after the other, and in brackets the shortest. "
         "Memory: peak of what torch's allocator handed out during the whole meta-step. Gradients and Hessian-vector "
-        "products (HVPs) are counted by a probe in the network's outputs, per task; going back through an inner step "
+        "products (HVPs) are counted on a small network by a probe in its outputs, per task; going back through an inner step "
         "is one HVP. Conjugate gradients run without a tolerance, so that every solve takes L steps.",
         "",
         "Limit: the gradients that the algorithm cannot do without, each at the time of one plain eager forward and "
@@ -128,7 +128,7 @@ def summary(
         "|---|---|---|---|---|",
         *map(str, ratios(results)),
         "",
-        *_check_lines(differences),
+        *_check_lines(checks),
     ]
     for result in results:
         lines += _case_lines(result)
@@ -180,14 +180,14 @@ def _ratio(result: CaseResult, others: Sequence[str]) -> float | None:
     return min(times) / ours.seconds.median if is_fair(ours) and ours.seconds is not None and times else None
 
 
-def _check_lines(differences: dict[str, dict[str, float]]) -> list[str]:
+def _check_lines(checks: dict[str, dict[str, Check]]) -> list[str]:
     different = [
-        f"{name} ({algorithm}): {difference:.1e}"
-        for algorithm, by_candidate in differences.items()
-        for name, difference in by_candidate.items()
-        if not difference <= LARGEST_DIFFERENCE_FLOAT64
+        f"{name} ({algorithm}): {check.difference:.1e}"
+        for algorithm, by_candidate in checks.items()
+        for name, check in by_candidate.items()
+        if not check.difference <= LARGEST_DIFFERENCE_FLOAT64
     ]
-    num_checked = sum(map(len, differences.values()))
+    num_checked = sum(map(len, checks.values()))
     text = (
         f"In float64, on a small Conv4 with batch normalisation, {num_checked - len(different)} of {num_checked} "
         f"gradients agree with that of the plain loops to {LARGEST_DIFFERENCE_FLOAT64:g}."
@@ -220,7 +220,7 @@ def _case_lines(result: CaseResult) -> list[str]:
         )
         lines.append(
             f"| {line.candidate} | {line.seconds.median:.4f} ({line.seconds.shortest:.4f}) "
-            f"| {line.peak_bytes / 1e6:.1f} | {' | '.join(counts)} | {result.distance_to_limit(line):.2f} "
+            f"| {line.peak_bytes / 1e6:.1f} | {line.num_gradients:g} | {line.num_hvps:g} | {result.distance_to_limit(line):.2f} "
             f"| {line.difference:.1e}{'' if is_fair(line) else ' (another gradient)'} |"
         )
     return lines

@@ -17,7 +17,7 @@ import tyro  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from benchmarks.counting import gradient_equivalents  # noqa: E402
-from benchmarks.measure import CaseResult, check_in_float64, measure_case  # noqa: E402
+from benchmarks.measure import CaseResult, check_on_small_network, measure_case  # noqa: E402
 from benchmarks.problems import Case  # noqa: E402
 from benchmarks.settings import BenchmarkSettings  # noqa: E402
 from ibaml.experiments.fig2 import describe_device  # noqa: E402
@@ -48,12 +48,12 @@ def main(arguments: Arguments) -> None:
         torch.set_num_threads(arguments.num_threads)
     device = resolve_device(arguments.device)
     cases = arguments.cases()
-    differences = {case.algorithm: check_in_float64(case) for case in reversed(cases)}
+    checks = {case.algorithm: check_on_small_network(case) for case in reversed(cases)}
     results = _measure(arguments, cases, device)
     output = arguments.output or _ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-speed.md"
     command = f"python -m benchmarks.run {' '.join(sys.argv[1:])}".strip()
     hardware = describe_device(device)
-    text = report.summary(results, differences, cases[len(results) :], arguments, hardware, command)
+    text = report.summary(results, checks, cases[len(results) :], arguments, hardware, command)
     write_text(output, text)
     print(text)
     print(f"Written to {output}", file=sys.stderr)

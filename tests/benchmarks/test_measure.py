@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from benchmarks.candidates import BASELINE, LIBRARY
-from benchmarks.measure import CaseResult, Measurement, check_in_float64, measure_case, plain_passes
+from benchmarks.counting import needed_work
+from benchmarks.measure import CaseResult, Check, Measurement, check_on_small_network, measure_case, plain_passes
 from benchmarks.problems import Case, build_problem
 from benchmarks.settings import BenchmarkSettings
 
@@ -62,7 +63,8 @@ def test_failures_and_other_gradients_are_told(result):
     assert not report.is_fair(result.of("broken"))
     assert result.of("wrong").difference > 0.1
     assert not report.is_fair(result.of("wrong"))
-    text = report.summary([result], {"maml": {"wrong": 0.5, BASELINE: 0.0}}, [IBAML], BenchmarkSettings(), "x", "y")
+    checks = {"wrong": Check(0.5, 1, 1), BASELINE: Check(0.0, 1, 1)}
+    text = report.summary([result], {"maml": checks}, [IBAML], BenchmarkSettings(), "x", "y")
     assert "does not run: RuntimeError: needs torch 1.2" in text
     assert "(another gradient)" in text
     assert "1 of 2 gradients agree" in text
@@ -72,10 +74,12 @@ def test_failures_and_other_gradients_are_told(result):
 
 @pytest.mark.parametrize("case", [MAML, IBAML], ids=["maml", "ibaml"])
 def test_float64_check_tells_right_from_wrong(own_candidates, case):
-    differences = check_in_float64(case)
-    assert differences[LIBRARY] < report.LARGEST_DIFFERENCE_FLOAT64
-    assert differences["wrong"] > 0.1
-    assert "broken" not in differences
+    checks = check_on_small_network(case)
+    assert checks[LIBRARY].difference < report.LARGEST_DIFFERENCE_FLOAT64
+    assert checks[LIBRARY].num_hvps == needed_work(case).hvps
+    assert checks["wrong"].difference > 0.1
+    assert checks["wrong"].num_gradients == 0
+    assert "broken" not in checks
 
 
 def test_plain_passes_agree_and_leave_the_network_alone():
