@@ -115,8 +115,8 @@ def summary(
         "tensors. Times are per task: the median of at least "
         f"{settings.min_repeats} turns, in which all candidates run one after the other, and in brackets the shortest. "
         "Memory: peak of what torch's allocator handed out during the whole meta-step. Gradients and Hessian-vector "
-        "products (HVPs) are counted on a small network by a probe in its outputs, per task; going back through an inner step "
-        "is one HVP. Conjugate gradients run without a tolerance, so that every solve takes L steps.",
+        "products (HVPs) are counted on a small network by a probe in its outputs, per task; going back through an "
+        "inner step is one HVP. Conjugate gradients run without a tolerance, so that every solve takes L steps.",
         "",
         "Limit: the gradients that the algorithm cannot do without, each at the time of one plain eager forward and "
         "backward pass on the same batch in its best memory format, and each HVP at twice that time: a gradient has "
@@ -215,12 +215,10 @@ def _case_lines(result: CaseResult) -> list[str]:
         if line.seconds is None:
             lines.append(f"| {line.candidate} | does not run: {line.failure} | | | | | |")
             continue
-        counts = (
-            f"{count:g}" if line.num_gradients else "not counted" for count in (line.num_gradients, line.num_hvps)
-        )
         lines.append(
             f"| {line.candidate} | {line.seconds.median:.4f} ({line.seconds.shortest:.4f}) "
-            f"| {line.peak_bytes / 1e6:.1f} | {line.num_gradients:g} | {line.num_hvps:g} | {result.distance_to_limit(line):.2f} "
+            f"| {line.peak_bytes / 1e6:.1f} | {line.num_gradients:g} | {line.num_hvps:g} "
+            f"| {result.distance_to_limit(line):.2f} "
             f"| {line.difference:.1e}{'' if is_fair(line) else ' (another gradient)'} |"
         )
     return lines
