@@ -82,6 +82,12 @@ def test_float64_check_tells_right_from_wrong(own_candidates, case):
     assert "broken" not in checks
 
 
+def test_a_library_that_does_not_run_is_no_line_of_the_table(monkeypatch):
+    monkeypatch.setattr(measure, "candidates", lambda algorithm: {LIBRARY: broken})
+    with pytest.raises(RuntimeError, match="needs torch 1.2"):
+        check_on_small_network(MAML)
+
+
 def test_plain_passes_agree_and_leave_the_network_alone():
     problem = build_problem(dataclasses.replace(MAML, num_shots=5), dtype=torch.float64)
     ways = plain_passes(problem.network, problem.episodes[0].support)
