@@ -18,82 +18,26 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import tyro
-from torch import nn
 
+from benchmarks.conv_reference import build_conv_problem, gradient_at, inner_loss
 from benchmarks.report import replace_between_markers
+from benchmarks.settings import AccuracySettings
 from ibaml import inner, objectives, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, ibaml
-from ibaml.curvature import gradient_and_hvp
 from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.fig1 import Fig1Settings
 from ibaml.experiments.fig2 import describe_device
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
 from ibaml.gaussian import DiagonalGaussian
-from ibaml.hypergradient import gaussian_implicit_hypergradient
-from ibaml.likelihoods import Categorical
 from ibaml.linear_solve import cg
-from ibaml.model import Model, build_model
-from ibaml.networks import Conv4
 from ibaml.runs import write_text
-from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolver, PyTree, Tensor
+from ibaml.types import InnerSolver, PyTree
 
 _RESULTS = Path(__file__).resolve().parent / "results"
-_MAX_LBFGS_STEPS = 400
-_NUM_NEWTON_STEPS = 2
 PLAIN = "gradient descent + CG"
+TWO_RATES = "mean by gradient, log-variance by natural gradient + preconditioned CG"
 
 # Gradients of some tasks with K inner steps, L products and a relative learning rate.
 Estimate: TypeAlias = Callable[[int, int, float, Sequence[int]], Sequence[PyTree]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AccuracySettings:
-    """Settings of the comparison.
-
-    Attributes:
-        budgets: Pairs (K, L) of inner steps and Hessian-vector products.
-        relative_learning_rates: Grid of learning rates. The unit is the method's own: the inverse of the largest
-            curvature for gradient descent, a Newton step for the natural gradient, a standard deviation of the prior
-            for Adam.
-        num_tuning_tasks: Tasks that learning rates are chosen on.
-        num_tasks: Tasks that the error is measured on.
-        num_channels: Channels of the Conv4.
-        image_size: Side of its images.
-        prior_log_vars: Ranges of the prior's log-variances: as initialised, and as spread as training makes them.
-        num_samples: Weight samples S.
-        temperature: Of the inner problem of the Conv4.
-        seed: Seed of tasks, weights and noise.
-        num_threads: CPU threads; None leaves torch its choice.
-        output: The result file; None: benchmarks/results/DATE-accuracy-per-cost.md.
-        update_readme: Put the headline ratios into the README.
-    """
-
-    budgets: tuple[tuple[int, int], ...] = ((5, 5), (10, 10), (15, 15))
-    relative_learning_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-10, 3))
-    num_tuning_tasks: int = 1
-    num_tasks: int = 3
-    num_channels: int = 8
-    image_size: int = 14
-    prior_log_vars: tuple[tuple[float, float], ...] = ((-10.0, -9.0), (-10.0, -6.0))
-    num_samples: int = 1
-    temperature: float = 0.05
-    seed: int = 0
-    num_threads: int | None = None
-    output: Path | None = None
-    update_readme: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses settings without a meaning."""
-        for field in ("budgets", "relative_learning_rates", "prior_log_vars"):
-            if not getattr(self, field):
-                raise ValueError(f"{field} must have at least one entry, but is empty.")
-        if min(min(budget) for budget in self.budgets) < 1:
-            raise ValueError(f"budgets must be pairs of numbers of at least 1, but are {self.budgets}.")
-        if not min(self.relative_learning_rates) > 0:
-            raise ValueError(f"relative_learning_rates must be positive, but are {self.relative_learning_rates}.")
-        for field in ("num_tuning_tasks", "num_tasks", "num_samples"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, but is {getattr(self, field)}.")
 
 
 class Row(NamedTuple):
@@ -186,6 +130,9 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
             inner.preconditioned_gradient_descent, num_steps=num_steps, learning_rate=rate, preconditioner=natural
         )
 
+    def two_rates(rate: float, num_steps: int) -> InnerSolver:
+        return two_rate_descent(rate * problem.learning_rate, rate, num_steps, problem.kl_weight)
+
     def adam(rate: float, num_steps: int) -> InnerSolver:
         return partial(inner.adam, num_steps=num_steps, learning_rate=rate)
 
@@ -201,80 +148,36 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
         PLAIN: method(partial(gradient_descent, momentum=0.0), False),
         "gradient descent + preconditioned CG": method(partial(gradient_descent, momentum=0.0), True),
         "momentum 0.5 + preconditioned CG": method(partial(gradient_descent, momentum=0.5), True),
-        "momentum 0.8 + preconditioned CG": method(partial(gradient_descent, momentum=0.8), True),
         "Adam + preconditioned CG": method(adam, True),
         "natural gradient + preconditioned CG": method(natural_gradient, True),
+        TWO_RATES: method(two_rates, True),
     }
     return compare(f"Fig. 1, condition number {fig1.shown_condition_number:g}", methods, exact, many)
 
 
-class ConvProblem(NamedTuple):
-    """A small Conv4 with tasks and their converged meta-gradients.
+def two_rate_descent(mean_rate: float, relative_rate: float, num_steps: int, kl_weight: float) -> InnerSolver:
+    """Returns an inner solver that moves the mean by the gradient and the log-variance by the natural gradient.
 
-    Attributes:
-        model: The network.
-        algorithm: iBaML with all settings but the inner solver's.
-        meta: Meta-parameters.
-        episodes: One per task.
-        noises: One per task.
-        exact: Converged meta-gradients.
-        largest_curvature: Of the inner loss, over all tasks, in (mean, log-variance).
-        inner_grad_norm: Largest relative gradient norm that is left in the reference solutions.
-        linear_residual: Largest relative residual that is left in the reference systems.
+    The mean's curvature is that of the data, which no preconditioner knows; that of the log-variance is about half the
+    KL weight, thousands of times smaller, which the natural gradient divides out. One rate cannot serve both.
+
+    Args:
+        mean_rate: Learning rate of the mean.
+        relative_rate: The same rate in units of the inverse largest curvature; a quarter of it, at most a half, is the
+            rate of the log-variance.
+        num_steps: K.
+        kl_weight: Weight of the KL divergence in the inner loss.
     """
+    natural = objectives.natural_gradient(kl_weight)
+    log_var_rate = min(0.5, relative_rate / 4)
 
-    model: Model
-    algorithm: Algorithm
-    meta: MetaParameters
-    episodes: list[Episode]
-    noises: list[TaskNoise]
-    exact: list[PyTree]
-    largest_curvature: float
-    inner_grad_norm: float
-    linear_residual: float
+    def direction(posterior: DiagonalGaussian, gradient: DiagonalGaussian) -> DiagonalGaussian:
+        log_var = natural(posterior, gradient).log_var
+        return DiagonalGaussian(tree.scale(mean_rate, gradient.mean), tree.scale(log_var_rate, log_var))
 
-    def estimate(self, num_steps: int, num_products: int, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
-        """Returns the meta-gradients of some tasks at some cost."""
-        algorithm = dataclasses.replace(
-            self.algorithm, num_inner_steps=num_steps, num_linear_steps=num_products, **changes
-        )
-        return [
-            algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior
-            for task in tasks
-        ]
-
-
-def build_conv_problem(settings: AccuracySettings, prior_log_var: tuple[float, float]) -> ConvProblem:
-    """Builds network and tasks and solves every inner problem to the end."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = settings.image_size
-    network = Conv4(5, image_size=size, channels=settings.num_channels, downsample="stride", generator=generator)
-    for index, module in enumerate(network.features):
-        if isinstance(module, nn.ReLU):
-            # Without kinks there is a solution at which the gradient vanishes and the Hessian exists.
-            network.features[index] = nn.SiLU()
-    model = build_model(network.double(), Categorical())
-    algorithm = ibaml(
-        num_samples=settings.num_samples,
-        temperature=settings.temperature,
-        linear_rtol=0.0,
-        precondition=False,
-        initial_log_var=prior_log_var,
+    return partial(
+        inner.preconditioned_gradient_descent, num_steps=num_steps, learning_rate=1.0, preconditioner=direction
     )
-    meta = algorithm.init(model.adapted, model.shared, generator=generator)
-
-    def batch(prototypes: Tensor) -> Batch:
-        labels = torch.arange(5).repeat_interleave(5)
-        noise = torch.randn((25, 1, size, size), generator=generator, dtype=torch.float64)
-        return Batch(prototypes[labels] + noise, labels)
-
-    episodes: list[Episode] = []
-    for _ in range(settings.num_tuning_tasks + settings.num_tasks):
-        prototypes = torch.randn((5, 1, size, size), generator=generator, dtype=torch.float64)
-        episodes.append(Episode(batch(prototypes), batch(prototypes)))
-    noises = [algorithm.draw_noise(meta, generator=generator) for _ in episodes]
-    unsolved = ConvProblem(model, algorithm, meta, episodes, noises, [], 0.0, 0.0, 0.0)
-    return _solve(unsolved)
 
 
 def conv_tasks(
@@ -297,13 +200,24 @@ def conv_tasks(
         changes = {"inner_optimizer": "natural_gradient", "inner_learning_rate": rate, "precondition": True}
         return problem.estimate(num_steps, num_products, tasks, **changes)
 
+    def two_rates(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
+        weight = objectives.kl_weight(len(problem.episodes[0].support.y), problem.algorithm.temperature)
+        solver = two_rate_descent(rate / problem.largest_curvature, rate, num_steps, weight)
+        linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
+        found: list[PyTree] = []
+        for task in tasks:
+            episode, noise = problem.episodes[task], problem.noises[task]
+            posterior = solver(partial(inner_loss, problem, episode, noise, weight), problem.meta.prior).value
+            found.append(gradient_at(problem, episode, noise, posterior, linear_solver)[0])
+        return found
+
     methods: dict[str, Estimate] = {
         PLAIN: descent,
         "gradient descent + preconditioned CG": partial(descent, precondition=True),
         "momentum 0.5 + preconditioned CG": partial(descent, precondition=True, inner_momentum=0.5),
-        "momentum 0.8 + preconditioned CG": partial(descent, precondition=True, inner_momentum=0.8),
         "Adam + preconditioned CG": adam,
         "natural gradient + preconditioned CG": natural_gradient,
+        TWO_RATES: two_rates,
     }
     name = f"Conv4, prior log-variances in [{low:g}, {high:g}]"
     note = (
@@ -311,93 +225,6 @@ def conv_tasks(
         f"and {problem.linear_residual:.0e} of the right-hand side of the linear system."
     )
     return compare(name, methods, problem.exact, settings, on_progress), note
-
-
-def _solve(problem: ConvProblem) -> ConvProblem:
-    """Adds reference solutions and the largest curvature."""
-    exact: list[PyTree] = []
-    grad_norms: list[float] = []
-    residuals: list[float] = []
-    curvatures: list[float] = []
-    for episode, noise in zip(problem.episodes, problem.noises, strict=True):
-        weight = objectives.kl_weight(len(episode.support.y), problem.algorithm.temperature)
-        loss = partial(_inner_loss, problem, episode, noise, weight)
-        curvatures.append(_largest_curvature(loss, problem.meta.prior))
-        solution = _minimise(loss, problem.meta.prior, weight)
-        gradient, info = _gradient_at(problem, episode, noise, solution)
-        exact.append(gradient)
-        grad_norms.append(float(info.inner_grad_norm / tree.norm(torch.func.grad(loss)(problem.meta.prior))))
-        residuals.append(float(info.linear_residual))
-    return problem._replace(
-        exact=exact,
-        largest_curvature=max(curvatures),
-        inner_grad_norm=max(grad_norms),
-        linear_residual=max(residuals),
-    )
-
-
-def _expected_nll(problem: ConvProblem, posterior: PyTree, noise: PyTree, batch: Batch) -> Tensor:
-    return objectives.expected_nll(lambda weights, b: problem.model.nll(weights, {}, b), posterior, noise, batch)
-
-
-def _inner_loss(problem: ConvProblem, episode: Episode, noise: TaskNoise, weight: float, posterior: PyTree) -> Tensor:
-    expected = _expected_nll(problem, posterior, noise.inner, episode.support)
-    return objectives.negative_elbo(expected, posterior, problem.meta.prior, weight)
-
-
-def _minimise(loss: Callable[[PyTree], Tensor], prior: DiagonalGaussian, weight: float) -> PyTree:
-    """L-BFGS in coordinates in which the Hessian of the KL term is one at the prior, then Newton steps."""
-    scale = DiagonalGaussian(
-        tree.map(lambda log_var: torch.exp(0.5 * log_var) / math.sqrt(weight), prior.log_var),
-        tree.map(lambda log_var: torch.full_like(log_var, math.sqrt(2 / weight)), prior.log_var),
-    )
-    zeros, unravel = tree.ravel(tree.zeros_like(prior))
-    white = zeros.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [white], max_iter=_MAX_LBFGS_STEPS, history_size=50, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
-    )
-
-    def place(vector: Tensor) -> PyTree:
-        return tree.add(prior, tree.mul(scale, unravel(vector)))
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(place(white))
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    solution = tree.detach(place(white))
-    for _ in range(_NUM_NEWTON_STEPS):
-        gradient, product = gradient_and_hvp(loss, solution)
-        step = cg(
-            product, gradient, max_steps=1000, rtol=1e-6, preconditioner=partial(tree.mul, tree.mul(scale, scale))
-        )
-        solution = tree.sub(solution, step.value)
-    return solution
-
-
-def _gradient_at(
-    problem: ConvProblem, episode: Episode, noise: TaskNoise, solution: PyTree
-) -> tuple[PyTree, HypergradientInfo]:
-    return gaussian_implicit_hypergradient(
-        lambda posterior: _expected_nll(problem, posterior, noise.inner, episode.support),
-        lambda posterior, prior: _expected_nll(problem, posterior, noise.outer, episode.query),
-        solution,
-        problem.meta.prior,
-        objectives.kl_weight(len(episode.support.y), problem.algorithm.temperature),
-        partial(cg, max_steps=3000, rtol=1e-10),
-    )
-
-
-def _largest_curvature(loss: Callable[[PyTree], Tensor], point: PyTree) -> float:
-    """Returns the largest absolute eigenvalue of the Hessian, by power iteration."""
-    product = gradient_and_hvp(loss, point)[1]
-    vector, size = tree.map(torch.ones_like, point), 0.0
-    for _ in range(30):
-        vector = product(tree.scale(1 / tree.norm(vector), vector))
-        size = float(tree.norm(vector))
-    return size
 
 
 def summary(rows: Sequence[Row], notes: Sequence[str], settings: AccuracySettings, command: str) -> str:

@@ -1,6 +1,7 @@
-"""Which cases a run measures, and how often."""
+"""What the benchmarks measure, and how often."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from benchmarks.problems import EXPLICIT, AlgorithmName, Case, NetworkName
@@ -106,3 +107,53 @@ class BenchmarkSettings:
             num_samples=self.num_samples,
             num_tasks=self.num_tasks,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AccuracySettings:
+    """Settings of the comparison.
+
+    Attributes:
+        budgets: Pairs (K, L) of inner steps and Hessian-vector products.
+        relative_learning_rates: Grid of learning rates. The unit is the method's own: the inverse of the largest
+            curvature for gradient descent, a Newton step for the natural gradient, a standard deviation of the prior
+            for Adam.
+        num_tuning_tasks: Tasks that learning rates are chosen on.
+        num_tasks: Tasks that the error is measured on.
+        num_channels: Channels of the Conv4.
+        image_size: Side of its images.
+        prior_log_vars: Ranges of the prior's log-variances: as initialised, and as spread as training makes them.
+        num_samples: Weight samples S.
+        temperature: Of the inner problem of the Conv4.
+        seed: Seed of tasks, weights and noise.
+        num_threads: CPU threads; None leaves torch its choice.
+        output: The result file; None: benchmarks/results/DATE-accuracy-per-cost.md.
+        update_readme: Put the headline ratios into the README.
+    """
+
+    budgets: tuple[tuple[int, int], ...] = ((5, 5), (10, 10))
+    relative_learning_rates: tuple[float, ...] = tuple(2.0 ** (k / 2) for k in range(-7, 3))
+    num_tuning_tasks: int = 2
+    num_tasks: int = 3
+    num_channels: int = 8
+    image_size: int = 14
+    prior_log_vars: tuple[tuple[float, float], ...] = ((-10.0, -9.0), (-10.0, -8.0))
+    num_samples: int = 1
+    temperature: float = 0.05
+    seed: int = 0
+    num_threads: int | None = None
+    output: Path | None = None
+    update_readme: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses settings without a meaning."""
+        for field in ("budgets", "relative_learning_rates", "prior_log_vars"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} must have at least one entry, but is empty.")
+        if min(min(budget) for budget in self.budgets) < 1:
+            raise ValueError(f"budgets must be pairs of numbers of at least 1, but are {self.budgets}.")
+        if not min(self.relative_learning_rates) > 0:
+            raise ValueError(f"relative_learning_rates must be positive, but are {self.relative_learning_rates}.")
+        for field in ("num_tuning_tasks", "num_tasks", "num_samples"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, but is {getattr(self, field)}.")

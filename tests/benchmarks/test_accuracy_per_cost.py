@@ -8,15 +8,20 @@ import pytest
 import torch
 from benchmarks.accuracy_per_cost import (
     PLAIN,
-    AccuracySettings,
+    TWO_RATES,
     Row,
-    build_conv_problem,
     compare,
+    conv_tasks,
     linear_regression,
     nrmse,
     plain_row,
     summary,
+    two_rate_descent,
 )
+from benchmarks.conv_reference import build_conv_problem
+from benchmarks.settings import AccuracySettings
+
+from ibaml.gaussian import DiagonalGaussian
 
 SMALL = AccuracySettings(
     budgets=((3, 3),), relative_learning_rates=(0.5, 1.0), num_tuning_tasks=1, num_tasks=1, num_channels=2, image_size=8
@@ -71,6 +76,22 @@ def test_preconditioning_halves_the_error_on_fig_1():
     rows = linear_regression(settings)
     best = min(row.nrmse for row in rows if row.method == "natural gradient + preconditioned CG")
     assert best < 0.5 * plain_row(rows, rows[0]).nrmse
+
+
+def test_two_rates_by_hand():
+    # At the prior, where the log-variance has the natural gradient log(1 + 2 g / weight).
+    prior = DiagonalGaussian({"w": torch.zeros(1)}, {"w": torch.zeros(1)})
+    solver = two_rate_descent(0.1, 1.0, 1, 0.5)
+    found = solver(lambda q: 3 * q.mean["w"].sum() + 0.25 * q.log_var["w"].sum(), prior).value
+    torch.testing.assert_close(found.mean["w"], torch.tensor([-0.3]))
+    torch.testing.assert_close(found.log_var["w"], torch.tensor([-0.25 * math.log(2)]))
+
+
+def test_two_rates_halve_the_error_on_the_conv4():
+    settings = dataclasses.replace(SMALL, budgets=((10, 10),), relative_learning_rates=(0.5, 1.0, 1.4, 2.0))
+    rows, _ = conv_tasks(settings, (-10.0, -9.0), lambda part: None)
+    two_rates = next(row for row in rows if row.method == TWO_RATES)
+    assert two_rates.nrmse < 0.5 * plain_row(rows, two_rates).nrmse
 
 
 def test_summary_compares_with_the_plain_method():
