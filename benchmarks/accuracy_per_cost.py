@@ -313,10 +313,11 @@ def main(settings: AccuracySettings) -> None:
     print(f"Written to {output}", file=sys.stderr)
     if settings.update_readme:
         readme = _RESULTS.parents[1] / "README.md"
+        place = f"benchmarks/results/{output.name}"
         lines = [
-            *headline(rows),
+            f"Measured on {date.today():%d %B %Y} in float64; all methods and settings are in [{place}]({place}).",
             "",
-            f"All methods and settings: [benchmarks/results/{output.name}](benchmarks/results/{output.name}).",
+            *headline(rows),
         ]
         write_text(readme, replace_between_markers(readme.read_text(), "accuracy", "\n".join(lines)))
 

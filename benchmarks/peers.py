@@ -88,7 +88,9 @@ class _LogitsInDict(nn.Module):
 def parallel_metalearn(problem: Problem, backend: str) -> MetaStep:
     """MAML by ``parallel-metalearn``: all tasks under one vmap, or one after the other.
 
-    Its step ends with the outer optimiser; one with a learning rate of zero leaves the weights as they are.
+    Its step ends with the outer optimiser; one with a learning rate of zero leaves the weights as they are. Under vmap
+    it differentiates from outside: there the statistics that batch normalisation saved for its derivative count as
+    constants in torch 2.13, so that second derivatives, and this gradient, are wrong for networks that have it.
     """
     from metalearn.algorithms.MAML import MAML
     from metalearn.inner_optimizers.optimizers import InnerSGD
