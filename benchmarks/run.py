@@ -72,7 +72,7 @@ def _measure(arguments: Arguments, cases: list[Case], device: torch.device) -> l
     start = time.monotonic()
     for index, case in enumerate(cases):
         elapsed = time.monotonic() - start
-        if arguments.max_minutes is not None and elapsed > 60 * arguments.max_minutes:
+        if index and arguments.max_minutes is not None and elapsed > 60 * arguments.max_minutes:
             break
         left = f", about {elapsed * sum(costs[index:]) / sum(costs[:index]) / 60:.0f} min left" if index else ""
         print(f"[{index + 1}/{len(cases)}{left}] {report.describe(case)}", file=sys.stderr, flush=True)

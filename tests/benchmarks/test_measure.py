@@ -10,7 +10,7 @@ from benchmarks.measure import CaseResult, Check, Measurement, check_on_small_ne
 from benchmarks.problems import Case, build_problem
 from benchmarks.settings import BenchmarkSettings
 
-from benchmarks import measure, report
+from benchmarks import measure, report, run
 from ibaml.experiments.fig2 import Duration
 
 CPU = torch.device("cpu")
@@ -136,6 +136,19 @@ def test_readme_section_is_replaced():
     assert new == text.replace("old", r"new \1")
     with pytest.raises(ValueError, match="must have the lines <!-- accuracy: begin --> and"):
         report.replace_between_markers(text, "accuracy", "new")
+
+
+def test_a_run_writes_its_result_and_stops_when_the_time_is_up(own_candidates, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(BenchmarkSettings, "cases", lambda self: [MAML, IBAML])
+    file = tmp_path / "speed.md"
+    run.main(run.Arguments(output=file, device="cpu", min_repeats=1, max_repeats=1, max_minutes=1e-9))
+    text = file.read_text()
+    assert text.count("\n## ") == 1
+    assert "## Conv4-4, 16 x 16, 1-shot, MAML, K = 2" in text
+    assert "No time was left for: Conv4-4, 16 x 16, 1-shot, iBaML, K = 2, L = 2." in text
+    printed = capsys.readouterr()
+    assert text in printed.out
+    assert "[1/2] Conv4-4" in printed.err
 
 
 def test_short_and_full_grid():
