@@ -6,7 +6,7 @@ from typing import Literal
 
 from benchmarks.problems import EXPLICIT, AlgorithmName, Case, NetworkName
 
-_ALGORITHMS: tuple[AlgorithmName, ...] = ("maml", "imaml", "abml", "ibaml")
+_ALGORITHMS: tuple[AlgorithmName, ...] = ("ibaml", "maml", "imaml", "abml")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class BenchmarkSettings:
             ("conv4_32_84", 1, 5, _ALGORITHMS),
             ("mlp", 1, 5, _ALGORITHMS),
             ("conv4_64_28", 5, 5, _ALGORITHMS),
-            ("conv4_64_28", 1, 10, ("maml", "ibaml")),
+            ("conv4_64_28", 1, 10, ("ibaml", "maml")),
             ("conv4_32_84", 1, 10, ("ibaml",)),
             ("conv4_32_84", 5, 5, ("ibaml", "maml")),
             ("resnet12_28", 1, 5, ("ibaml", "maml")),
