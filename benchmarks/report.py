@@ -146,8 +146,8 @@ def readme_text(results: Sequence[CaseResult], device: str, result_file: str) ->
     """Returns the lines for the README."""
     return "\n".join(
         [
-            f"Measured on {date.today():%d %B %Y} on {device}, 5-way tasks, {len(results)} cases; the command and the whole",
-            f"table are in [{result_file}]({result_file}).",
+            f"Measured on {date.today():%d %B %Y} on {device}, 5-way tasks, {len(results)} cases; the command and",
+            f"the whole table are in [{result_file}]({result_file}).",
             "",
             "| ratio of median times | median over cases | range | target | cases that meet it |",
             "|---|---|---|---|---|",
