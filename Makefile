@@ -1,8 +1,9 @@
-# Targets for users: demo, test. Targets for authors: check, static, format, docs, clean. `make help` lists them.
+# Targets for users: demo, test, bench. Targets for authors: check, static, format, docs, clean. `make help` lists them.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 RUNS ?= runs
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check static format docs clean
+.PHONY: help demo test bench check static format docs clean
 
 help:
 	@echo "make demo    train iBaML and MAML on rendered characters, evaluate and compare them (no download of data)"
 	@echo "make test    run the test suite"
+	@echo "make bench   measure speed and accuracy of meta-gradients, beside a plain loop and other libraries (15 minutes)"
 	@echo "make check   everything that continuous integration runs"
 	@echo "make static  the part of check that is not the test suite: format, lint, types, layers, doctests, docs"
 	@echo "make format  format the code and sort the imports"
@@ -53,6 +55,11 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@$(PIP) -e '.[test,dev]'
 	@touch $(VENV)/.runtime $(VENV)/.test $@
 
+$(VENV)/.bench: pyproject.toml $(VENV)/.torch
+	@echo "Installing ibaml with what the benchmark compares it with"
+	@$(PIP) -e '.[test,bench]'
+	@touch $(VENV)/.runtime $(VENV)/.test $@
+
 demo: $(VENV)/.runtime
 	$(BIN)/ibaml train glyphs_5way_5shot_ibaml --run-folder $(RUNS)/demo_ibaml
 	$(BIN)/ibaml train glyphs_5way_5shot_maml --run-folder $(RUNS)/demo_maml
@@ -63,6 +70,12 @@ demo: $(VENV)/.runtime
 # One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+# Results go to benchmarks/results/, the headline ratios into the README. For the whole grid: make bench BENCH_ARGS=--full
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --quiet --benchmark-enable --benchmark-columns=min,median,rounds
+	$(BIN)/python -m benchmarks.accuracy_per_cost --update-readme
+	$(BIN)/python -m benchmarks.run --max-minutes 8 --update-readme $(BENCH_ARGS)
 
 static: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -85,4 +98,4 @@ docs: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

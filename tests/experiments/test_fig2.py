@@ -464,3 +464,22 @@ def test_the_summary_names_the_points_where_the_solver_stopped_early() -> None:
 
 def test_names_for_readers() -> None:
     assert [curve_name(name, None) for name in ALGORITHMS] == ["MAML", "iMAML", "ABML", "iBaML"]
+
+
+@pytest.mark.parametrize("differentiate_outside", [True, False])
+def test_passes_are_counted_for_every_member_of_a_batch(differentiate_outside):
+    counter = PassCounter()
+
+    def step(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def loss(weight: torch.Tensor) -> torch.Tensor:
+            return (counter.watch(weight * x) ** 3).sum()
+
+        return loss(weight - 0.1 * torch.func.grad(loss)(weight))
+
+    weight, x = torch.ones(()), torch.rand(4, 3)
+    if differentiate_outside:
+        torch.func.grad(lambda weight: torch.func.vmap(step, in_dims=(None, 0))(weight, x).sum())(weight)
+    else:
+        torch.func.vmap(torch.func.grad(step), in_dims=(None, 0))(weight, x)
+    # For each of the four: the inner and the outer gradient, and one product to go back through the step.
+    assert (counter.num_gradients, counter.num_hvps) == (4 * 2, 4 * 1)

@@ -490,7 +490,8 @@ def _backward_ratio(a: CostPoint, b: CostPoint) -> float:
     return a.backward_seconds.shortest / b.backward_seconds.shortest
 
 
-def _describe_device(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """Returns the name of the hardware, the number of CPU threads and the version of torch, for a result file."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
@@ -581,7 +582,7 @@ def _count(problem: MetaGradientProblem, model: Model, device: torch.device) -> 
         "num_backward_gradients": counter.num_gradients - forward_gradients[0],
         "num_hvps": counter.num_hvps,
     }
-    return {"device": _describe_device(device), "point": point}
+    return {"device": describe_device(device), "point": point}
 
 
 def _time(problem: MetaGradientProblem, device: torch.device) -> dict[str, float]:

@@ -119,55 +119,65 @@ class PassCounter:
     """Counts gradients of a model's nll and products with its second derivatives.
 
     A probe sits in the network's outputs. Differentiating goes back through it once. A product with second derivatives
-    goes back through that gradient, so through the derivative of the probe, and through the probe once more.
+    goes back through that gradient, so through the derivative of the probe, and through the probe once more. Under
+    ``torch.func.vmap`` every member of the batch counts.
     """
 
     def __init__(self) -> None:
-        self._num_backward = 0
-        self._num_second_backward = 0
+        # Passages through the outputs, through their gradient, and back through that gradient.
+        self._passages = [0, 0, 0]
+
+    def _passed(self, order: int, num_members: int) -> None:
+        self._passages[order] += num_members
 
     @property
     def num_gradients(self) -> int:
         """Gradients so far, one for every batch and weight sample."""
-        return self._num_backward - self._num_second_backward
+        return self._passages[1] - self._passages[2]
 
     @property
     def num_hvps(self) -> int:
         """Products so far, one for every batch and weight sample."""
-        return self._num_second_backward
+        return self._passages[2]
+
+    def watch(self, outputs: Tensor) -> Tensor:
+        """Returns the outputs of a network with the probe in them."""
+        return cast(Tensor, _Probe.apply(outputs, self._passed, 0, 1))
 
     def nll(self, model: Model) -> TaskNll:
         """Returns ``model.nll`` with the probe in it."""
 
         def counted(adapted: Params, shared: Params, batch: Batch) -> Tensor:
-            outputs = cast(Tensor, _Probe.apply(model.outputs(adapted, shared, batch.x), self._on_backward))
+            outputs = self.watch(model.outputs(adapted, shared, batch.x))
             return model.likelihood.nll(outputs, batch.y, shared)
 
         return counted
 
-    def _on_backward(self, gradient: Tensor) -> Tensor:
-        self._num_backward += 1
-        return cast(Tensor, _Probe.apply(gradient, self._on_second_backward))
-
-    def _on_second_backward(self, gradient: Tensor) -> Tensor:
-        self._num_second_backward += 1
-        return gradient
-
 
 class _Probe(torch.autograd.Function):
-    """The identity; its derivative passes through a given function."""
+    """The identity; counts that it was passed and puts a probe of the next order into its derivative."""
 
     @staticmethod
-    def forward(value: Tensor, on_backward: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(value: Tensor, passed: Callable[[int, int], None], order: int, num_members: int) -> Tensor:
+        passed(order, num_members)
         return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.on_backward = inputs[1]
+        ctx.arguments = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return ctx.on_backward(gradients[0]), None
+        passed, order, num_members = ctx.arguments
+        gradient = gradients[0]
+        if order < 2:
+            gradient = _Probe.apply(gradient, passed, order + 1, num_members)
+        return gradient, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        value, passed, order, num_members = inputs
+        return _Probe.apply(value, passed, order, num_members * info.batch_size), in_dims[0]
 
 
 def peak_bytes_of(function: Callable[[], object], device: torch.device) -> int:

@@ -1,0 +1,333 @@
+"""How accurate meta-gradients are at equal cost: ``python -m benchmarks.accuracy_per_cost --help``.
+
+Plain gradient descent followed by plain conjugate gradients, as in the paper, against what the library offers at the
+same number of gradients and Hessian-vector products. Two kinds of problems, both in float64: the linear regression of
+Fig. 1, whose meta-gradient is known in closed form, and a small Conv4, whose inner problem is solved to the end for
+reference. Every method gets the best learning rate of the same grid, chosen on other tasks than it is judged on.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import tyro
+
+from benchmarks.conv_reference import build_conv_problem, gradient_at, inner_loss
+from benchmarks.report import replace_between_markers
+from benchmarks.settings import AccuracySettings
+from ibaml import inner, objectives, tree
+from ibaml.data import LinearRegressionTasks
+from ibaml.experiments.fig1 import Fig1Settings
+from ibaml.experiments.fig2 import describe_device
+from ibaml.experiments.linear_gaussian import LinearGaussianProblem
+from ibaml.gaussian import DiagonalGaussian
+from ibaml.linear_solve import cg
+from ibaml.runs import write_text
+from ibaml.types import InnerSolution, InnerSolver, Loss, PyTree
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+PLAIN = "gradient descent + CG"
+TWO_RATES = "two rates, momentum 0.3 + preconditioned CG"
+
+# Gradients of some tasks with K inner steps, L products and a relative learning rate.
+Estimate: TypeAlias = Callable[[int, int, float, Sequence[int]], Sequence[PyTree]]
+
+
+class Row(NamedTuple):
+    """The error of one method at one cost.
+
+    Attributes:
+        problem: Which problem.
+        num_inner_steps: K.
+        num_products: L.
+        method: Name.
+        learning_rate: The best of the grid on the tuning tasks, relative.
+        nrmse: Root of the summed squared error over the tasks, over that of the exact gradients.
+    """
+
+    problem: str
+    num_inner_steps: int
+    num_products: int
+    method: str
+    learning_rate: float
+    nrmse: float
+
+
+def nrmse(estimates: Sequence[PyTree], exact: Sequence[PyTree]) -> float:
+    """Returns the root of the summed squared error over that of the exact values; infinity if it is not finite."""
+    error = sum(float(tree.norm(tree.sub(a, b))) ** 2 for a, b in zip(estimates, exact, strict=True))
+    value = math.sqrt(error / sum(float(tree.norm(each)) ** 2 for each in exact))
+    return value if math.isfinite(value) else math.inf
+
+
+def compare(
+    problem: str,
+    methods: dict[str, Estimate],
+    exact: Sequence[PyTree],
+    settings: AccuracySettings,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> list[Row]:
+    """Measures all methods at all costs; the first tasks are for tuning, the others for judging.
+
+    Args:
+        problem: Its name.
+        methods: By name.
+        exact: The exact gradients of all tasks.
+        settings: Costs, grid of learning rates and number of tasks for tuning.
+        on_progress: Called after every method with the part of the work that is done.
+    """
+    tuning, judged = range(settings.num_tuning_tasks), range(settings.num_tuning_tasks, len(exact))
+    rows: list[Row] = []
+    done, total = 0, len(methods) * sum(map(sum, settings.budgets))
+    for num_steps, num_products in settings.budgets:
+        for name, estimate in methods.items():
+            errors = {
+                rate: nrmse(estimate(num_steps, num_products, rate, tuning), [exact[t] for t in tuning])
+                for rate in settings.relative_learning_rates
+            }
+            best = min(errors, key=errors.__getitem__)
+            found = nrmse(estimate(num_steps, num_products, best, judged), [exact[t] for t in judged])
+            rows.append(Row(problem, num_steps, num_products, name, best, found))
+            done += num_steps + num_products
+            on_progress(done / total)
+    return rows
+
+
+def linear_regression(settings: AccuracySettings) -> list[Row]:
+    """The problem of Fig. 1, with the closed form as reference."""
+    fig1 = Fig1Settings()
+    ones = torch.ones(fig1.num_features, dtype=torch.float64)
+    tasks = LinearRegressionTasks(
+        prior_mean=0 * ones,
+        prior_variance=ones,
+        noise_variance=fig1.noise_variance,
+        num_shots=fig1.num_shots,
+        num_queries=fig1.num_queries,
+        condition_number=fig1.shown_condition_number,
+        dtype=torch.float64,
+    )
+    # Tasks cost next to nothing here.
+    many = dataclasses.replace(settings, num_tuning_tasks=16, num_tasks=32)
+    generator = torch.Generator().manual_seed(settings.seed)
+    episodes = tasks.sample(many.num_tuning_tasks + many.num_tasks, generator=generator)
+    problem = LinearGaussianProblem(episodes, noise_variance=fig1.noise_variance, relative_learning_rate=1.0)
+    exact = _unstack(torch.func.vmap(problem.exact_hypergradient)(episodes))
+    natural = objectives.natural_gradient(problem.kl_weight)
+
+    def gradient_descent(rate: float, num_steps: int, momentum: float) -> InnerSolver:
+        rate *= problem.learning_rate
+        return partial(inner.gradient_descent, num_steps=num_steps, learning_rate=rate, momentum=momentum)
+
+    def natural_gradient(rate: float, num_steps: int) -> InnerSolver:
+        return partial(
+            inner.preconditioned_gradient_descent, num_steps=num_steps, learning_rate=rate, preconditioner=natural
+        )
+
+    def two_rates(rate: float, num_steps: int) -> InnerSolver:
+        return two_rate_descent(rate * problem.learning_rate, rate, num_steps, problem.kl_weight)
+
+    def adam(rate: float, num_steps: int) -> InnerSolver:
+        return partial(inner.adam, num_steps=num_steps, learning_rate=rate)
+
+    def method(solver: Callable[[float, int], InnerSolver], precondition: bool) -> Estimate:
+        def estimate(num_steps: int, num_products: int, rate: float, chosen: Sequence[int]) -> list[PyTree]:
+            linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
+            one_task = partial(problem.implicit, solver(rate, num_steps), linear_solver, precondition)
+            return _unstack(torch.func.vmap(one_task)(tree.map(lambda leaf: leaf[list(chosen)], episodes)))
+
+        return estimate
+
+    methods = {
+        PLAIN: method(partial(gradient_descent, momentum=0.0), False),
+        "gradient descent + preconditioned CG": method(partial(gradient_descent, momentum=0.0), True),
+        "momentum 0.5 + preconditioned CG": method(partial(gradient_descent, momentum=0.5), True),
+        "Adam + preconditioned CG": method(adam, True),
+        "natural gradient + preconditioned CG": method(natural_gradient, True),
+        TWO_RATES: method(two_rates, True),
+    }
+    return compare(f"Fig. 1, condition number {fig1.shown_condition_number:g}", methods, exact, many)
+
+
+def two_rate_descent(mean_rate: float, relative_rate: float, num_steps: int, kl_weight: float) -> InnerSolver:
+    """Returns gradient descent with momentum that moves mean and log-variance at rates of their own.
+
+    The curvature of the mean is that of the data, that of the log-variance about half the KL weight, thousands of times
+    smaller: one rate cannot serve both. In a stretched log-variance ``rho / stretch`` one rate does.
+
+    Args:
+        mean_rate: Learning rate of the mean.
+        relative_rate: The same rate in units of the inverse largest curvature. A quarter of it, at most 0.4, is the
+            rate of the log-variance in units of its own inverse curvature ``2 / kl_weight``.
+        num_steps: K.
+        kl_weight: Weight of the KL divergence in the inner loss.
+    """
+    stretch = math.sqrt(min(0.4, relative_rate / 4) * (2 / kl_weight) / mean_rate)
+
+    def solve(loss: Loss, init: DiagonalGaussian, /, **options: Any) -> InnerSolution:
+        def unstretched(value: DiagonalGaussian) -> DiagonalGaussian:
+            return value._replace(log_var=tree.scale(stretch, value.log_var))
+
+        solution = inner.gradient_descent(
+            lambda value: loss(unstretched(value)),
+            init._replace(log_var=tree.scale(1 / stretch, init.log_var)),
+            num_steps=num_steps,
+            learning_rate=mean_rate,
+            momentum=0.3,
+            **options,
+        )
+        return solution._replace(value=unstretched(solution.value))
+
+    return solve
+
+
+def conv_tasks(
+    settings: AccuracySettings, prior_log_var: tuple[float, float], on_progress: Callable[[float], None]
+) -> tuple[list[Row], str]:
+    """A small Conv4; also returns how well the reference is converged."""
+    problem = build_conv_problem(settings, prior_log_var)
+    low, high = prior_log_var
+    deviation = math.exp((low + high) / 4)
+
+    def descent(num_steps: int, num_products: int, rate: float, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
+        rate /= problem.largest_curvature
+        return problem.estimate(num_steps, num_products, tasks, inner_learning_rate=rate, **changes)
+
+    def adam(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
+        changes = {"inner_optimizer": "adam", "inner_learning_rate": rate * deviation, "precondition": True}
+        return problem.estimate(num_steps, num_products, tasks, **changes)
+
+    def natural_gradient(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
+        changes = {"inner_optimizer": "natural_gradient", "inner_learning_rate": rate, "precondition": True}
+        return problem.estimate(num_steps, num_products, tasks, **changes)
+
+    def two_rates(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
+        weight = objectives.kl_weight(len(problem.episodes[0].support.y), problem.algorithm.temperature)
+        solver = two_rate_descent(rate / problem.largest_curvature, rate, num_steps, weight)
+        linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
+        found: list[PyTree] = []
+        for task in tasks:
+            episode, noise = problem.episodes[task], problem.noises[task]
+            posterior = solver(partial(inner_loss, problem, episode, noise, weight), problem.meta.prior).value
+            found.append(gradient_at(problem, episode, noise, posterior, linear_solver)[0])
+        return found
+
+    methods: dict[str, Estimate] = {
+        PLAIN: descent,
+        "gradient descent + preconditioned CG": partial(descent, precondition=True),
+        "momentum 0.5 + preconditioned CG": partial(descent, precondition=True, inner_momentum=0.5),
+        "Adam + preconditioned CG": adam,
+        "natural gradient + preconditioned CG": natural_gradient,
+        TWO_RATES: two_rates,
+    }
+    name = f"Conv4, prior log-variances in [{low:g}, {high:g}]"
+    note = (
+        f"{name}: in the reference at most {problem.inner_grad_norm:.0e} of the inner gradient at the prior is left, "
+        f"and {problem.linear_residual:.0e} of the right-hand side of the linear system."
+    )
+    return compare(name, methods, problem.exact, settings, on_progress), note
+
+
+def summary(rows: Sequence[Row], notes: Sequence[str], settings: AccuracySettings, command: str) -> str:
+    """Returns the result as Markdown."""
+    grid = settings.relative_learning_rates
+    lines = [
+        f"# Accuracy of meta-gradients at equal cost, {date.today():%d %B %Y}",
+        "",
+        f"`{command}` on {describe_device(torch.device('cpu'))}.",
+        "",
+        "iBaML, float64. NRMSE of the meta-gradient in (m, log D) against the converged one, over tasks that the "
+        "learning rates were not chosen on. At the same K and L all methods cost the same: K + 2 gradients and L "
+        f"Hessian-vector products. Every method has the best of {len(grid)} learning rates ({min(grid):g} to "
+        f"{max(grid):g} of its own unit: the inverse of the largest curvature, a Newton step, a standard deviation of "
+        f"the prior). Conv4: {settings.num_channels} channels, {settings.image_size} x {settings.image_size}, strided, "
+        f"SiLU, 5-way 5-shot, S = {settings.num_samples}, temperature {settings.temperature:g}, "
+        f"{settings.num_tasks} tasks.",
+        "",
+        *[f"- {note}" for note in notes],
+        "",
+        *headline(rows),
+    ]
+    for problem in dict.fromkeys(row.problem for row in rows):
+        lines += [
+            "",
+            f"## {problem}",
+            "",
+            "| K | L | method | learning rate | NRMSE | NRMSE / plain |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in (row for row in rows if row.problem == problem):
+            plain = plain_row(rows, row)
+            lines.append(
+                f"| {row.num_inner_steps} | {row.num_products} | {row.method} | {row.learning_rate:g} "
+                f"| {row.nrmse:.3g} | {row.nrmse / plain.nrmse:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def headline(rows: Sequence[Row]) -> list[str]:
+    """Returns the most accurate method at every cost against the plain one, as a table; the target is 0.5 or less."""
+    lines = [
+        "| problem | K | L | most accurate | NRMSE | of plain gradient descent and CG | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for plain in (row for row in rows if row.method == PLAIN):
+        best = min((row for row in rows if row[:3] == plain[:3] and row is not plain), key=lambda row: row.nrmse)
+        lines.append(
+            f"| {best.problem} | {best.num_inner_steps} | {best.num_products} | {best.method} | {best.nrmse:.3g} "
+            f"| {plain.nrmse:.3g} | {best.nrmse / plain.nrmse:.2f} |"
+        )
+    return lines
+
+
+def plain_row(rows: Sequence[Row], row: Row) -> Row:
+    """Returns the row of the plain method on the same problem at the same cost."""
+    return next(each for each in rows if each[:3] == row[:3] and each.method == PLAIN)
+
+
+def _unstack(stacked: PyTree) -> list[PyTree]:
+    num_tasks = tree.leaves(stacked)[0].shape[0]
+    return [tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_tasks)]
+
+
+def main(settings: AccuracySettings) -> None:
+    """Runs the comparison and writes the result file."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    rows, notes = linear_regression(settings), []
+    start = time.monotonic()
+    for done, prior_log_var in enumerate(settings.prior_log_vars):
+
+        def on_progress(part: float, done: int = done) -> None:
+            part = (done + part) / len(settings.prior_log_vars)
+            minutes = (time.monotonic() - start) / 60
+            print(f"{part:.0%} done, about {minutes * (1 / part - 1):.1f} min left", file=sys.stderr, flush=True)
+
+        found, note = conv_tasks(settings, prior_log_var, on_progress)
+        rows += found
+        notes.append(note)
+    command = f"python -m benchmarks.accuracy_per_cost {' '.join(sys.argv[1:])}".strip()
+    text = summary(rows, notes, settings, command)
+    output = settings.output or _RESULTS / f"{date.today().isoformat()}-accuracy-per-cost.md"
+    write_text(output, text)
+    print(text)
+    print(f"Written to {output}", file=sys.stderr)
+    if settings.update_readme:
+        readme = _RESULTS.parents[1] / "README.md"
+        place = f"benchmarks/results/{output.name}"
+        lines = [
+            f"Measured on {date.today():%d %B %Y} in float64; all methods and settings are in [{place}]({place}).",
+            "",
+            *headline(rows),
+        ]
+        write_text(readme, replace_between_markers(readme.read_text(), "accuracy", "\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(AccuracySettings))

@@ -1,0 +1,49 @@
+"""Who takes part: the plain loops, the peers, and the library."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from benchmarks import baseline, peers
+from benchmarks.problems import AlgorithmName, MetaStep, Problem
+from ibaml import tree
+
+Candidate: TypeAlias = Callable[[Problem], MetaStep]
+
+LIBRARY = "ibaml"
+BASELINE = "plain loops (baseline)"
+
+
+def library(problem: Problem, *, fast: bool = True) -> MetaStep:
+    """The library; the only place of the benchmark that computes a meta-gradient with it.
+
+    Args:
+        problem: The problem.
+        fast: False: without anything that a probe in the network would not see every pass of.
+    """
+    del fast
+
+    def meta_step() -> list:
+        total = None
+        for episode, noise in zip(problem.episodes, problem.noises, strict=True):
+            gradient, _ = problem.algorithm.hypergradient(problem.model.nll, problem.meta, episode, noise)
+            total = gradient if total is None else tree.add(total, gradient)
+        return tree.leaves(total.prior)
+
+    return meta_step
+
+
+def candidates(algorithm: AlgorithmName) -> dict[str, Candidate]:
+    """Returns who computes the meta-gradient of an algorithm, by name; the baseline is the first."""
+    others: dict[str, Candidate] = {}
+    if algorithm == "maml":
+        others = {
+            "higher 0.2.1": peers.higher,
+            "iteryne 0.1.0": peers.iteryne,
+            "torchopt 0.7.3": peers.torchopt_maml,
+            "parallel-metalearn 0.5.6, sequential": partial(peers.parallel_metalearn, backend="sequential"),
+            "parallel-metalearn 0.5.6, vmap": partial(peers.parallel_metalearn, backend="vmap"),
+        }
+    if algorithm == "imaml":
+        others = {"torchopt 0.7.3": peers.torchopt_imaml}
+    return {BASELINE: lambda problem: partial(baseline.meta_gradient, problem), **others, LIBRARY: library}
