@@ -4,9 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
+import torch
+
 from benchmarks import baseline, peers
 from benchmarks.problems import AlgorithmName, MetaStep, Problem
 from ibaml import tree
+from ibaml.meta_step import MetaGradient
 
 Candidate: TypeAlias = Callable[[Problem], MetaStep]
 
@@ -21,16 +24,9 @@ def library(problem: Problem, *, fast: bool = True) -> MetaStep:
         problem: The problem.
         fast: False: without anything that a probe in the network would not see every pass of.
     """
-    del fast
-
-    def meta_step() -> list:
-        total = None
-        for episode, noise in zip(problem.episodes, problem.noises, strict=True):
-            gradient, _ = problem.algorithm.hypergradient(problem.model.nll, problem.meta, episode, noise)
-            total = gradient if total is None else tree.add(total, gradient)
-        return tree.leaves(total.prior)
-
-    return meta_step
+    compute = MetaGradient(problem.model, problem.algorithm, fast=fast)
+    episodes = tree.map(lambda *leaves: torch.stack(leaves), *problem.episodes)
+    return lambda: tree.leaves(compute(problem.meta, episodes, problem.noises).total.prior)
 
 
 def candidates(algorithm: AlgorithmName) -> dict[str, Candidate]:

@@ -39,7 +39,7 @@ def flatten(parameters: Params, *, num_axes: int = 0) -> Params:
     """
     if not parameters:
         return {}
-    return {FLAT: torch.cat([value.flatten(num_axes) for value in parameters.values()], dim=-1)}
+    return {FLAT: torch.cat([value.reshape(*value.shape[:num_axes], -1) for value in parameters.values()], dim=-1)}
 
 
 def unflatten(flat: Params, like: Params) -> Params:

@@ -114,8 +114,10 @@ def _write_down(function: Program, leaves: Sequence[Tensor], num_axes: int) -> f
         # Under vmap the fused normalisation would have to be mapped as well, and it gains nothing for small networks.
         with fused_batch_norm(enabled=num_axes == 0):
             program = make_fx(function)(*leaves)
-        # In two passes, because functionalisation has no rule for an autograd.Function; the first pass leaves none.
-        program = make_fx(torch.func.functionalize(program))(*leaves)
+        _drop_copies(program.graph)
+        if any(_is_in_place(node) for node in program.graph.nodes):
+            # Not at once, because functionalisation has no rule for an autograd.Function; the first pass leaves none.
+            program = make_fx(torch.func.functionalize(program))(*leaves)
     except Exception as error:
         # Whatever torch raises in the middle of a user's network: the caller goes on without a program.
         raise UntraceableError(f"{type(error).__name__}: {error}") from error
@@ -123,6 +125,21 @@ def _write_down(function: Program, leaves: Sequence[Tensor], num_axes: int) -> f
     program.graph.eliminate_dead_code()
     program.recompile()
     return program
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Takes tangents as they are: forward differentiation copies them to the strides of the value they belong to."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.copy_.default:
+            target, source = node.args[:2]
+            if target.target is torch.ops.aten._new_zeros_with_same_feature_meta.default and len(target.users) == 1:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _merge_equal(graph: fx.Graph) -> None:

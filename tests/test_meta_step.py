@@ -1,0 +1,195 @@
+"""The fast way to compute meta-gradients equals the plain one, for every algorithm and kind of network."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ibaml import tree
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.likelihoods import Categorical, GaussianNoise, Likelihood
+from ibaml.meta_step import MetaGradient, TaskGradients
+from ibaml.model import Model, build_model
+from ibaml.networks import MLP, Conv4, ResNet12
+from ibaml.types import Batch, Episode, Tensor
+
+NUM_TASKS = 3
+BAYESIAN = {"num_samples": 2, "initial_log_var": (-4.0, -3.0), "temperature": 0.1}
+# Exact Bayes' temperature would hide the curvature of the nll behind that of the prior.
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "maml": ("maml", {}),
+    "truncated maml": ("maml", {"truncation": 1}),
+    "maml with adam": ("maml", {"inner_optimizer": "adam"}),
+    "fomaml": ("fomaml", {}),
+    "imaml": ("imaml", {}),
+    "abml": ("abml", BAYESIAN),
+    "vampire with fresh noise": ("vampire", {**BAYESIAN, "fresh_noise": True}),
+    "ibaml": ("ibaml", BAYESIAN),
+    "ibaml with abml's outer loss": ("ibaml", {**BAYESIAN, "outer": "abml", "hyper_prior_weight": 0.01}),
+    "ibaml with predictive nll": ("ibaml", {**BAYESIAN, "outer": "predictive_nll"}),
+    "ibaml with natural gradient": ("ibaml", {**BAYESIAN, "inner_optimizer": "natural_gradient"}),
+}
+
+
+def image_problem(network: nn.Module, size: int) -> tuple[Model, Episode]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(6).expand(NUM_TASKS, 6) % 3
+    support, query = (
+        Batch(torch.randn(NUM_TASKS, 6, 1, size, size, generator=generator, dtype=torch.float64), labels)
+        for _ in range(2)
+    )
+    return build_model(network.double(), Categorical()), Episode(support, query)
+
+
+def regression_problem() -> tuple[Model, Episode]:
+    generator = torch.Generator().manual_seed(1)
+    support, query = (
+        Batch(*(torch.randn(NUM_TASKS, 5, width, generator=generator, dtype=torch.float64) for width in (3, 2)))
+        for _ in range(2)
+    )
+    network = MLP(2, input_shape=3, hidden_sizes=(6,), generator=torch.Generator().manual_seed(0))
+    return build_model(network.double(), _double_noise()), Episode(support, query)
+
+
+def _double_noise() -> Likelihood:
+    class Double(GaussianNoise):
+        def initial_parameters(self) -> dict[str, Tensor]:
+            return {name: value.double() for name, value in super().initial_parameters().items()}
+
+    return Double(2)
+
+
+def conv_problem(**settings: Any) -> tuple[Model, Episode]:
+    network = Conv4(3, image_size=8, channels=4, generator=torch.Generator().manual_seed(0), **settings)
+    return image_problem(network, 8)
+
+
+def start(model: Model, algorithm: Algorithm) -> tuple[MetaParameters, list[TaskNoise]]:
+    generator = torch.Generator().manual_seed(2)
+    meta = algorithm.init(model.adapted, model.shared, generator=generator)
+    return meta, [algorithm.draw_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
+
+
+def assert_equal(fast: TaskGradients, plain: TaskGradients, tolerance: float = 1e-10) -> None:
+    scale = float(tree.norm(plain.total))
+    assert float(tree.norm(tree.sub(fast.total, plain.total))) < tolerance * scale
+    torch.testing.assert_close(fast.scores, plain.scores, rtol=0, atol=0)
+    for field in ("outer_loss", "inner_grad_norm"):
+        torch.testing.assert_close(
+            getattr(fast.info, field), getattr(plain.info, field), rtol=1e-10, atol=1e-10, msg=field
+        )
+    assert fast.info.linear_converged.tolist() == plain.info.linear_converged.tolist()
+
+
+@pytest.mark.parametrize(
+    ("problem", "name"),
+    [
+        *((regression_problem, name) for name in ALGORITHMS),
+        *((conv_problem, name) for name in ("maml", "imaml", "abml", "ibaml with abml's outer loss")),
+    ],
+)
+def test_fast_gradients_equal_plain_ones(problem: Any, name: str) -> None:
+    model, episodes = problem()
+    algorithm = make_algorithm(ALGORITHMS[name][0], num_inner_steps=3, **ALGORITHMS[name][1])
+    meta, noises = start(model, algorithm)
+    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    plain = MetaGradient(model, algorithm, fast=False)(meta, episodes, noises)
+    assert float(tree.norm(plain.total)) > 1e-3
+    # Conjugate gradients magnify rounding, as does Adam's division by small gradients.
+    magnifies = algorithm.estimator == "implicit" or algorithm.inner_optimizer == "adam"
+    assert_equal(fast, plain, tolerance=1e-8 if magnifies else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        (Conv4(3, image_size=8, channels=4, downsample="stride", generator=torch.Generator().manual_seed(0)), 8),
+        (Conv4(3, image_size=8, channels=4, norm="group", generator=torch.Generator().manual_seed(0)), 8),
+        (
+            ResNet12(3, in_channels=1, image_size=16, widths=(2, 3, 4, 5), generator=torch.Generator().manual_seed(0)),
+            16,
+        ),
+    ],
+    ids=["strides", "group normalisation", "resnet12"],
+)
+def test_other_networks(network: nn.Module, size: int) -> None:
+    model, episodes = image_problem(network, size)
+    algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
+    meta, noises = start(model, algorithm)
+    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("tasks_per_chunk", [1, 2, NUM_TASKS])
+@pytest.mark.parametrize("fast", [True, False])
+def test_chunks_do_not_matter(tasks_per_chunk: int, fast: bool) -> None:
+    model, episodes = regression_problem()
+    algorithm = make_algorithm("ibaml", num_inner_steps=3, **BAYESIAN)
+    meta, noises = start(model, algorithm)
+    chunked = MetaGradient(model, algorithm, tasks_per_chunk=tasks_per_chunk, fast=fast)(meta, episodes, noises)
+    assert_equal(chunked, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+
+
+def test_outputs_of_adapted_networks_are_the_same() -> None:
+    for problem in (conv_problem, regression_problem):
+        model, episodes = problem()
+        algorithm = make_algorithm("ibaml", num_inner_steps=2, num_evaluation_samples=3, **BAYESIAN)
+        meta, noises = start(model, algorithm)
+        generator = torch.Generator().manual_seed(3)
+        draws = [algorithm.draw_evaluation_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
+        fast, plain = (
+            MetaGradient(model, algorithm, fast=fast).outputs(meta, episodes, noises, draws) for fast in (True, False)
+        )
+        assert fast.shape == (NUM_TASKS, 3, *model_outputs(episodes, plain))
+        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
+
+
+def model_outputs(episodes: Episode, outputs: Tensor) -> tuple[int, int]:
+    return episodes.query.y.shape[1], outputs.shape[-1]
+
+
+class Branching(nn.Module):
+    """Control flow that depends on values cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.linear(x)
+        return outputs if bool(outputs.sum() > 0) else -outputs
+
+
+def test_a_network_that_cannot_be_traced_is_differentiated_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batch = Batch(torch.randn(1, 5, 3, generator=generator, dtype=torch.float64), torch.tensor([[0, 1, 0, 1, 1]]))
+    torch.manual_seed(0)
+    model = build_model(Branching().double(), Categorical())
+    algorithm = make_algorithm("maml", num_inner_steps=2)
+    meta, noises = start(model, algorithm)
+    with caplog.at_level(logging.WARNING):
+        fast = MetaGradient(model, algorithm)(meta, Episode(batch, batch), noises[:1])
+    assert "Branching is differentiated step by step" in caplog.text
+    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, Episode(batch, batch), noises[:1]))
+
+
+def test_shared_network_parameters_are_learned_all_the_same() -> None:
+    _, episodes = conv_problem()
+    network = Conv4(3, image_size=8, channels=4, generator=torch.Generator().manual_seed(0)).double()
+    model = build_model(network, Categorical(), adapt="head.*")
+    algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
+    meta, noises = start(model, algorithm)
+    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    assert float(tree.norm(fast.total.shared)) > 1e-3
+    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+
+
+@pytest.mark.slow
+def test_compiled_programs_give_the_same_gradients() -> None:
+    model, episodes = regression_problem()
+    algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
+    meta, noises = start(model, algorithm)
+    compiled = MetaGradient(model, algorithm, compile=True)(meta, episodes, noises)
+    assert_equal(compiled, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
