@@ -198,7 +198,15 @@ class Algorithm:
             steps = tree.map(lambda *leaves: torch.stack(leaves), *draws)
         return TaskNoise(draw(self.num_samples), draw(self.num_samples), steps)
 
-    def adapt(self, nll: TaskNll, meta: MetaParameters, support: Batch, noise: TaskNoise) -> InnerSolution:
+    def adapt(
+        self,
+        nll: TaskNll,
+        meta: MetaParameters,
+        support: Batch,
+        noise: TaskNoise,
+        *,
+        start: Params | DiagonalGaussian | None = None,
+    ) -> InnerSolution:
         """Solves the inner problem of one task.
 
         Args:
@@ -206,6 +214,7 @@ class Algorithm:
             meta: Meta-parameters.
             support: Support set.
             noise: Noise of the task.
+            start: Where the inner solver starts; the problem itself stays the same. None: at the prior.
 
         Returns:
             Adapted weights, or a DiagonalGaussian posterior.
@@ -214,7 +223,7 @@ class Algorithm:
         loss_at = problem.inner_loss_at
         return self._inner_solver(support)(
             lambda v: problem.inner_loss(v, meta),
-            meta.prior,
+            meta.prior if start is None else start,
             loss_at=None if loss_at is None else lambda step: lambda v: loss_at(step)(v, meta),
         )
 
