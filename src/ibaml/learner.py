@@ -15,7 +15,7 @@ from ibaml.calibration import fit_temperature
 from ibaml.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.evaluation import Evaluation, evaluate
-from ibaml.likelihoods import make_likelihood
+from ibaml.likelihoods import GaussianNoise, make_likelihood
 from ibaml.metrics import Estimate
 from ibaml.model import Model, build_model
 from ibaml.networks import NetworkSettings, network_settings
@@ -164,6 +164,21 @@ class MetaLearner:
         """
         return self._meta if self._meta is not None else self._refuse_unfitted()
 
+    @property
+    def fitted_model(self) -> FittedModel:
+        """What adaptation and prediction need, as one immutable value.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+        """
+        meta, model = self.meta_parameters, self.model
+        if self.calibration_temperature != 1.0:
+            likelihood = TemperedLikelihood(model.likelihood, self.calibration_temperature)
+            model = dataclasses.replace(model, likelihood=likelihood)
+        return FittedModel(
+            model=model, algorithm=self.algorithm, meta=meta, preprocessing=self.preprocessing, device=self.device
+        )
+
     def fit(
         self,
         train_tasks: Any,
@@ -259,7 +274,7 @@ class MetaLearner:
         Cost:
             ``num_inner_steps + 1`` gradients.
         """
-        return self._fitted().adapt(x_support, y_support, seed=seed)
+        return self.fitted_model.adapt(x_support, y_support, seed=seed)
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
         """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure.
@@ -278,7 +293,7 @@ class MetaLearner:
             NotFittedError: Before ``fit`` or ``load``.
             ValueError: If a task does not fit.
         """
-        fitted = self._fitted(tempered=False)
+        fitted = dataclasses.replace(self.fitted_model, model=self.model)
         episodes = read_episodes(fitted, validation_tasks, self._splits, num_tasks=num_tasks, seed=seed)
         predictions, targets = adapt_to_episodes(fitted, episodes, seed=seed)
         self.calibration_temperature = fit_temperature(predictions, targets)
@@ -301,7 +316,7 @@ class MetaLearner:
             NotFittedError: Before ``fit`` or ``load``.
             ValueError: If a task does not fit.
         """
-        fitted = self._fitted()
+        fitted = self.fitted_model
         if self.preprocessing is None or is_raw(test_tasks) or is_folder(test_tasks):
             return dict(self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed).report)
         episodes = read_episodes(fitted, test_tasks, self._splits, num_tasks=num_tasks, seed=seed)
@@ -311,7 +326,7 @@ class MetaLearner:
         self, test_tasks: TaskSampler | Sequence[Episode] | str | Path, *, num_tasks: int = 600, seed: int = 0
     ) -> Evaluation:
         """Like ``evaluate``, for samplers, Episodes and image folders; returns per-task metrics and predictions too."""
-        fitted = self._fitted()
+        fitted = self.fitted_model
         if isinstance(test_tasks, str | Path):
             if self.preprocessing is None or self.preprocessing.image_size is None:
                 raise ValueError(f"test_tasks is the folder {test_tasks}, but the model was not trained on images.")
@@ -416,9 +431,11 @@ class MetaLearner:
         like = tree.leaves(self.model.adapted)[0]
         return x.to(device=self.device, dtype=like.dtype if x.is_floating_point() else None)
 
-    def _build(self, network: nn.Module) -> None:
+    def _build(self, network: nn.Module, *, is_default: bool = False) -> None:
         num_outputs = int(getattr(network, "num_outputs", 1))
         likelihood = make_likelihood(self.likelihood, num_outputs)
+        if is_default and type(likelihood) is GaussianNoise:
+            likelihood = GaussianNoise(num_outputs, defaults.NOISE_VARIANCE)
         self.network = network
         built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
         self._model = built.to(self.device)
@@ -428,20 +445,8 @@ class MetaLearner:
         if not is_image:
             self.adapt_patterns = defaults.HEAD if self._parameters["adapt"] == "*" else self._parameters["adapt"]
             self.algorithm = defaults.table_algorithm(algorithm, shape) if isinstance(algorithm, str) else algorithm
-        self._build(defaults.default_network(shape, tasks.num_outputs, is_image=is_image, seed=self.seed))
-
-    def _fitted(self, *, tempered: bool = True) -> FittedModel:
-        meta, model = self.meta_parameters, self.model
-        if tempered and self.calibration_temperature != 1.0:
-            likelihood = TemperedLikelihood(model.likelihood, self.calibration_temperature)
-            model = dataclasses.replace(model, likelihood=likelihood)
-        return FittedModel(
-            model=model,
-            algorithm=self.algorithm,
-            meta=meta,
-            preprocessing=self.preprocessing,
-            device=self.device,
-        )
+        network = defaults.default_network(shape, tasks.num_outputs, is_image=is_image, seed=self.seed)
+        self._build(network, is_default=True)
 
     def _refuse_unfitted(self) -> Any:
         raise NotFittedError("this MetaLearner has not been fitted: call fit(train_tasks) or MetaLearner.load first.")
