@@ -15,7 +15,7 @@ def test_class_probabilities_that_are_too_sure_by_a_known_factor():
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
     prediction = ClassPrediction(torch.log_softmax(3 * logits, -1).unsqueeze(0))
     temperature = fit_temperature([prediction], [labels])
-    # The derivative of the nll in the inverse temperature vanishes: mean logit under the prediction = that of the labels.
+    # Where the nll is least in the inverse temperature, the mean logit under the prediction is that of the labels.
     probs = prediction.tempered(temperature).probs
     assert float((probs * logits).sum(-1).mean()) == pytest.approx(
         float(logits.gather(1, labels.unsqueeze(1)).mean()), abs=1e-4

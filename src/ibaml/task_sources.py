@@ -12,10 +12,10 @@ from ibaml.data.episodes import ClassImages, EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
-from ibaml.data.task_sampler import TaskSplits
+from ibaml.data.task_sampler import TaskSplits, row_groups
 from ibaml.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing
 from ibaml.standardize import Standardizer
-from ibaml.types import Episode, TaskSampler
+from ibaml.types import Batch, Episode, TaskSampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,13 +149,16 @@ def table_splits(
         ValueError: If a task does not fit the preprocessing or cannot be split.
     """
     per_task = not preprocessing.is_regression and preprocessing.class_labels is None
+    # In float64, in which rows that differ stay different.
+    encoded = encode_tasks(preprocessing, table, dtype=torch.float64)
     return TaskSplits(
-        encode_tasks(preprocessing, table, dtype=dtype),
+        [Batch(x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in encoded],
         num_outputs=preprocessing.num_outputs,
         num_ways=preprocessing.num_outputs if per_task else None,
         num_support=splits.num_support,
         num_query=splits.num_query,
         group_duplicates=splits.group_duplicates,
+        groups=[row_groups(task) for task in encoded],
         names=[task.name for task in table.tasks],
     )
 

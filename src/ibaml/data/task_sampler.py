@@ -43,6 +43,8 @@ class TaskSplits:
         num_query: Largest number of query examples of a draw.
         group_duplicates: Whether identical rows stay on one side. False: each row by itself, for inputs of few distinct
             values, where equal rows are different measurements.
+        groups: Number of each row's group, per task, from ``row_groups``; None: found in the tasks. For tensors that
+            lost digits which told rows apart.
         names: Names of the tasks, for messages.
 
     Raises:
@@ -68,6 +70,7 @@ class TaskSplits:
         num_support: int | None = None,
         num_query: int = 64,
         group_duplicates: bool = True,
+        groups: Sequence[Tensor] | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         if not tasks:
@@ -81,7 +84,9 @@ class TaskSplits:
         self.group_duplicates = group_duplicates
         self.num_query = require_positive_int("num_query", num_query)
         self.names = tuple(map(str, range(len(tasks)))) if names is None else tuple(names)
-        self._groups = [_groups(task) if group_duplicates else torch.arange(len(task.y)) for task in self.tasks]
+        if not group_duplicates:
+            groups = [torch.arange(len(task.y)) for task in self.tasks]
+        self._groups = [row_groups(task) for task in self.tasks] if groups is None else list(groups)
         self._smallest = torch.tensor([self._smallest_support(task) for task in self.tasks])
         self._capacity = torch.tensor([self._usable(index) for index in range(len(self.tasks))])
         for index, name in enumerate(self.names):
@@ -118,6 +123,7 @@ class TaskSplits:
             num_support=num_support,
             num_query=num_query,
             group_duplicates=self.group_duplicates,
+            groups=[self._groups[index] for index in indices],
             names=[self.names[index] for index in indices],
         )
 
@@ -223,7 +229,7 @@ class TaskSplits:
         )
 
 
-def _groups(task: Batch) -> Tensor:
+def row_groups(task: Batch) -> Tensor:
     """Numbers the rows so that identical ones, target included, have the same number."""
     # Adding zero makes -0.0 equal to 0.0, whose bytes differ.
     columns = torch.cat(
