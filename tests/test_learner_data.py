@@ -184,7 +184,7 @@ def test_an_update_is_adaptation_to_all_data():
     """Bayesian linear regression: at once or in parts, the converged posterior is the closed form of all data."""
     tasks = pairs(regression=True)
     algorithm = dataclasses.replace(
-        table_algorithm("ibaml", (2,)), num_samples=400, num_inner_steps=800, inner_learning_rate=0.02
+        table_algorithm("ibaml", (2,)), num_samples=60, num_inner_steps=120, inner_learning_rate=0.06
     )
     network = MLP(1, input_shape=2, hidden_sizes=()).double()
     learner = MetaLearner(network, algorithm, "gaussian").fit(
@@ -208,8 +208,8 @@ def test_an_update_is_adaptation_to_all_data():
         found = torch.cat([posterior.value.mean["head.weight"][0], posterior.value.mean["head.bias"]])
         variance = torch.cat([posterior.value.log_var["head.weight"][0], posterior.value.log_var["head.bias"]]).exp()
         torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
-        # Up to the Monte Carlo error of 400 samples, correlated over weights.
-        torch.testing.assert_close(variance, 1 / full.diagonal(), rtol=0.15, atol=0)
+        # Up to the Monte Carlo error of 60 samples, correlated over weights.
+        torch.testing.assert_close(variance, 1 / full.diagonal(), rtol=0.4, atol=0)
     assert (early.value.mean["head.weight"] - at_once.value.mean["head.weight"]).abs().max() > 0.05
 
 

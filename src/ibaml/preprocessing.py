@@ -213,8 +213,8 @@ def fit_preprocessing(
         known = np.unique(np.concatenate(labels))
         if len(known) < 2:
             raise ValueError(
-                f"all training tasks have the single class {known[0].item()!r}: there is nothing to tell apart. For real "
-                "targets use likelihood='gaussian'."
+                f"all training tasks have the single class {known[0].item()!r}: there is nothing to tell apart. For "
+                "real targets use likelihood='gaussian'."
             )
         return Preprocessing(**common, class_labels=known, num_outputs=len(known))
     numbers = [len(np.unique(found)) for found in labels]
