@@ -18,6 +18,7 @@ from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.defaults import table_algorithm
 from ibaml.networks import MLP
 from ibaml.saved_model import MODEL, SETTINGS, read_model
+from ibaml.task_sources import prepare
 from ibaml.trainer import TrainerSettings
 
 STEPS = 3
@@ -511,3 +512,22 @@ def test_numpy_for_a_learner_of_tensors():
     assert isinstance(arrays.mean, np.ndarray) and arrays.mean.shape == (6, 1)
     tensors = learner.adapt(torch.tensor(x), torch.tensor(x)).predict(torch.tensor(x[::-1].copy()))
     np.testing.assert_array_equal(arrays.mean, tensors.mean.numpy())
+
+
+def test_small_validation_tasks_are_left_out_of_the_score():
+    rng = np.random.default_rng(0)
+    tasks = [(rng.normal(size=(n, 2)), np.arange(n) % 2) for n in (3, 12, 12, 12, 13, 40)]
+    source = prepare(
+        tasks,
+        tasks,
+        is_regression=False,
+        classes="shared",
+        splits=SplitSettings(),
+        seed=0,
+        dtype=torch.float32,
+        columns={},
+    )
+    assert source.validation.names == ("1", "2", "3", "4", "5")
+    for seed in range(5):
+        episode = source.validation.sample(2, generator=torch.Generator().manual_seed(seed))
+        assert episode.support.x.shape == (2, 6, 2) and episode.query.x.shape == (2, 6, 2)

@@ -228,10 +228,6 @@ def _fixed_sizes(splits: TaskSplits) -> TaskSplits:
     total = int(splits.capacities.double().quantile(0.25, interpolation="lower"))
     num_support = splits.num_support or max(total // 2, int(splits.smallest_supports.max()))
     num_query = min(splits.num_query, max(1, total - num_support))
+    # Never empty: every task has one example more than the smallest support that it admits.
     kept = torch.nonzero(splits.capacities >= num_support + num_query).flatten().tolist()
-    if not kept:
-        raise ValueError(
-            f"no validation task has the {num_support + num_query} examples that a support of {num_support} and a "
-            f"query set of {num_query} take: give larger tasks or a smaller num_support."
-        )
     return splits.restricted(kept, num_support=num_support, num_query=num_query)
