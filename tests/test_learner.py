@@ -439,8 +439,13 @@ def test_fit_refuses_tasks_that_do_not_fit():
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [
-        ([[1.0]], TASK.support.y, TypeError, "x_support must be a torch.Tensor, got list; convert it with"),
-        (TASK.support.x, [0, 1], TypeError, "y_support must be a torch.Tensor, got list"),
+        (
+            [[1.0]],
+            TASK.support.y,
+            TypeError,
+            "x_support must be a torch.Tensor or numeric numpy array, got list; convert it with",
+        ),
+        (TASK.support.x, [0, 1], TypeError, "y_support must be a torch.Tensor or numeric numpy array, got list"),
         (
             TASK.support.x[:, 0, 0],
             TASK.support.y,
@@ -477,8 +482,8 @@ def test_predict_refuses(network):
     posterior = fitted("ibaml", network()).adapt(*TASK.support)
     with pytest.raises(ValueError, match=r"x_query has 12 NaN or infinite values, the first at index \(0, 0, 0, 0\)"):
         posterior.predict(torch.full((3, 1, 2, 2), torch.nan))
-    with pytest.raises(TypeError, match="x_query must be a torch.Tensor, got ndarray"):
-        posterior.predict(TASK.query.x.numpy())
+    with pytest.raises(TypeError, match="x_query must be a torch.Tensor or numeric numpy array, got list"):
+        posterior.predict(TASK.query.x.tolist())
     with pytest.raises(
         ValueError, match=r"the network \(.*\) cannot process x_query of shape \(3, 1, 3, 3\) and dtype"
     ):

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import scipy.optimize
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,3 +120,67 @@ def test_regression_nll_is_of_the_joint_mixture():
         ),
     )
     torch.testing.assert_close(prediction.nll(targets), -mixture.log_prob(targets), **ALGEBRA)
+
+
+# Quantiles of the mixture
+
+
+def test_quantiles_against_a_root_finder():
+    generator = torch.Generator().manual_seed(5)
+    means = 3 * torch.randn(7, 4, 2, generator=generator, dtype=torch.float64)
+    variance = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    prediction = RegressionPrediction(means, variance)
+    for probability in (0.001, 0.05, 0.5, 0.9, 0.999):
+        found = prediction.quantile(probability)
+        for example in range(4):
+            for output in range(2):
+                parts = scipy.stats.norm(means[:, example, output].numpy(), float(variance[output]) ** 0.5)
+
+                def excess(q, parts=parts, probability=probability):
+                    return parts.cdf(q).mean() - probability
+
+                assert float(found[example, output]) == pytest.approx(scipy.optimize.brentq(excess, -60, 60), abs=1e-9)
+
+
+def test_intervals_cover_what_they_promise():
+    generator = torch.Generator().manual_seed(6)
+    means = torch.randn(5, 1, 1, generator=generator, dtype=torch.float64) * 2
+    prediction = RegressionPrediction(means, torch.tensor([0.5], dtype=torch.float64))
+    draws = means[torch.randint(5, (40_000,), generator=generator), 0, 0]
+    draws = draws + 0.5**0.5 * torch.randn(40_000, generator=generator, dtype=torch.float64)
+    for level in (0.5, 0.9):
+        low, high = (float(end) for end in prediction.interval(level))
+        share = float(((draws > low) & (draws < high)).double().mean())
+        assert abs(share - level) < 5 * (level * (1 - level) / 40_000) ** 0.5
+
+
+def test_single_gaussian_interval_is_the_textbook_one():
+    prediction = RegressionPrediction(torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([4.0]).double())
+    low, high = prediction.interval(0.95)
+    torch.testing.assert_close(high, torch.full((3, 1), 2 * scipy.stats.norm.ppf(0.975), dtype=torch.float64))
+    torch.testing.assert_close(low, -high)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.5])
+def test_quantiles_and_levels_out_of_range(value):
+    prediction = RegressionPrediction(torch.zeros(1, 1, 1), torch.ones(1))
+    with pytest.raises(ValueError, match="probability is .*; expected a number strictly between 0 and 1"):
+        prediction.quantile(value)
+    with pytest.raises(ValueError, match="level is .*; expected a probability strictly between 0 and 1"):
+        prediction.interval(value)
+
+
+def test_labels_are_the_most_probable_classes():
+    prediction = ClassPrediction(torch.log(torch.tensor([[[0.9, 0.1], [0.4, 0.6]], [[0.3, 0.7], [0.2, 0.8]]])))
+    assert prediction.labels.tolist() == [0, 1]
+
+
+def test_rescaling_is_that_of_the_targets():
+    generator = torch.Generator().manual_seed(7)
+    prediction = RegressionPrediction(
+        torch.randn(3, 4, 2, generator=generator).double(), torch.tensor([0.5, 2.0]).double()
+    )
+    mean, scale = torch.tensor([1e9, -1.0]).double(), torch.tensor([10.0, 0.1]).double()
+    y = torch.randn(4, 2, generator=generator).double()
+    moved = prediction.rescaled(mean, scale)
+    torch.testing.assert_close(moved.nll(y * scale + mean), prediction.nll(y) + scale.log().sum(), rtol=1e-6, atol=1e-6)

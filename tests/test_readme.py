@@ -5,6 +5,7 @@ import re
 from functools import partialmethod
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import ibaml
@@ -21,16 +22,24 @@ def test_readme_blocks_run_as_written(tmp_path, monkeypatch, glyph_cache):
     monkeypatch.setattr(recipes, "get_recipe", lambda name: dataclasses.replace(full, trainer=short))
     monkeypatch.setattr(ibaml.MetaLearner, "evaluate", partialmethod(ibaml.MetaLearner.evaluate, num_tasks=2))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     generator = torch.Generator().manual_seed(0)
     names = {
         "x_support": torch.rand(25, 1, 28, 28, generator=generator),
         "y_support": torch.arange(5).repeat_interleave(5),
         "x_query": torch.rand(10, 1, 28, 28, generator=generator),
     }
-    for block in blocks:
+    for block in blocks[1:]:
         exec(block, names)
     assert names["report"].keys() >= {"accuracy", "nll", "ece"}
     assert names["prediction"].probs.shape == (10, 5)
+    rng = np.random.default_rng(0)
+    tasks = [(x := rng.normal(size=(size, 2)), np.where(x[:, 0] > 0, "a", "b")) for size in (12, 9, 15)]
+    (x, y), *_ = tasks
+    data = {"train_tasks": tasks, "held_out_tasks": tasks, "x_support": x[:5], "y_support": y[:5], "x_query": x[5:]}
+    fit = ibaml.MetaLearner.fit
+    monkeypatch.setattr(ibaml.MetaLearner, "fit", lambda self, *a, **k: fit(self, *a, **{**k, "num_steps": 2}))
+    exec(blocks[0], data)
+    assert data["prediction"].probs.shape == (7, 2)
     # The comment beside the hypergradient in the README.
     torch.testing.assert_close(names["gradient"], torch.tensor(-0.0480), rtol=0, atol=1e-4)

@@ -200,7 +200,14 @@ class Algorithm:
         return TaskNoise(draw(self.num_samples), draw(self.num_samples), steps)
 
     def adapt(
-        self, nll: TaskNll, meta: MetaParameters, support: Batch, noise: TaskNoise, *, with_grad_norm: bool = True
+        self,
+        nll: TaskNll,
+        meta: MetaParameters,
+        support: Batch,
+        noise: TaskNoise,
+        *,
+        start: Params | DiagonalGaussian | None = None,
+        with_grad_norm: bool = True,
     ) -> InnerSolution:
         """Solves the inner problem of one task.
 
@@ -209,6 +216,7 @@ class Algorithm:
             meta: Meta-parameters.
             support: Support set.
             noise: Noise of the task.
+            start: Where the inner solver starts; the problem itself stays the same. None: at the prior.
             with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
 
         Returns:
@@ -218,7 +226,7 @@ class Algorithm:
         loss_at = problem.inner_loss_at
         return self._inner_solver(support)(
             lambda v: problem.inner_loss(v, meta),
-            meta.prior,
+            meta.prior if start is None else start,
             loss_at=None if loss_at is None else lambda step: lambda v: loss_at(step)(v, meta),
             with_grad_norm=with_grad_norm,
         )

@@ -1,4 +1,4 @@
-"""The command line: ``ibaml recipes | train | evaluate | compare | reproduce``."""
+"""The command line: ``ibaml recipes | train | evaluate | compare | predict | reproduce``."""
 
 import contextlib
 import csv
@@ -20,6 +20,7 @@ from ibaml.experiments.fig2 import Fig2Settings
 from ibaml.experiments.fig3 import Fig3Settings
 from ibaml.experiments.sinusoid import SinusoidSettings
 from ibaml.experiments.table1 import Table1Settings
+from ibaml.file_prediction import load_fitted, predict_files
 from ibaml.metrics import paired_difference, reliability_curve
 from ibaml.processes import (
     ProcessLostError,
@@ -265,6 +266,31 @@ def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None 
     _console.print(f"Table and plot are in {out}.", soft_wrap=True, markup=False)
 
 
+def predict(
+    run: tyro.conf.Positional[Path],
+    /,
+    *,
+    support: Path,
+    query: Path,
+    out: Path,
+    level: float = 0.9,
+    device: str = "auto",
+) -> None:
+    """Adapt a saved model to the examples of a new task and predict the rest.
+
+    Args:
+        run: Folder of a saved model (MetaLearner.save), or of a run trained on images.
+        support: Labelled examples: a CSV or Parquet table, or a folder of class folders of images.
+        query: Examples to predict: a table, or a folder of images.
+        out: CSV or Parquet file for the predictions.
+        level: Probability that a regression interval holds the target.
+        device: "auto" (CUDA if present), "cpu", "cuda", ...
+    """
+    fitted = load_fitted(run, device=runs.resolve_device(device))
+    count = predict_files(fitted, support, query, out, level=level)
+    _console.print(f"{count} predictions are in {out}.", soft_wrap=True, markup=False)
+
+
 def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | None = None) -> None:
     """Reproduce a figure or table of the paper.
 
@@ -290,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": train,
         "evaluate": evaluate_run,
         "compare": compare,
+        "predict": predict,
         "reproduce": reproduce,
     }
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -304,7 +331,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if isinstance(code, _Launch):
             code = _launch(arguments, code)
-    except (ValueError, OSError, FloatingPointError, TrainingDivergedError, ProcessLostError) as error:
+    except (
+        ValueError,
+        OSError,
+        MemoryError,
+        ImportError,
+        FloatingPointError,
+        TrainingDivergedError,
+        ProcessLostError,
+    ) as error:
         # What a user can mend gets a sentence; anything else is a defect and keeps its traceback.
         if not is_told_by_first(error):
             origin = f" in process {launched_rank()}" if launched_rank() > 0 else ""

@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+from statistics import NormalDist
 
 import torch
 
 from ibaml.types import Tensor
+
+# Each halves the bracket; a double has 53 digits.
+_NUM_BISECTIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,11 @@ class ClassPrediction:
         return self.log_probs.exp()
 
     @property
+    def labels(self) -> Tensor:
+        """Most probable class, its index, ``[num_examples]``."""
+        return self.log_probs.argmax(-1)
+
+    @property
     def total_uncertainty(self) -> Tensor:
         """Entropy of the averaged probabilities in nats, ``[num_examples]``."""
         return _entropy(self.log_probs)
@@ -50,6 +59,14 @@ class ClassPrediction:
     def nll(self, targets: Tensor) -> Tensor:
         """Returns ``-log p(target)`` per example in nats."""
         return -self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    def tempered(self, temperature: float) -> "ClassPrediction":
+        """Returns the prediction with every sample's logits divided by a temperature (Guo et al. 2017).
+
+        Args:
+            temperature: Positive; above 1 it makes the prediction less sure.
+        """
+        return ClassPrediction(torch.log_softmax(self.sample_log_probs / temperature, dim=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +104,71 @@ class RegressionPrediction:
     def samples(self) -> Tensor:
         """Returns the means under each weight sample, ``[num_samples, num_examples, num_outputs]``."""
         return self.sample_means
+
+    def quantile(self, probability: float) -> Tensor:
+        """Returns a quantile of the predictive mixture for each output, ``[num_examples, num_outputs]``.
+
+        It solves ``mean_s Phi((q - mean_s) / noise) = probability`` by bisection, to the last digits of float64. The
+        quantile of a mixture lies between the smallest and the largest quantile of its parts, which brackets it.
+
+        Args:
+            probability: Strictly between 0 and 1.
+
+        Raises:
+            ValueError: If the probability is not.
+
+        Examples:
+            >>> prediction = RegressionPrediction(torch.zeros(1, 1, 1), torch.ones(1))
+            >>> round(float(prediction.quantile(0.975)), 3)
+            1.96
+        """
+        if not 0 < probability < 1:
+            raise ValueError(f"probability is {probability}; expected a number strictly between 0 and 1, such as 0.95.")
+        means = self.sample_means.double()
+        deviation = self.noise_variance.double().sqrt()
+        offset = NormalDist().inv_cdf(probability) * deviation
+        low, high = means.amin(0) + offset, means.amax(0) + offset
+        for _ in range(_NUM_BISECTIONS):
+            middle = (low + high) / 2
+            below = torch.special.ndtr((middle - means) / deviation).mean(0) < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return ((low + high) / 2).to(self.sample_means.dtype)
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Returns the ends of the central interval that holds a target with probability ``level``.
+
+        Args:
+            level: Strictly between 0 and 1.
+
+        Returns:
+            The quantiles at ``(1 - level) / 2`` and ``(1 + level) / 2``, each ``[num_examples, num_outputs]``.
+
+        Raises:
+            ValueError: If the level is out of range.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
+        return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+
+    def tempered(self, temperature: float) -> "RegressionPrediction":
+        """Returns the prediction with all standard deviations, of noise and of means, times a factor.
+
+        Args:
+            temperature: The factor, positive; above 1 it makes the prediction less sure.
+        """
+        centre = self.sample_means.mean(0)
+        return RegressionPrediction(
+            centre + temperature * (self.sample_means - centre), temperature**2 * self.noise_variance
+        )
+
+    def rescaled(self, mean: Tensor, scale: Tensor) -> "RegressionPrediction":
+        """Returns the prediction of ``scale * target + mean``, in float64.
+
+        Args:
+            mean: Offset per output.
+            scale: Positive factor per output.
+        """
+        return RegressionPrediction(self.sample_means.double() * scale + mean, self.noise_variance.double() * scale**2)
 
     def nll(self, targets: Tensor) -> Tensor:
         """Returns ``-log p(target)`` of the mixture per example, summed over outputs' joint density, in nats."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml.data import load_image_folder
+from ibaml.data import load_class_folder, load_image_folder
+from ibaml.data.image_folder import load_images
 
 
 def picture(value: int, suffix: str = "png", size: tuple[int, int] = (6, 4), mode: str = "RGB") -> bytes:
@@ -156,3 +157,36 @@ def test_real_archive():
     assert (images.num_classes, images.image_shape) == (16, (3, 64, 64))
     assert images.class_sizes.unique().tolist() == [100]
     assert 60 < np.asarray(images.images.float().mean()) < 180
+
+
+# Folders without splits
+
+
+def test_a_class_folder_is_what_a_split_holds(tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number, 2, 3)).save(tmp_path / "train" / name / "0.png")
+    alone, split = load_class_folder(tmp_path / "train"), load_image_folder(tmp_path, "train")
+    assert torch.equal(alone.images, split.images) and alone.class_names == split.class_names
+    files = load_images(tmp_path / "train" / "dog", image_size=2)
+    assert (
+        files.names == ("0.png",)
+        and files.pixels.shape == (1, 3, 2, 2)
+        and files.pixels[0, :, 0, 0].tolist() == [1, 2, 3]
+    )
+    assert load_images(tmp_path / "train" / "dog" / "0.png", image_size=4, channels=1).pixels.shape == (1, 1, 4, 4)
+
+
+def test_class_folders_it_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent does not exist; give a folder or zip archive with class/image"):
+        load_class_folder(tmp_path / "absent")
+    (tmp_path / "note.txt").write_text("")
+    with pytest.raises(ValueError, match="note.txt is no folder; give one with class/image files"):
+        load_class_folder(tmp_path / "note.txt")
+    with pytest.raises(ValueError, match="has no class folder; expected class/image files"):
+        load_class_folder(tmp_path)
+    with pytest.raises(ValueError, match="holds no image .suffixes .bmp"):
+        load_images(tmp_path, image_size=4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="class 'empty' in .* has no image"):
+        load_class_folder(tmp_path)

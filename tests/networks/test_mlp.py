@@ -74,3 +74,13 @@ def test_linear_model_accepts_a_single_example_under_the_batch_policy() -> None:
 def test_refuses_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         MLP(**{"num_outputs": 1, "input_shape": 1, **arguments})
+
+
+def test_skipped_inputs_reach_the_head():
+    network = MLP(
+        1, input_shape=(2, 3), hidden_sizes=(4,), skip_inputs=True, generator=torch.Generator().manual_seed(0)
+    )
+    assert network.head.weight.shape == (1, 10)
+    x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([x.flatten(1), network.features(x.flatten(1))], 1) @ network.head.weight.T + network.head.bias
+    torch.testing.assert_close(network(x), expected)

@@ -8,12 +8,13 @@ from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_
 from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.glyphs import load_glyphs
-from ibaml.data.image_folder import load_image_folder
+from ibaml.data.image_folder import load_class_folder, load_image_folder
 from ibaml.data.locate import find_data_file
 from ibaml.data.mini_imagenet import load_mini_imagenet
 from ibaml.data.omniglot import load_omniglot
 from ibaml.data.restricted_pickle import load_arrays
 from ibaml.data.sinusoid import SinusoidTasks
+from ibaml.data.task_sampler import TaskSplits
 from ibaml.data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "FixedEpisodes",
     "LinearRegressionTasks",
     "SinusoidTasks",
+    "TaskSplits",
     "closed_form_posterior",
     "find_data_file",
     "load_arrays",
+    "load_class_folder",
     "load_glyphs",
     "load_image_folder",
     "load_mini_imagenet",

@@ -22,6 +22,19 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".p
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
+
+class ImageFiles(NamedTuple):
+    """Images without labels.
+
+    Attributes:
+        names: File names.
+        pixels: uint8, ``[num_images, channels, height, width]``.
+    """
+
+    names: tuple[str, ...]
+    pixels: Pixels
+
+
 _VALIDATION_NAMES = ("validation", "val", "valid")
 
 
@@ -74,45 +87,111 @@ def load_image_folder(
         ...     load_image_folder(folder, "train").class_names
         ('cat', 'dog')
     """
+    path, size = _check_arguments(path, image_size, channels, "split/class/image")
+    with _open_root(path) as (entries, read):
+        # A split is a folder below the root; a file below the root (a licence, say) is none.
+        splits = sorted({entry.split for entry in entries if len(entry.parts) > 1 or entry.is_folder})
+        name = _match_split(split, splits, path)
+        below = [_Entry(entry.parts[1:], entry.is_folder) for entry in entries if entry.split == name]
+        return _read_classes(below, lambda parts: read((name, *parts)), path, size, channels, split=name)
+
+
+def load_class_folder(
+    path: str | os.PathLike[str], *, image_size: int | tuple[int, int] | None = None, channels: int = 3
+) -> ClassImages:
+    """Loads a folder of class folders, ``class/image.*``; everything else is as in ``load_image_folder``.
+
+    Args:
+        path: The folder.
+        image_size: Side in pixels, or ``(height, width)``, to which every image is resized. None keeps them.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+        TypeError: If ``image_size`` is none of the above.
+        ValueError: If ``path`` is no folder, holds no classes, a class has no image, an image cannot be read, images
+            differ in size while ``image_size`` is None, or an argument is out of range.
+    """
+    path, size = _check_arguments(path, image_size, channels, "class/image")
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; give one with class/image files.")
+    return _read_classes(
+        _list_folder(path, depth=2), lambda parts: path.joinpath(*parts).read_bytes(), path, size, channels
+    )
+
+
+def load_images(path: str | os.PathLike[str], *, image_size: int | tuple[int, int], channels: int = 3) -> ImageFiles:
+    """Loads the images that lie right in a folder, or one image file.
+
+    Args:
+        path: Folder or file.
+        image_size: Side in pixels, or ``(height, width)``, to which every image is resized.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist.
+        ValueError: If there is no image, or one cannot be read.
+    """
+    path, size = _check_arguments(path, image_size, channels, "image")
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden((file.name,))]
+    if not files:
+        raise ValueError(f"{path} holds no image (suffixes {', '.join(sorted(IMAGE_SUFFIXES))}).")
+    pictures = [_decode(file.read_bytes(), file.name, path, size, channels) for file in files]
+    return ImageFiles(tuple(file.name for file in files), np.stack(pictures).transpose(0, 3, 1, 2))
+
+
+def _check_arguments(
+    path: str | os.PathLike[str], image_size: object, channels: int, layout: str
+) -> tuple[Path, tuple[int, int] | None]:
     path = Path(path).expanduser()
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
     size = _parse_image_size(image_size)
     if not path.exists():
-        raise FileNotFoundError(
-            f"path {path} does not exist; give a folder or zip archive with split/class/image files."
-        )
-    with _open_root(path) as (entries, read):
-        # A split is a folder below the root; a file below the root (a licence, say) is none.
-        splits = sorted({entry.split for entry in entries if len(entry.parts) > 1 or entry.is_folder})
-        name = _match_split(split, splits, path)
-        classes: dict[str, list[tuple[str, ...]]] = {}
-        for entry in entries:
-            parts, is_folder = entry
-            if entry.split != name or len(parts) < 2 or (len(parts) == 2 and not is_folder):
-                continue
-            files = classes.setdefault(parts[1], [])
-            if len(parts) == 3 and not is_folder and PurePosixPath(parts[2]).suffix.lower() in IMAGE_SUFFIXES:
-                files.append(parts)
-        if not classes:
-            raise ValueError(f"split {name!r} of {path} has no class folder; expected {name}/class/image files.")
-        pictures: list[Pixels] = []
-        starts = [0]
-        for class_name in sorted(classes):
-            if not classes[class_name]:
+        raise FileNotFoundError(f"path {path} does not exist; give a folder or zip archive with {layout} files.")
+    return path, size
+
+
+def _read_classes(
+    entries: list[_Entry],
+    read: Callable[[tuple[str, ...]], bytes],
+    path: Path,
+    size: tuple[int, int] | None,
+    channels: int,
+    *,
+    split: str | None = None,
+) -> ClassImages:
+    """Reads ``class/image`` entries; ``split`` names the folder above them in messages."""
+    above = "" if split is None else f"{split}/"
+    classes: dict[str, list[tuple[str, ...]]] = {}
+    for parts, is_folder in entries:
+        if not parts or (len(parts) == 1 and not is_folder):
+            continue
+        files = classes.setdefault(parts[0], [])
+        if len(parts) == 2 and not is_folder and PurePosixPath(parts[1]).suffix.lower() in IMAGE_SUFFIXES:
+            files.append(parts)
+    if not classes:
+        source = f"{path}" if split is None else f"split {split!r} of {path}"
+        raise ValueError(f"{source} has no class folder; expected {above}class/image files.")
+    pictures: list[Pixels] = []
+    starts = [0]
+    for class_name in sorted(classes):
+        if not classes[class_name]:
+            raise ValueError(
+                f"class {class_name!r} {'' if split is None else f'of split {split!r} '}in {path} has no image "
+                f"(suffixes {', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder."
+            )
+        for parts in sorted(classes[class_name]):
+            name = above + "/".join(parts)
+            picture = _decode(read(parts), name, path, size, channels)
+            if pictures and picture.shape != pictures[0].shape:
                 raise ValueError(
-                    f"class {class_name!r} of split {name!r} in {path} has no image "
-                    f"(suffixes {', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder."
+                    f"images of {path} differ in size: {name} has (height, width) "
+                    f"{picture.shape[:2]}, the first image {pictures[0].shape[:2]}; pass image_size to resize them."
                 )
-            for parts in sorted(classes[class_name]):
-                picture = _decode(read(parts), "/".join(parts), path, size, channels)
-                if pictures and picture.shape != pictures[0].shape:
-                    raise ValueError(
-                        f"images of {path} differ in size: {'/'.join(parts)} has (height, width) "
-                        f"{picture.shape[:2]}, the first image {pictures[0].shape[:2]}; pass image_size to resize them."
-                    )
-                pictures.append(picture)
-            starts.append(len(pictures))
+            pictures.append(picture)
+        starts.append(len(pictures))
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return ClassImages(images=images, class_start=torch.tensor(starts), class_names=tuple(sorted(classes)))
 
@@ -183,8 +262,8 @@ def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str,
         yield entries, read
 
 
-def _list_folder(root: Path) -> list[_Entry]:
-    """Lists what lies up to three levels below a folder."""
+def _list_folder(root: Path, depth: int = 3) -> list[_Entry]:
+    """Lists what lies up to so many levels below a folder."""
     entries: list[_Entry] = []
     pending: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
     while pending:
@@ -195,7 +274,7 @@ def _list_folder(root: Path) -> list[_Entry]:
                 continue
             is_folder = child.is_dir()
             entries.append(_Entry(parts, is_folder))
-            if is_folder and len(parts) < 3:
+            if is_folder and len(parts) < depth:
                 pending.append((child, parts))
     return entries
 

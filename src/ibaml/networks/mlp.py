@@ -44,6 +44,8 @@ class MLP(nn.Module):
         activation: Activation after every hidden layer.
         norm: Normalisation policy.
         zero_head: Whether the last layer starts at zero, so that all classes are equal before adaptation.
+        skip_inputs: Whether the head sees the inputs beside the last features, so that adapting the head alone can
+            learn any linear function.
         generator: Source of the initial weights; ``None`` uses torch's global one.
 
     Raises:
@@ -65,6 +67,7 @@ class MLP(nn.Module):
         activation: Activation = "relu",
         norm: NormPolicy = "none",
         zero_head: bool = False,
+        skip_inputs: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -82,6 +85,7 @@ class MLP(nn.Module):
             "activation": activation,
             "norm": norm,
             "zero_head": zero_head,
+            "skip_inputs": skip_inputs,
         }
         for size in self.input_shape:
             check_positive("input_shape", size)
@@ -96,7 +100,8 @@ class MLP(nn.Module):
             width = size
         self._min_examples = 2 if norm == "batch" and hidden_sizes else 1
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(width, num_outputs)
+        self.skip_inputs = skip_inputs
+        self.head = nn.Linear(width + (math.prod(self.input_shape) if skip_inputs else 0), num_outputs)
         initialize_weights(self, self.head, nonlinearity=nonlinearity, generator=generator, zero_head=zero_head)
 
     def forward(self, x: Float[Tensor, "examples ..."]) -> Float[Tensor, "examples outputs"]:
@@ -113,4 +118,6 @@ class MLP(nn.Module):
                 asked for statistics of a single example.
         """
         check_input(x, self.input_shape, min_examples=self._min_examples)
-        return self.head(self.features(x.reshape(len(x), -1)))
+        flat = x.reshape(len(x), -1)
+        features = self.features(flat)
+        return self.head(torch.cat([flat, features], 1) if self.skip_inputs else features)

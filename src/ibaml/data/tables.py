@@ -1,0 +1,338 @@
+"""Tasks as people have them: (X, y) pairs, a mapping of them, or one long table with a column that names the task.
+
+Everything that comes in is checked here, once, and every message names the task, the column and what to do.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ibaml.types import Batch, Episode
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class TableTask(NamedTuple):
+    """The examples of one task, checked but not yet scaled.
+
+    Attributes:
+        name: The caller's name of the task, or its position.
+        x: Finite numbers, ``[num_examples, *input_shape]``.
+        y: Labels or targets, ``[num_examples]`` or ``[num_examples, num_outputs]``.
+    """
+
+    name: str
+    x: Array
+    y: Array
+
+
+class TaskTable(NamedTuple):
+    """Tasks with the names of their columns.
+
+    Attributes:
+        tasks: At least one, all with inputs of one shape.
+        feature_names: Columns of the inputs in their order, if they came with names.
+        task_column: Column that names the task, in a long table.
+        target_columns: Columns of the targets, in a long table.
+    """
+
+    tasks: tuple[TableTask, ...]
+    feature_names: tuple[str, ...] | None = None
+    task_column: str | None = None
+    target_columns: tuple[str, ...] | None = None
+
+
+def is_table(value: object) -> bool:
+    """Tells whether a value is a pandas DataFrame, without importing pandas."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame)
+
+
+def read_tasks(
+    tasks: Any,
+    *,
+    task: str | None = None,
+    target: str | Sequence[str] | None = None,
+    features: Sequence[str] | None = None,
+) -> TaskTable:
+    """Reads tasks in any of the accepted forms.
+
+    Args:
+        tasks: A sequence of ``(X, y)`` pairs, a mapping from names to such pairs, or a pandas DataFrame with one row
+            per example. ``X`` is an array, tensor or DataFrame; tasks may differ in their numbers of examples.
+        task: DataFrame only: column that says which task a row belongs to.
+        target: DataFrame only: column (or columns) to predict.
+        features: DataFrame only: columns of the inputs. None: all that are neither ``task`` nor ``target``.
+
+    Raises:
+        TypeError: If the tasks are of no accepted form.
+        ValueError: If there are none, a column is missing or not numeric, inputs and targets differ in number, numbers
+            of features differ from task to task, or a value is missing or infinite.
+
+    Examples:
+        >>> table = read_tasks([([[1.0], [2.0]], [0, 1]), ([[3.0]], [1])])
+        >>> [task.x.shape for task in table.tasks]
+        [(2, 1), (1, 1)]
+    """
+    if is_table(tasks):
+        return _read_long_table(tasks, task=task, target=target, features=features)
+    if task is not None or target is not None or features is not None:
+        raise TypeError(
+            f"task, target and features name columns of a pandas DataFrame, but tasks is a {type(tasks).__name__}: "
+            "leave them out."
+        )
+    if isinstance(tasks, Mapping):
+        pairs = [(str(name), pair) for name, pair in tasks.items()]
+    elif isinstance(tasks, Sequence) and not isinstance(tasks, str | bytes):
+        pairs = [(str(index), pair) for index, pair in enumerate(tasks)]
+    else:
+        raise TypeError(
+            "tasks must be a sequence of (X, y) pairs, a mapping from names to such pairs, a pandas DataFrame, a "
+            f"folder of class folders, a sequence of Episodes or a task sampler, but is a {type(tasks).__name__}."
+        )
+    if not pairs:
+        raise ValueError("tasks is empty; expected at least one (X, y) pair.")
+    read: list[TableTask] = []
+    names: tuple[str, ...] | None = None
+    for index, (name, pair) in enumerate(pairs):
+        if isinstance(pair, Episode) or not isinstance(pair, Batch | tuple | list) or len(pair) != 2:
+            came = f"{type(pair).__name__}" + (f" of {len(pair)}" if isinstance(pair, tuple | list) else "")
+            raise TypeError(f"task {name!r} must be a pair (X, y), but is a {came}.")
+        x, y = pair
+        found = column_names(x)
+        if index == 0:
+            names = found
+        read.append(
+            _checked(name, read_inputs(f"X of task {name!r}", x, feature_names=names if found else None), to_array(y))
+        )
+    _require_one_shape(read)
+    return TaskTable(tuple(read), names)
+
+
+def column_names(x: object) -> tuple[str, ...] | None:
+    """Returns the column names of a DataFrame, None for anything else."""
+    return tuple(str(name) for name in x.columns) if is_table(x) else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read_inputs(argument: str, x: Any, *, feature_names: Sequence[str] | None = None) -> Array:
+    """Returns inputs as a numeric array without missing values.
+
+    Args:
+        argument: How messages call it.
+        x: Array, tensor, nested lists, or a DataFrame.
+        feature_names: Columns to take from a DataFrame, in this order; others are passed over.
+
+    Raises:
+        ValueError: If a column is missing or not numeric, there is no axis of features, or a value is not finite.
+        TypeError: If the values are no numbers.
+    """
+    names = feature_names if is_table(x) else None
+    if is_table(x):
+        names = column_names(x) if feature_names is None else tuple(feature_names)
+        assert names is not None
+        x = _columns(argument, x, names)
+    values = to_array(x)
+    if values.dtype == object:
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{argument} holds values that are no numbers ({error}): encode text and categories as numbers first, "
+                "and give every row the same length."
+            ) from error
+    if values.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{argument} has dtype {values.dtype}, but expected real numbers: encode text, dates and categories as "
+            "numbers first."
+        )
+    if values.ndim < 2:
+        raise ValueError(
+            f"{argument} has shape {values.shape}, but expected [num_examples, num_features]: for a single feature use "
+            "x.reshape(-1, 1), for a single example x.reshape(1, -1)."
+        )
+    if 0 in values.shape[1:]:
+        raise ValueError(f"{argument} has no features (shape {values.shape}); expected at least one.")
+    require_finite(argument, values, names)
+    return values
+
+
+def require_finite(argument: str, values: Array, names: Sequence[str] | None = None) -> None:
+    """Refuses missing and infinite values.
+
+    Raises:
+        ValueError: Naming how many there are, and the row and column of the first.
+    """
+    if values.dtype.kind != "f" or bool(np.isfinite(values).all()):
+        return
+    bad = np.argwhere(~np.isfinite(values))
+    first = tuple(int(index) for index in bad[0])
+    where = f"row {first[0]}"
+    if len(first) > 1:
+        where += f", column {names[first[1]]!r}" if names is not None else f", column {', '.join(map(str, first[1:]))}"
+    raise ValueError(
+        f"{argument} has {len(bad)} missing (NaN) or infinite values, the first in {where}: drop or impute them."
+    )
+
+
+def read_labels(argument: str, y: Array) -> Array:
+    """Returns class labels as a vector of strings, integers, floats or booleans.
+
+    Raises:
+        TypeError: If the labels mix kinds, or are none of these.
+        ValueError: If there is more than one per example, or one is missing.
+    """
+    if y.ndim != 1:
+        raise ValueError(f"{argument} has shape {y.shape}, but expected one class label per example, [num_examples].")
+    if y.dtype == object:
+        missing = [index for index, value in enumerate(y.tolist()) if value is None or value != value]
+        if missing:
+            raise ValueError(
+                f"{argument} has {len(missing)} missing labels, the first in row {missing[0]}: drop those rows."
+            )
+        kinds = {type(value) for value in y.tolist()}
+        if kinds == {str}:
+            return y.astype(np.str_)
+        if len(kinds) > 1 or not kinds <= {bool, int, float}:
+            raise TypeError(
+                f"{argument} has labels of the types {', '.join(sorted(kind.__name__ for kind in kinds))}; expected "
+                "only strings, only integers or only booleans: convert them to one type, for example to strings."
+            )
+        y = np.array(y.tolist())
+    if y.dtype.kind not in "biufU":
+        raise TypeError(f"{argument} has labels of dtype {y.dtype}; expected strings, integers or booleans.")
+    require_finite(argument, y)
+    if y.dtype.kind == "f" and not bool((y == np.round(y)).all()):
+        raise ValueError(
+            f"{argument} has labels that are no whole numbers, such as {y[y != np.round(y)][0]}: for real targets use "
+            "likelihood='gaussian', or turn the labels into strings."
+        )
+    return y
+
+
+def read_targets(argument: str, y: Array) -> Array:
+    """Returns regression targets as float64 of shape ``[num_examples, num_outputs]``.
+
+    Raises:
+        TypeError: If they are no real numbers.
+        ValueError: If the shape is wrong or a value is not finite.
+    """
+    if y.dtype == object:
+        try:
+            y = y.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{argument} holds values that are no numbers ({error}): for class labels use likelihood='categorical'."
+            ) from error
+    if y.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{argument} has dtype {y.dtype}, but expected real numbers: for class labels use likelihood='categorical'."
+        )
+    if y.ndim not in (1, 2) or (y.ndim == 2 and y.shape[1] == 0):
+        raise ValueError(f"{argument} has shape {y.shape}, but expected [num_examples] or [num_examples, num_outputs].")
+    require_finite(argument, y)
+    return y.reshape(len(y), -1).astype(np.float64)
+
+
+def to_array(value: Any) -> Array:
+    """Returns a numpy array of anything that holds values; never a view that torch would refuse later.
+
+    Raises:
+        ValueError: If rows of nested lists differ in length.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(value, pandas.Series | pandas.DataFrame | pandas.Index):
+        # Nullable integers and strings become objects otherwise, missing ones pandas.NA.
+        kinds = set(value.dtypes) if isinstance(value, pandas.DataFrame) else {value.dtype}
+        if all(pandas.api.types.is_numeric_dtype(kind) for kind in kinds):
+            if kinds == {np.dtype(bool)}:
+                return value.to_numpy()
+            if not bool(np.any(pandas.isna(value))):
+                return value.to_numpy()
+            return value.to_numpy(dtype=np.float64, na_value=np.nan)
+        array = value.to_numpy(dtype=object)
+        return np.asarray(np.where(np.asarray(pandas.isna(value)), None, array))
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"rows of different lengths make no array ({error}): give every row as many values."
+        ) from error
+
+
+def _read_long_table(
+    table: Any, *, task: str | None, target: str | Sequence[str] | None, features: Sequence[str] | None
+) -> TaskTable:
+    columns = [str(name) for name in table.columns]
+    if task is None or target is None:
+        raise ValueError(
+            f"a DataFrame needs task=..., the column that names the task of a row, and target=..., the column to "
+            f"predict; its columns are {', '.join(columns)}."
+        )
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    chosen = tuple(name for name in columns if name not in {task, *targets}) if features is None else tuple(features)
+    if not chosen:
+        raise ValueError(f"there is no feature column beside {task} and {', '.join(targets)}; expected at least one.")
+    if overlap := sorted({task, *targets} & set(chosen)):
+        raise ValueError(f"features names {', '.join(overlap)}, which is the task or the target: leave it out.")
+    if len(table) == 0:
+        raise ValueError("the table has no rows.")
+    names = to_array(_columns("the table", table, (task,), numeric=False).iloc[:, 0])
+    if missing := [index for index, name in enumerate(names.tolist()) if name is None or name != name]:
+        raise ValueError(
+            f"column {task!r} is missing in {len(missing)} rows, the first is row {missing[0]}: every row needs a task."
+        )
+    x = read_inputs("the table", table, feature_names=chosen)
+    selected = _columns("the table", table, targets, numeric=False)
+    y = to_array(selected.iloc[:, 0] if isinstance(target, str) else selected)
+    # In the order of first appearance, whatever the type of the names.
+    rows: dict[Any, list[int]] = {}
+    for index, name in enumerate(names.tolist()):
+        rows.setdefault(name, []).append(index)
+    tasks = tuple(TableTask(str(name), x[chosen_rows], y[chosen_rows]) for name, chosen_rows in rows.items())
+    return TaskTable(tasks, chosen, task, targets)
+
+
+def _columns(argument: str, table: Any, names: Sequence[str], *, numeric: bool = True) -> Any:
+    """Returns the named columns of a DataFrame, refusing missing, repeated and non-numeric ones."""
+    present = [str(name) for name in table.columns]
+    if missing := [name for name in names if name not in present]:
+        raise ValueError(f"{argument} has no column {', '.join(missing)}; its columns are {', '.join(present)}.")
+    if repeated := sorted({name for name in names if present.count(name) > 1}):
+        raise ValueError(f"{argument} has several columns named {', '.join(repeated)}: rename all but one.")
+    selected = table.iloc[:, [present.index(name) for name in names]]
+    pandas = sys.modules["pandas"]
+    if numeric:
+        for name, kind in zip(names, selected.dtypes, strict=True):
+            if pandas.api.types.is_object_dtype(kind):
+                continue
+            if not pandas.api.types.is_numeric_dtype(kind):
+                raise TypeError(
+                    f"column {name!r} of {argument} has dtype {kind}, but expected numbers: encode text and categories "
+                    "(pandas.get_dummies) and turn dates into numbers first, or leave the column out."
+                )
+    return selected
+
+
+def _checked(name: str, x: Array, y: Array) -> TableTask:
+    if y.ndim == 0 or len(x) != len(y):
+        came = "a single value" if y.ndim == 0 else f"{len(y)} targets"
+        raise ValueError(f"task {name!r} has {len(x)} examples in X, but {came} in y; expected as many.")
+    if len(x) == 0:
+        raise ValueError(f"task {name!r} has no examples; expected at least one: drop the task.")
+    return TableTask(name, x, y)
+
+
+def _require_one_shape(tasks: Sequence[TableTask]) -> None:
+    first = tasks[0]
+    for task in tasks:
+        if task.x.shape[1:] != first.x.shape[1:]:
+            raise ValueError(
+                f"task {task.name!r} has inputs of shape {task.x.shape[1:]}, task {first.name!r} of "
+                f"{first.x.shape[1:]}: all tasks need the same features."
+            )

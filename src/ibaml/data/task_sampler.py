@@ -1,0 +1,239 @@
+"""Tasks of unequal size, split afresh into support and query at every draw."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ibaml import tree
+from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.types import Batch, Episode, Tensor
+
+
+class SplitSizes(NamedTuple):
+    """How many examples of a task go to which side.
+
+    Attributes:
+        num_support: Support examples.
+        num_query: Query examples.
+    """
+
+    num_support: int
+    num_query: int
+
+
+class TaskSplits:
+    """A TaskSampler over given tasks of unequal sizes.
+
+    The tasks of one draw share their sizes, so that they stack; sizes differ from draw to draw. A task is chosen
+    uniformly, and with it a support size between the smallest that it admits and four fifths of what it has, uniformly
+    on the logarithmic scale (few-shot tasks are what the prior matters for); the other tasks of the draw come uniformly
+    from those that are large enough. ``num_support`` and ``num_query`` fix the sizes instead.
+
+    Splits are free of leaks: rows that agree in inputs and target are one group, and a group is never on both sides.
+    For classification the support holds every class that the task has.
+
+    Args:
+        tasks: Inputs and targets of each task: float, ``[num_examples, *input_shape]``, and class indices (int64) or
+            real targets ``[num_examples, num_outputs]``.
+        num_outputs: Number of network outputs.
+        num_ways: Classes differ from task to task: each draw takes this many of a task's classes and numbers them
+            afresh in random order. None: class indices mean the same in all tasks, or the targets are real.
+        num_support: Support examples of every draw; None lets them vary.
+        num_query: Largest number of query examples of a draw.
+        group_duplicates: Whether identical rows stay on one side. False: each row by itself, for inputs of few distinct
+            values, where equal rows are different measurements.
+        groups: Number of each row's group, per task, from ``row_groups``; None: found in the tasks. For tensors that
+            lost digits which told rows apart.
+        names: Names of the tasks, for messages.
+
+    Raises:
+        ValueError: If there are no tasks, or one cannot be split in the wanted way.
+
+    Examples:
+        >>> sizes = (4, 9)
+        >>> tasks = [Batch(torch.rand(n, 2), torch.rand(n, 1)) for n in sizes]
+        >>> sampler = TaskSplits(tasks, num_outputs=1, num_support=3)
+        >>> episode = sampler.sample(5, generator=torch.Generator().manual_seed(0))
+        >>> episode.support.x.shape
+        torch.Size([5, 3, 2])
+    """
+
+    has_equal_sizes = False
+
+    def __init__(
+        self,
+        tasks: Sequence[Batch],
+        *,
+        num_outputs: int,
+        num_ways: int | None = None,
+        num_support: int | None = None,
+        num_query: int = 64,
+        group_duplicates: bool = True,
+        groups: Sequence[Tensor] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if not tasks:
+            raise ValueError("tasks is empty; expected at least one task.")
+        if num_support is not None:
+            require_positive_int("num_support", num_support)
+        self.tasks = tuple(tasks)
+        self.num_outputs = num_outputs
+        self.num_ways = num_ways
+        self.num_support = num_support
+        self.group_duplicates = group_duplicates
+        self.num_query = require_positive_int("num_query", num_query)
+        self.names = tuple(map(str, range(len(tasks)))) if names is None else tuple(names)
+        if not group_duplicates:
+            groups = [torch.arange(len(task.y)) for task in self.tasks]
+        self._groups = [row_groups(task) for task in self.tasks] if groups is None else list(groups)
+        self._smallest = torch.tensor([self._smallest_support(task) for task in self.tasks])
+        self._capacity = torch.tensor([self._usable(index) for index in range(len(self.tasks))])
+        for index, name in enumerate(self.names):
+            smallest = int(self._smallest[index]) if num_support is None else num_support
+            if num_support is not None and num_support < int(self._smallest[index]):
+                raise ValueError(
+                    f"num_support is {num_support}, but task {name!r} has {int(self._smallest[index])} classes and its "
+                    "support needs one example of each: raise num_support."
+                )
+            if int(self._capacity[index]) < smallest + 1:
+                self._refuse(index, smallest)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.tasks[0].x.shape[1:])
+
+    @property
+    def capacities(self) -> Tensor:
+        """Number of examples that every split of a task can use, int64, ``[num_tasks]``."""
+        return self._capacity
+
+    @property
+    def smallest_supports(self) -> Tensor:
+        """Smallest support that holds every class, int64, ``[num_tasks]``; 1 for regression."""
+        return self._smallest
+
+    def restricted(self, indices: Sequence[int], *, num_support: int, num_query: int) -> "TaskSplits":
+        """Returns a sampler over some of the tasks with fixed sizes."""
+        return TaskSplits(
+            [self.tasks[index] for index in indices],
+            num_outputs=self.num_outputs,
+            num_ways=self.num_ways,
+            num_support=num_support,
+            num_query=num_query,
+            group_duplicates=self.group_duplicates,
+            groups=[self._groups[index] for index in indices],
+            names=[self.names[index] for index in indices],
+        )
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
+        """Draws tasks and splits them; the support and query sizes are those of the draw.
+
+        Args:
+            num_tasks: Number of tasks, with replacement.
+            generator: CPU generator; its state alone decides the result.
+        """
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        first = int(torch.randint(len(self.tasks), (), generator=generator))
+        sizes = self._draw_sizes(first, generator)
+        fitting = torch.nonzero(
+            (self._capacity >= sizes.num_support + sizes.num_query) & (self._smallest <= sizes.num_support)
+        ).flatten()
+        others = fitting[torch.randint(len(fitting), (num_tasks - 1,), generator=generator)].tolist()
+        episodes = [self.split(index, sizes, generator=generator) for index in (first, *others)]
+        return tree.map(lambda *leaves: torch.stack(leaves), *episodes)
+
+    def split(self, index: int, sizes: SplitSizes | None = None, *, generator: torch.Generator) -> Episode:
+        """Splits one task, without a task axis.
+
+        Args:
+            index: Which task.
+            sizes: Sizes of both sides. None: ``num_support`` (or half of the task) and all the rest.
+            generator: CPU generator.
+        """
+        task, groups = self.tasks[index], self._groups[index]
+        rows = torch.arange(len(task.y))
+        labels = None if task.y.is_floating_point() else task.y
+        if self.num_ways is not None:
+            assert labels is not None
+            classes = labels.unique()
+            chosen = classes[torch.randperm(len(classes), generator=generator)[: self.num_ways]]
+            position = (labels.unsqueeze(1) == chosen).to(torch.int64)
+            rows = torch.nonzero(position.any(1)).flatten()
+            labels = position.argmax(1)
+        order = rows[self._order(groups[rows], None if labels is None else labels[rows], generator)]
+        num_support = (
+            sizes.num_support if sizes else self.num_support or max(len(order) // 2, int(self._smallest[index]))
+        )
+        support, rest = order[:num_support], order[num_support:]
+        rest = rest[~torch.isin(groups[rest], groups[support])]
+        query = rest[: sizes.num_query] if sizes else rest
+        targets = task.y if labels is None else labels
+        return Episode(Batch(task.x[support], targets[support]), Batch(task.x[query], targets[query]))
+
+    def _draw_sizes(self, index: int, generator: torch.Generator) -> SplitSizes:
+        capacity, smallest = int(self._capacity[index]), int(self._smallest[index])
+        if self.num_support is None:
+            largest = max(smallest, min(capacity - 1, 4 * capacity // 5))
+            uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+            num_support = min(largest, int(smallest * ((largest + 1) / smallest) ** uniform))
+        else:
+            num_support = self.num_support
+        return SplitSizes(num_support, min(self.num_query, capacity - num_support))
+
+    def _order(self, groups: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Returns the rows in random order, groups together, one row of each class and the rest of its group first."""
+        order = torch.randperm(len(groups), generator=generator)
+        _, group = groups.unique(return_inverse=True)
+        key = torch.rand(int(group.max()) + 1, generator=generator, dtype=torch.float64)[group]
+        if labels is not None:
+            first = torch.stack([order[labels[order] == label][0] for label in labels.unique()])
+            key = torch.where(torch.isin(group, group[first]), key - 1, key)
+            key[first] = -2.0
+        return order[torch.argsort(key[order], stable=True)]
+
+    def _smallest_support(self, task: Batch) -> int:
+        if task.y.is_floating_point():
+            return 1
+        return len(task.y.unique()) if self.num_ways is None else self.num_ways
+
+    def _usable(self, index: int) -> int:
+        """Returns how many examples any split has: rows of a group cut by the end of the support go to neither side."""
+        task, groups = self.tasks[index], self._groups[index]
+        total, most_cut = len(task.y), int(self._smallest[index]) + 1
+        if self.num_ways is not None:
+            _, sizes = task.y.unique(return_counts=True)
+            if len(sizes) < self.num_ways:
+                raise ValueError(
+                    f"task {self.names[index]!r} has {len(sizes)} classes, but num_ways is {self.num_ways}: drop "
+                    "the task or lower num_ways."
+                )
+            total = int(sizes.sort().values[: self.num_ways].sum())
+        _, group_sizes = groups.unique(return_counts=True)
+        return total - int((group_sizes.sort(descending=True).values[:most_cut] - 1).sum())
+
+    def _refuse(self, index: int, smallest: int) -> None:
+        task, groups = self.tasks[index], self._groups[index]
+        num_rows, num_groups = len(task.y), len(groups.unique())
+        repeated = (
+            f", {num_rows - num_groups} of them copies of others (identical rows stay on one side of a split; with "
+            "group_duplicates=False they count as measurements of their own)"
+            if num_groups < num_rows
+            else ""
+        )
+        raise ValueError(
+            f"task {self.names[index]!r} has {num_rows} examples{repeated}; a split needs at least {smallest} for the "
+            "support and 1 for the query: drop the task or give it more."
+        )
+
+
+def row_groups(task: Batch) -> Tensor:
+    """Numbers the rows so that identical ones, target included, have the same number."""
+    # Adding zero makes -0.0 equal to 0.0, whose bytes differ.
+    columns = torch.cat(
+        [(part + 0.0).double().flatten(1) if part.ndim > 1 else part.double().unsqueeze(1) for part in task], 1
+    )
+    numbers: dict[bytes, int] = {}
+    return torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in columns.numpy()])

@@ -1,0 +1,201 @@
+"""Predictions from files: a table or images of support examples, another of query examples, and a file of answers."""
+
+import csv
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ibaml.data.image_folder import load_class_folder, load_images
+from ibaml.data_prediction import LabelledPrediction, TargetPrediction
+from ibaml.learner import MetaLearner
+from ibaml.posterior import FittedModel, TaskPosterior
+from ibaml.preprocessing import Preprocessing
+from ibaml.runs import RECIPE, load_best, read_recipe
+from ibaml.saved_model import MODEL
+from ibaml.standardize import Standardizer
+
+_TABLES = (".csv", ".parquet")
+# Other sources turn their images in ways (inverted, thinned, rendered) that a user's own images have not gone through.
+_PLAIN_IMAGES = ("image_folder", "mini_imagenet", "tiny_imagenet")
+
+
+def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
+    """Loads what ``MetaLearner.save`` wrote, or the chosen state of a run of images.
+
+    Raises:
+        FileNotFoundError: If the folder holds neither.
+        ValueError: If a file is damaged, or the run is of a source whose images are prepared specially.
+    """
+    if (folder / MODEL).is_file():
+        return MetaLearner.load(folder, device=device).fitted_model
+    if not (folder / RECIPE).is_file():
+        raise FileNotFoundError(f"{folder} holds no saved model ({MODEL}) and no run ({RECIPE}).")
+    recipe = read_recipe(folder)
+    if recipe.data.source not in _PLAIN_IMAGES:
+        raise ValueError(
+            f"{folder} is a run of {recipe.data.source!r}, whose inputs are prepared by its own loader; predict takes "
+            f"saved models and runs of {', '.join(_PLAIN_IMAGES)}."
+        )
+    model = recipe.build_model().to(device)
+    meta, _ = load_best(folder, recipe, model)
+    side, channels = recipe.data.image_size, int(recipe.network.arguments.get("in_channels", 3))
+    preprocessing = Preprocessing(
+        inputs=Standardizer(torch.zeros(channels, 1, 1).double(), torch.tensor(1 / 255).double()),
+        input_shape=(channels, side, side),
+        num_outputs=recipe.data.num_ways,
+        image_size=(side, side),
+    )
+    return FittedModel(model=model, algorithm=recipe.algorithm, meta=meta, preprocessing=preprocessing, device=device)
+
+
+def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *, level: float = 0.9) -> int:
+    """Adapts to a support file, predicts for a query file and writes the answers.
+
+    Tables (CSV or Parquet) have the columns of the training table; with its task column, each task of the query is
+    answered from its own support. Images are a folder of class folders (support) and a folder of images (query).
+
+    Args:
+        fitted: The fitted model.
+        support: Support examples.
+        query: Query examples.
+        out: CSV or Parquet file; made anew.
+        level: Probability of the intervals.
+
+    Returns:
+        The number of answers.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ImportError: If pandas is needed and absent.
+        ValueError: If files do not fit the model or each other.
+    """
+    if out.suffix.lower() not in _TABLES:
+        raise ValueError(f"--out is {out}; expected a name that ends in .csv or .parquet.")
+    if not 0 < level < 1:
+        raise ValueError(f"--level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
+    if fitted.preprocessing is None:
+        raise ValueError("the model was fitted on tensors and does not know how to read files: fit it on data.")
+    if fitted.preprocessing.image_size is not None:
+        answers = _predict_images(fitted, fitted.preprocessing, support, query)
+    else:
+        tables = read_table(support), read_table(query)
+        try:
+            answers = _predict_tables(fitted, fitted.preprocessing, *tables, level)
+        except TypeError as error:
+            # What a file holds is a value, even where in a program it would be an argument's type.
+            raise ValueError(str(error)) from error
+    write_table(out, answers)
+    return len(next(iter(answers.values())))
+
+
+def read_table(path: Path) -> Any:
+    """Returns a CSV or Parquet file as a DataFrame.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If pandas (for Parquet pyarrow as well) is not installed.
+        ValueError: If it is neither, or cannot be read.
+    """
+    if path.suffix.lower() not in _TABLES:
+        raise ValueError(f"{path} is no table; expected a file that ends in .csv or .parquet.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    pandas = _import_pandas()
+    try:
+        return pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes columns of equal length as CSV or Parquet.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ImportError: If Parquet is asked for and pandas or pyarrow is not installed.
+    """
+    if path.suffix.lower() == ".parquet":
+        _import_pandas().DataFrame(dict(columns)).to_parquet(path, index=False)
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _import_pandas() -> Any:
+    try:
+        return importlib.import_module("pandas")
+    except ImportError as error:
+        raise ImportError("tables need pandas and pyarrow: pip install 'ibaml[tables]'") from error
+
+
+def _predict_tables(
+    fitted: FittedModel, preprocessing: Preprocessing, support: Any, query: Any, level: float
+) -> dict[str, list[Any]]:
+    targets = preprocessing.target_columns
+    if targets is None:
+        raise ValueError("the model was fitted on arrays, so the target has no column name: fit it on a DataFrame.")
+    for name in targets:
+        if name not in support.columns:
+            raise ValueError(f"the support table has no column {name!r}, the target.")
+    if len(query) == 0:
+        raise ValueError("the query table has no rows.")
+    task = preprocessing.task_column
+    by_task = task in support.columns and task in query.columns
+    groups = query.groupby(task, sort=False).indices.items() if by_task else [(None, np.arange(len(query)))]
+    answers: dict[str, list[Any]] = {}
+    for name, rows in groups:
+        own = support[support[task] == name] if by_task else support
+        if len(own) == 0:
+            raise ValueError(f"the support table has no rows of task {name!r}, which the query asks for.")
+        y = own[list(targets)] if not preprocessing.is_vector else own[targets[0]]
+        posterior = fitted.adapt(own, y, seed=0)
+        for column, values in _columns_of(posterior, query.iloc[rows], targets, level).items():
+            whole = answers.setdefault(column, [None] * len(query))
+            for row, value in zip(rows, values, strict=True):
+                whole[row] = value
+    if clash := sorted(set(answers) & set(map(str, query.columns))):
+        raise ValueError(f"the query table has columns named {', '.join(clash)}, as the answers do: rename them.")
+    return {**{str(name): query[name].tolist() for name in query.columns}, **answers}
+
+
+def _columns_of(posterior: TaskPosterior, x: Any, targets: Sequence[str], level: float) -> dict[str, Sequence[Any]]:
+    prediction = posterior.predict(x)
+    if isinstance(prediction, LabelledPrediction):
+        probs = {f"probability_{name}": prediction.probs[:, i] for i, name in enumerate(prediction.classes.tolist())}
+        parts = {"entropy": prediction.total_uncertainty, "epistemic": prediction.epistemic}
+        columns = {"predicted": prediction.labels, **probs, **parts}
+        return {name: values.tolist() for name, values in columns.items()}
+    assert isinstance(prediction, TargetPrediction)
+    low, high = prediction.interval(level)
+    columns = {
+        "predicted": prediction.mean,
+        f"lower_{100 * level:g}": low,
+        f"upper_{100 * level:g}": high,
+        "noise_std": np.sqrt(prediction.aleatoric),
+        "epistemic_std": np.sqrt(prediction.epistemic),
+    }
+    if prediction.is_vector:
+        return {name: values.tolist() for name, values in columns.items()}
+    return {
+        f"{name}_{target}": values[:, index].tolist()
+        for index, target in enumerate(targets)
+        for name, values in columns.items()
+    }
+
+
+def _predict_images(
+    fitted: FittedModel, preprocessing: Preprocessing, support: Path, query: Path
+) -> dict[str, Sequence[Any]]:
+    assert preprocessing.image_size is not None
+    size, channels = preprocessing.image_size, preprocessing.input_shape[0]
+    images = load_class_folder(support, image_size=size, channels=channels)
+    files = load_images(query, image_size=size, channels=channels)
+    labels = np.repeat(np.array(images.class_names), images.class_sizes.numpy())
+    posterior = fitted.adapt(images.images, labels, seed=0)
+    return {"file": list(files.names), **_columns_of(posterior, files.pixels, (), 0.9)}

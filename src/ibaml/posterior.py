@@ -1,0 +1,256 @@
+"""A fitted model as a function of a task's data: adaptation, warm adaptation and prediction."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ibaml import tree
+from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.data.tables import Array
+from ibaml.data_prediction import LabelledPrediction, TargetPrediction, array_kind
+from ibaml.evaluation import predict
+from ibaml.gaussian import DiagonalGaussian
+from ibaml.likelihoods import Likelihood
+from ibaml.model import Model
+from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.preprocessing import Preprocessing
+from ibaml.types import Batch, Episode, Params, Tensor
+
+Prediction: TypeAlias = ClassPrediction | RegressionPrediction | LabelledPrediction | TargetPrediction
+
+
+class TemperedLikelihood:
+    """A likelihood whose predictions are made less (or more) sure by one factor; losses are untouched.
+
+    Args:
+        base: The likelihood.
+        temperature: Positive factor; see ``tempered`` of the predictions.
+    """
+
+    def __init__(self, base: Likelihood, temperature: float) -> None:
+        self._base = base
+        self.temperature = temperature
+
+    @property
+    def name(self) -> str:
+        """Name of the likelihood itself."""
+        return self._base.name
+
+    def initial_parameters(self) -> Params:
+        """Returns those of the likelihood itself."""
+        return self._base.initial_parameters()
+
+    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
+        """Returns that of the likelihood itself."""
+        return self._base.nll(outputs, targets, parameters)
+
+    def predict(self, sample_outputs: Tensor, parameters: Params) -> ClassPrediction | RegressionPrediction:
+        """Returns the tempered prediction."""
+        return self._base.predict(sample_outputs, parameters).tempered(self.temperature)
+
+    def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
+        """Refuses what the likelihood itself refuses."""
+        self._base.check_targets(argument, targets, num_outputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class FittedModel:
+    """All that adaptation and prediction need.
+
+    Attributes:
+        model: Network and likelihood.
+        algorithm: What adapts.
+        meta: The learned prior and shared parameters.
+        preprocessing: How data become tensors; None if they come as tensors that fit the network.
+        device: Where to compute.
+    """
+
+    model: Model
+    algorithm: Algorithm
+    meta: MetaParameters
+    preprocessing: Preprocessing | None
+    device: torch.device
+
+    def encode(self, argument: str, x: Any) -> Tensor:
+        """Returns inputs on the device, in the dtype of the weights.
+
+        Raises:
+            TypeError: If the inputs are no numbers.
+            ValueError: If they are not finite or of the wrong shape.
+        """
+        dtype = tree.leaves(self.model.adapted)[0].dtype
+        if self.preprocessing is not None:
+            return self.preprocessing.encode_inputs(argument, x, dtype=dtype).to(self.device)
+        x = _require_array(argument, x)
+        return x.to(device=self.device, dtype=dtype if x.is_floating_point() else None)
+
+    def encode_support(self, x: Any, y: Any, labels: Array | None) -> Batch:
+        """Returns the support set as tensors, checked.
+
+        Raises:
+            TypeError: If values are of the wrong kind.
+            ValueError: If the examples do not fit the model.
+        """
+        inputs = self.encode("x_support", x)
+        if self.preprocessing is None:
+            targets = _require_array("y_support", y)
+        else:
+            dtype = tree.leaves(self.model.adapted)[0].dtype
+            if len(inputs) == 0:
+                raise ValueError("the support is empty; expected at least one example of the task.")
+            targets = self.preprocessing.encode_targets("y_support", y, labels, dtype=dtype)
+        support = Batch(inputs, targets.to(self.device))
+        self.model.check_task(Episode(support, support), task="the task's")
+        return support
+
+    def labels_of(self, y: Any) -> Array | None:
+        """Returns the class labels of a task; None for regression and for tensors."""
+        if self.preprocessing is None or self.preprocessing.is_regression:
+            return None
+        return self.preprocessing.labels_of_task("y_support", y)
+
+    def adapt(self, x: Any, y: Any, *, seed: int) -> "TaskPosterior":
+        """Adapts to one task; see ``MetaLearner.adapt``."""
+        labels = self.labels_of(y)
+        return self.solve(self.encode_support(x, y, labels), labels, seed=seed)
+
+    def solve(
+        self,
+        support: Batch,
+        labels: Array | None,
+        *,
+        seed: int,
+        start: Params | DiagonalGaussian | None = None,
+    ) -> "TaskPosterior":
+        """Solves the inner problem of an encoded support set.
+
+        Raises:
+            MemoryError: If the support set does not fit into memory.
+        """
+        noise = self.algorithm.draw_noise(self.meta, generator=torch.Generator().manual_seed(seed))
+        try:
+            solution = self.algorithm.adapt(self.model.nll, self.meta, support, noise, start=start)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
+                raise MemoryError(
+                    f"adapting to {len(support.y)} support examples at once does not fit into memory: pass a random "
+                    "part of them. A prior matters little where examples are that many."
+                ) from error
+            raise
+        return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
+
+    def predict(
+        self, posterior: Params | DiagonalGaussian, x: Tensor, *, seed: int
+    ) -> ClassPrediction | RegressionPrediction:
+        """Predicts at encoded inputs; regression in the targets' units."""
+        noise = self.algorithm.draw_evaluation_noise(self.meta, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            prediction = predict(self.model, self.algorithm, self.meta, posterior, x, noise)
+        if isinstance(prediction, RegressionPrediction) and self.preprocessing and self.preprocessing.targets:
+            targets = self.preprocessing.targets
+            return prediction.rescaled(targets.mean.to(x.device), targets.scale.to(x.device))
+        return prediction
+
+
+class TaskPosterior:
+    """What a learner knows about one task after adaptation.
+
+    Attributes:
+        value: Adapted weights, or a DiagonalGaussian over them.
+        grad_norm: Norm of the inner gradient at ``value``; near zero when adaptation has converged.
+        num_support: Examples that the posterior has seen.
+    """
+
+    def __init__(
+        self,
+        fitted: FittedModel,
+        value: Params | DiagonalGaussian,
+        grad_norm: float,
+        *,
+        support: Batch,
+        labels: Array | None,
+        seed: int,
+    ) -> None:
+        self._fitted = fitted
+        self._support = support
+        self._labels = labels
+        self._seed = seed
+        self.value = value
+        self.grad_norm = grad_norm
+        self.num_support = len(support.y)
+
+    def predict(self, x_query: Any, *, seed: int = 0) -> Prediction:
+        """Predicts at new inputs of the task.
+
+        Args:
+            x_query: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
+            seed: Seed of the weight samples.
+
+        Returns:
+            A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
+            ``.total_uncertainty``, ``.aleatoric``, ``.epistemic`` and ``.samples()``. numpy arrays and DataFrames in
+            give numpy arrays out, tensors give tensors.
+
+        Raises:
+            TypeError: If the inputs are no numbers.
+            ValueError: If the inputs hold NaN or do not fit the network.
+
+        Cost:
+            ``num_evaluation_samples`` forward passes.
+        """
+        fitted = self._fitted
+        encoded = fitted.encode("x_query", x_query)
+        fitted.model.check_inputs("x_query", encoded)
+        try:
+            prediction = fitted.predict(self.value, encoded, seed=seed)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the network ({type(fitted.model.network).__name__}) cannot process x_query of shape "
+                f"{tuple(encoded.shape)} and dtype {encoded.dtype}: {error}"
+            ) from error
+        kind = array_kind(x_query)
+        if fitted.preprocessing is None and kind == "torch":
+            return prediction
+        if isinstance(prediction, ClassPrediction):
+            labels = self._labels if self._labels is not None else np.arange(prediction.probs.shape[-1])
+            return LabelledPrediction(labels, prediction, kind)
+        return TargetPrediction(prediction, fitted.preprocessing is not None and fitted.preprocessing.is_vector, kind)
+
+    def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
+        """Takes in more examples of the same task and returns the new posterior; this one stays as it is.
+
+        By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
+        is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
+        which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer
+        steps. (Taking the old posterior as the prior of the new examples alone would save memory and add up the errors
+        of its diagonal covariance.) Algorithms that adapt weights by a few steps (MAML) take these steps from the
+        adapted weights: for them an update is further training on all examples.
+
+        Args:
+            x_more: Inputs of further examples.
+            y_more: Their labels or targets.
+
+        Raises:
+            TypeError: If values are of the wrong kind.
+            ValueError: If the examples do not fit the model.
+
+        Cost:
+            ``num_inner_steps + 1`` gradients over all examples so far.
+        """
+        more = self._fitted.encode_support(x_more, y_more, self._labels)
+        support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
+        return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
+
+
+def _require_array(argument: str, value: object) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        # A copy: torch warns about read-only arrays and refuses negative strides.
+        return torch.from_numpy(np.array(value))
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{argument} must be a torch.Tensor or numeric numpy array, got {type(value).__name__}; "
+            "convert it with torch.as_tensor."
+        )
+    return value

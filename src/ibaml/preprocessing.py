@@ -1,0 +1,265 @@
+"""What a learner has to know about its data to turn arrays into tensors, and predictions back into the data's terms."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
+from ibaml.standardize import Standardizer, fit_standardizer
+from ibaml.types import Batch, Tensor
+
+ClassScope: TypeAlias = Literal["shared", "per_task"]
+"""Whether class labels mean the same in all tasks, or each task has classes of its own."""
+
+CLASS_SCOPES: tuple[ClassScope, ...] = ("shared", "per_task")
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Preprocessing:
+    """Scales, class labels and column names, fitted on meta-training tasks and saved with the model.
+
+    Attributes:
+        inputs: Scale of the features.
+        input_shape: Shape of one example.
+        targets: Scale of the targets; None for classification.
+        class_labels: Labels in the order of the network's outputs; None for regression and for classes of each task.
+        num_outputs: Outputs of the network.
+        is_vector: Whether regression targets came as ``[num_examples]``, and so predictions do.
+        feature_names: Columns of the inputs, if they came with names.
+        task_column: Column that named the task.
+        target_columns: Columns of the targets.
+        image_size: Height and width to which images are resized; None for tables.
+    """
+
+    inputs: Standardizer
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    targets: Standardizer | None = None
+    class_labels: Array | None = None
+    is_vector: bool = True
+    feature_names: tuple[str, ...] | None = None
+    task_column: str | None = None
+    target_columns: tuple[str, ...] | None = None
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether targets are real numbers."""
+        return self.targets is not None
+
+    def encode_inputs(self, argument: str, x: Any, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns scaled inputs.
+
+        Raises:
+            TypeError: If the values are no numbers.
+            ValueError: If a column is missing, the shape differs from that in training, or a value is not finite or too
+                far from those of training to be represented.
+        """
+        values = read_inputs(argument, x, feature_names=self.feature_names)
+        if values.shape[1:] != self.input_shape:
+            raise ValueError(
+                f"{argument} has shape {values.shape}, but the model was trained on inputs of shape "
+                f"[num_examples, {', '.join(map(str, self.input_shape))}]: pass the same features in the same order."
+            )
+        scaled = self.inputs.transform(values)
+        if len(scaled) and not bool((np.abs(scaled) < _LARGEST).all()):
+            row = int(np.argwhere(~(np.abs(scaled) < _LARGEST))[0][0])
+            raise ValueError(
+                f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
+                "another scale than in training; check their units."
+            )
+        return torch.from_numpy(scaled).to(dtype)
+
+    def encode_targets(
+        self, argument: str, y: Any, labels: Array | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Returns class indices, or scaled targets of shape ``[num_examples, num_outputs]``.
+
+        Args:
+            argument: How messages call it.
+            y: Labels or targets.
+            labels: Class labels in the order of the outputs, where each task has its own.
+            dtype: Of scaled targets.
+
+        Raises:
+            TypeError: If the values are of the wrong kind.
+            ValueError: If a label is unknown, the shape is wrong or a value is not finite.
+        """
+        if self.targets is not None:
+            values = read_targets(argument, to_array(y))
+            if values.shape[1] != self.num_outputs:
+                raise ValueError(
+                    f"{argument} has {values.shape[1]} columns, but the model was trained on {self.num_outputs} "
+                    "targets: pass the same ones."
+                )
+            return torch.from_numpy(self.targets.transform(values)).to(dtype)
+        labels = self.class_labels if labels is None else labels
+        assert labels is not None
+        return _to_indices(argument, read_labels(argument, to_array(y)), labels)
+
+    def labels_of_task(self, argument: str, y: Any) -> Array:
+        """Returns the class labels of one task in the order of the outputs.
+
+        Raises:
+            ValueError: If each task has classes of its own and these are not as many as the network has outputs.
+        """
+        if self.class_labels is not None:
+            return self.class_labels
+        found = np.unique(read_labels(argument, to_array(y)))
+        if len(found) != self.num_outputs:
+            raise ValueError(
+                f"{argument} has {len(found)} classes ({_shown(found)}), but the model tells {self.num_outputs} apart: "
+                f"give support examples of exactly {self.num_outputs} classes."
+            )
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """Returns all but the scales as JSON values."""
+        return {
+            "input_shape": list(self.input_shape),
+            "num_outputs": self.num_outputs,
+            "is_regression": self.is_regression,
+            "class_labels": None if self.class_labels is None else self.class_labels.tolist(),
+            "is_vector": self.is_vector,
+            "feature_names": None if self.feature_names is None else list(self.feature_names),
+            "task_column": self.task_column,
+            "target_columns": None if self.target_columns is None else list(self.target_columns),
+            "image_size": None if self.image_size is None else list(self.image_size),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the scales by name."""
+        named = {f"inputs/{name}": value for name, value in self.inputs._asdict().items()}
+        if self.targets is not None:
+            named |= {f"targets/{name}": value for name, value in self.targets._asdict().items()}
+        return named
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Preprocessing":
+        """Builds again what ``settings`` and ``tensors`` described."""
+
+        def scale(group: str) -> Standardizer:
+            return Standardizer(tensors[f"{group}/mean"], tensors[f"{group}/inverse_scale"])
+
+        def optional_tuple(name: str) -> Any:
+            return None if settings[name] is None else tuple(settings[name])
+
+        labels = settings["class_labels"]
+        return cls(
+            inputs=scale("inputs"),
+            input_shape=tuple(settings["input_shape"]),
+            num_outputs=settings["num_outputs"],
+            targets=scale("targets") if settings["is_regression"] else None,
+            class_labels=None if labels is None else np.array(labels),
+            is_vector=settings["is_vector"],
+            feature_names=optional_tuple("feature_names"),
+            task_column=settings["task_column"],
+            target_columns=optional_tuple("target_columns"),
+            image_size=optional_tuple("image_size"),
+        )
+
+
+def fit_preprocessing(
+    table: TaskTable, *, is_regression: bool, classes: ClassScope, num_ways: int | None
+) -> Preprocessing:
+    """Fits scales and labels on meta-training tasks.
+
+    Args:
+        table: The tasks.
+        is_regression: Whether targets are real numbers.
+        classes: Whether labels mean the same in all tasks.
+        num_ways: Classes of a task, if each has its own; None: the smallest number that a task has.
+
+    Raises:
+        TypeError: If labels or targets are of the wrong kind, or labels differ in kind between tasks.
+        ValueError: If all features are constant, there is a single class, or targets differ in number.
+    """
+    inputs = fit_standardizer([task.x for task in table.tasks])
+    if inputs.is_constant:
+        raise ValueError("every feature is constant over all training tasks: there is nothing to predict from.")
+    common: dict[str, Any] = {
+        "inputs": inputs,
+        "input_shape": tuple(table.tasks[0].x.shape[1:]),
+        "feature_names": table.feature_names,
+        "task_column": table.task_column,
+        "target_columns": table.target_columns,
+    }
+    if is_regression:
+        values = [read_targets(f"y of task {task.name!r}", task.y) for task in table.tasks]
+        for task, targets in zip(table.tasks, values, strict=True):
+            if targets.shape[1] != values[0].shape[1]:
+                raise ValueError(
+                    f"task {task.name!r} has {targets.shape[1]} targets, task {table.tasks[0].name!r} has "
+                    f"{values[0].shape[1]}: all tasks need the same."
+                )
+        return Preprocessing(
+            **common,
+            targets=fit_standardizer(values, keep_constant=True),
+            num_outputs=values[0].shape[1],
+            is_vector=all(task.y.ndim == 1 for task in table.tasks),
+        )
+    labels = [read_labels(f"y of task {task.name!r}", task.y) for task in table.tasks]
+    for task, found in zip(table.tasks, labels, strict=True):
+        if (found.dtype.kind == "U") != (labels[0].dtype.kind == "U"):
+            raise TypeError(
+                f"task {task.name!r} has labels of dtype {found.dtype}, task {table.tasks[0].name!r} of "
+                f"{labels[0].dtype}: convert all to one type."
+            )
+    if classes == "shared":
+        known = np.unique(np.concatenate(labels))
+        if len(known) < 2:
+            raise ValueError(
+                f"all training tasks have the single class {known[0].item()!r}: there is nothing to tell apart. For "
+                "real targets use likelihood='gaussian'."
+            )
+        return Preprocessing(**common, class_labels=known, num_outputs=len(known))
+    numbers = [len(np.unique(found)) for found in labels]
+    ways = min(numbers) if num_ways is None else num_ways
+    if ways < 2:
+        raise ValueError(
+            f"task {table.tasks[int(np.argmin(numbers))].name!r} has a single class, and classes='per_task' needs at "
+            "least 2 in every task: drop it."
+        )
+    return Preprocessing(**common, num_outputs=ways)
+
+
+def encode_tasks(preprocessing: Preprocessing, table: TaskTable, *, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    """Returns the tasks as tensors; classes of each task's own are numbered in sorted order.
+
+    Raises:
+        ValueError: If a task does not fit what training had.
+    """
+    batches: list[Batch] = []
+    for task in table.tasks:
+        argument = f"y of task {task.name!r}"
+        labels = None
+        if not preprocessing.is_regression and preprocessing.class_labels is None:
+            labels = np.unique(read_labels(argument, task.y))
+        batches.append(
+            Batch(
+                preprocessing.encode_inputs(f"X of task {task.name!r}", task.x, dtype=dtype),
+                preprocessing.encode_targets(argument, task.y, labels, dtype=dtype),
+            )
+        )
+    return batches
+
+
+def _to_indices(argument: str, y: Array, labels: Array) -> Tensor:
+    if (y.dtype.kind == "U") != (labels.dtype.kind == "U"):
+        raise TypeError(f"{argument} has labels of dtype {y.dtype}, but the model's classes are {_shown(labels)}.")
+    unknown = ~np.isin(y, labels)
+    if bool(unknown.any()):
+        raise ValueError(
+            f"{argument} has the label {y[unknown][0].item()!r} (row {int(np.argmax(unknown))}), but the classes are "
+            f"{_shown(labels)}: for classes that differ from task to task use classes='per_task'."
+        )
+    return torch.from_numpy(np.searchsorted(labels, y).astype(np.int64))
+
+
+def _shown(labels: Sequence[Any] | Array) -> str:
+    values = [repr(value) for value in np.asarray(labels).tolist()]
+    return ", ".join(values[:8]) + (f", ... ({len(values)} in all)" if len(values) > 8 else "")

@@ -1,0 +1,44 @@
+"""Temperatures that are known."""
+
+import math
+
+import pytest
+import torch
+
+from ibaml.calibration import fit_temperature
+from ibaml.prediction import ClassPrediction, RegressionPrediction
+
+
+def test_class_probabilities_that_are_too_sure_by_a_known_factor():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator, dtype=torch.float64) * 1.5
+    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    prediction = ClassPrediction(torch.log_softmax(3 * logits, -1).unsqueeze(0))
+    temperature = fit_temperature([prediction], [labels])
+    # Where the nll is least in the inverse temperature, the mean logit under the prediction is that of the labels.
+    probs = prediction.tempered(temperature).probs
+    assert float((probs * logits).sum(-1).mean()) == pytest.approx(
+        float(logits.gather(1, labels.unsqueeze(1)).mean()), abs=1e-4
+    )
+    assert temperature == pytest.approx(3, rel=0.1)
+
+
+def test_gaussian_predictions_have_a_closed_form():
+    generator = torch.Generator().manual_seed(1)
+    targets = [4 * torch.randn(n, 1, generator=generator, dtype=torch.float64) for n in (5, 50)]
+    predictions = [RegressionPrediction(torch.zeros(1, len(y), 1).double(), torch.ones(1).double()) for y in targets]
+    # Each task weighs the same: the variance is the mean over tasks of the mean square.
+    expected = math.sqrt(sum(float((y**2).mean()) for y in targets) / 2)
+    assert fit_temperature(predictions, targets) == pytest.approx(expected, rel=1e-5)
+
+
+def test_tempering_keeps_the_mean_and_scales_the_deviation():
+    prediction = RegressionPrediction(torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(2)), torch.ones(2))
+    sharper = prediction.tempered(0.5)
+    torch.testing.assert_close(sharper.mean, prediction.mean)
+    torch.testing.assert_close(sharper.total_uncertainty, 0.25 * prediction.total_uncertainty)
+
+
+def test_nothing_to_calibrate_on():
+    with pytest.raises(ValueError, match="calibration needs at least one task"):
+        fit_temperature([], [])

@@ -1,0 +1,533 @@
+"""MetaLearner on data: arrays, tables and image folders in, predictions in the data's own terms out."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+
+from ibaml import MetaLearner, NotFittedError, SplitSettings, tree
+from ibaml.checkpoint import save_tensors
+from ibaml.data import SinusoidTasks
+from ibaml.data_prediction import LabelledPrediction, TargetPrediction
+from ibaml.defaults import table_algorithm
+from ibaml.networks import MLP
+from ibaml.saved_model import MODEL, SETTINGS, read_model
+from ibaml.task_sources import prepare
+from ibaml.trainer import TrainerSettings
+
+STEPS = 3
+
+
+def pairs(num_tasks: int = 6, *, regression: bool = False, seed: int = 0, labels=("inactive", "active")):
+    rng = np.random.default_rng(seed)
+    tasks = []
+    for _ in range(num_tasks):
+        x = rng.normal(size=(int(rng.integers(8, 20)), 2)) * [1.0, 1e9] + [5.0, 3e9]
+        score = (x[:, 0] - 5) * rng.normal(1, 0.5) + (x[:, 1] - 3e9) / 1e9
+        y = 100 * score + 1000 + rng.normal(size=len(x)) if regression else np.array(labels)[(score > 0).astype(int)]
+        tasks.append((x, y))
+    return tasks
+
+
+def long_table(num_tasks: int = 5, **arguments) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame({"school": f"s{index}", "age": x[:, 0], "income": x[:, 1], "score": y})
+        for index, (x, y) in enumerate(pairs(num_tasks, **arguments))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> MetaLearner:
+    return MetaLearner().fit(pairs(), num_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def regressor() -> MetaLearner:
+    return MetaLearner(likelihood="gaussian").fit(pairs(regression=True), num_steps=STEPS)
+
+
+# Arrays in, arrays out
+
+
+def test_classes_by_name(classifier):
+    (x, y), *_ = pairs(seed=1)
+    prediction = classifier.adapt(x[:5], y[:5]).predict(x[5:])
+    assert isinstance(prediction, LabelledPrediction)
+    assert prediction.classes.tolist() == ["active", "inactive"]
+    assert all(isinstance(value, np.ndarray) for value in (prediction.probs, prediction.labels, prediction.epistemic))
+    np.testing.assert_allclose(prediction.probs.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(prediction.log_probs, np.log(prediction.probs), rtol=1e-4)
+    assert (prediction.labels == prediction.classes[prediction.probs.argmax(1)]).all()
+    np.testing.assert_allclose(
+        prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic, rtol=1e-4, atol=1e-6
+    )
+    assert prediction.samples().shape == (50, len(x) - 5, 2)
+
+
+def test_tensors_give_tensors_and_the_same_numbers(classifier, regressor):
+    (x, y), *_ = pairs(seed=1)
+    arrays = classifier.adapt(x[:5], y[:5]).predict(x[5:])
+    tensors = classifier.adapt(torch.tensor(x[:5]), y[:5]).predict(torch.tensor(x[5:]))
+    assert isinstance(tensors.probs, torch.Tensor) and isinstance(tensors.labels, np.ndarray)
+    np.testing.assert_array_equal(tensors.probs.numpy(), arrays.probs)
+    (x, y), *_ = pairs(seed=1, regression=True)
+    tensors = regressor.adapt(torch.tensor(x), torch.tensor(y)).predict(torch.tensor(x))
+    assert isinstance(tensors.mean, torch.Tensor) and isinstance(tensors.interval()[0], torch.Tensor)
+
+
+def test_regression_is_in_the_units_of_the_targets(regressor):
+    (x, y), *_ = pairs(seed=1, regression=True)
+    prediction = regressor.adapt(x[:5], y[:5]).predict(x[5:])
+    assert isinstance(prediction, TargetPrediction)
+    assert prediction.mean.shape == y[5:].shape and prediction.mean.dtype == np.float64
+    assert abs(prediction.mean.mean() - 1000) < 500
+    np.testing.assert_allclose(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic)
+    np.testing.assert_allclose(prediction.standard_deviation**2, prediction.total_uncertainty)
+    low, high = prediction.interval(0.8)
+    assert (low < prediction.mean).all() and (prediction.mean < high).all()
+    np.testing.assert_array_equal(prediction.quantile(0.9), high)
+    assert prediction.samples().shape == (50, len(x) - 5)
+    # The same numbers by hand: scale, predict, scale back.
+    targets = regressor.preprocessing.targets
+    noise = regressor.meta_parameters.shared["likelihood.log_noise_variance"].double().exp() * targets.scale**2
+    np.testing.assert_allclose(prediction.aleatoric, np.full(len(x) - 5, float(noise)))
+
+
+def test_units_do_not_matter():
+    """A change of units in training and use changes predictions by the same units and nothing else."""
+    plain = pairs(regression=True)
+    other = [(x * [1e-3, 1e-9] + [7.0, 0.0], 0.01 * y - 3) for x, y in plain]
+    (x, y), (u, v) = plain[0], other[0]
+    predictions = [
+        MetaLearner(likelihood="gaussian").fit(tasks, num_steps=2).adapt(a[:4], b[:4]).predict(a[4:])
+        for tasks, a, b in ((plain, x, y), (other, u, v))
+    ]
+    np.testing.assert_allclose(predictions[1].mean, 0.01 * predictions[0].mean - 3, rtol=1e-3)
+    np.testing.assert_allclose(predictions[1].standard_deviation, 0.01 * predictions[0].standard_deviation, rtol=1e-3)
+
+
+def test_several_targets():
+    tasks = [(x, np.stack([y, -y], 1)) for x, y in pairs(regression=True)]
+    learner = MetaLearner(likelihood="gaussian").fit(tasks, num_steps=2)
+    prediction = learner.adapt(*tasks[0]).predict(tasks[0][0])
+    assert prediction.mean.shape == (len(tasks[0][0]), 2)
+    with pytest.raises(ValueError, match="y_support has 1 columns, but the model was trained on 2 targets"):
+        learner.adapt(tasks[0][0], tasks[0][1][:, 0])
+
+
+def test_three_classes_and_classes_of_each_task():
+    rng = np.random.default_rng(0)
+    tasks = []
+    for index in range(5):
+        y = np.arange(18) % 3
+        tasks.append((rng.normal(size=(18, 2)) + y[:, None], np.array([f"{index}{name}" for name in "abc"])[y]))
+    with pytest.raises(
+        ValueError, match=r"y_support has the label '9a' .*for classes that differ from task to task use"
+    ):
+        MetaLearner().fit(tasks, num_steps=1).adapt(tasks[0][0][:3], ["9a", "9b", "9c"])
+    learner = MetaLearner(classes="per_task").fit(tasks, num_steps=2)
+    prediction = learner.adapt(tasks[0][0][:6], ["9a", "9b", "9c"] * 2).predict(tasks[0][0])
+    assert prediction.classes.tolist() == ["9a", "9b", "9c"] and prediction.probs.shape == (18, 3)
+    with pytest.raises(ValueError, match="y_support has 2 classes .'x', 'y'., but the model tells 3 apart"):
+        learner.adapt(tasks[0][0][:2], ["x", "y"])
+    assert learner.evaluate(tasks[:3]).keys() >= {"accuracy", "nll", "ece"}
+    with pytest.raises(ValueError, match="task '0' has a single class, and classes='per_task' needs at least 2"):
+        MetaLearner(classes="per_task").fit([(tasks[0][0], ["a"] * 18)], num_steps=1)
+
+
+def test_a_long_table_from_end_to_end(tmp_path):
+    table = long_table(regression=True)
+    learner = MetaLearner(likelihood="gaussian").fit(table, 0.2, task="school", target="score", num_steps=STEPS)
+    new = long_table(2, regression=True, seed=3)
+    report = learner.evaluate(new)
+    assert report.keys() == {"mse", "nll", "coverage_90"} and report["mse"].num_tasks == 2
+    own = new[new.school == "s0"]
+    shuffled = own[["score", "income", "age", "school"]]
+    posterior = learner.adapt(own.iloc[:4], own.score.iloc[:4])
+    first, second = posterior.predict(own.iloc[4:]), posterior.predict(shuffled.iloc[4:])
+    np.testing.assert_array_equal(first.mean, second.mean)
+    with pytest.raises(ValueError, match="x_query has no column income; its columns are school, age"):
+        posterior.predict(own[["school", "age"]])
+
+
+def test_held_out_tasks_do_not_reach_the_scales():
+    tasks = pairs(8)
+    learner = MetaLearner().fit(tasks, 0.25, num_steps=1)
+    means = [
+        np.concatenate([x for index, (x, _) in enumerate(tasks) if index not in held_out]).mean(0)
+        for held_out in [(i, j) for i in range(8) for j in range(i)]
+    ]
+    found = learner.preprocessing.inputs.mean.numpy()
+    assert sum(np.allclose(found, mean, rtol=1e-12) for mean in means) == 1
+    again = MetaLearner().fit(tasks, 0.25, num_steps=1).preprocessing.inputs.mean
+    assert torch.equal(again, learner.preprocessing.inputs.mean)
+    for share, message in ((1.5, "must be between 0 and 1"), (0.99, "leaves none for training")):
+        with pytest.raises(ValueError, match=message):
+            MetaLearner().fit(tasks, share, num_steps=1)
+
+
+def test_validation_tasks_of_unequal_size():
+    learner = MetaLearner().fit(pairs(), pairs(8, seed=9), num_steps=2)
+    assert learner.training_result.best_step == 2
+
+
+# Warm adaptation
+
+
+def test_an_update_is_adaptation_to_all_data():
+    """Bayesian linear regression: at once or in parts, the converged posterior is the closed form of all data."""
+    tasks = pairs(regression=True)
+    algorithm = dataclasses.replace(
+        table_algorithm("ibaml", (2,)), num_samples=60, num_inner_steps=120, inner_learning_rate=0.06
+    )
+    network = MLP(1, input_shape=2, hidden_sizes=()).double()
+    learner = MetaLearner(network, algorithm, "gaussian").fit(
+        tasks, num_steps=1, settings=TrainerSettings(tasks_per_step=1)
+    )
+    x, y = tasks[0]
+    design = learner.preprocessing.encode_inputs("x", x, dtype=torch.float64)
+    design = torch.cat([design, torch.ones(len(x), 1).double()], 1)
+    target = learner.preprocessing.encode_targets("y", y, dtype=torch.float64)[:, 0]
+    prior, shared = learner.meta_parameters
+    precision = torch.cat([-prior.log_var["head.weight"][0], -prior.log_var["head.bias"]]).exp()
+    mean = torch.cat([prior.mean["head.weight"][0], prior.mean["head.bias"]])
+    noise = shared["likelihood.log_noise_variance"].exp()
+    full = design.T @ design / noise + precision.diag()
+    expected = torch.linalg.solve(full, precision * mean + design.T @ target / noise)
+
+    early = learner.adapt(x[:3], y[:3])
+    at_once, late = learner.adapt(x, y), early.update(x[3:], y[3:])
+    assert early.num_support == 3 and late.num_support == at_once.num_support == len(x)
+    for posterior in (at_once, late):
+        found = torch.cat([posterior.value.mean["head.weight"][0], posterior.value.mean["head.bias"]])
+        variance = torch.cat([posterior.value.log_var["head.weight"][0], posterior.value.log_var["head.bias"]]).exp()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+        # Up to the Monte Carlo error of 60 samples, correlated over weights.
+        torch.testing.assert_close(variance, 1 / full.diagonal(), rtol=0.4, atol=0)
+    assert (early.value.mean["head.weight"] - at_once.value.mean["head.weight"]).abs().max() > 0.05
+
+
+def test_an_update_starts_where_the_posterior_was(classifier):
+    x, y = pairs(seed=2)[0]
+    posterior = classifier.adapt(x[:6], y[:6])
+    before = tree.ravel(posterior.value)[0].clone()
+    again = posterior.update(x[6:], y[6:])
+    assert torch.equal(tree.ravel(posterior.value)[0], before)
+    assert again.grad_norm < classifier.adapt(x, y).grad_norm
+    with pytest.raises(ValueError, match="y_support has the label 'other'"):
+        posterior.update(x[:1], ["other"])
+
+
+# Calibration
+
+
+def test_calibration_lowers_the_nll_of_its_tasks_and_is_saved(tmp_path, regressor):
+    learner = MetaLearner(likelihood="gaussian").fit(pairs(regression=True), num_steps=STEPS)
+    held_out = pairs(12, regression=True, seed=5)
+    before = learner.evaluate(held_out)["nll"].mean
+    assert learner.calibrate(held_out) is learner and learner.calibration_temperature != 1
+    after = learner.evaluate(held_out)["nll"].mean
+    assert after < before - 0.01
+    learner.save(tmp_path)
+    loaded = MetaLearner.load(tmp_path)
+    assert loaded.calibration_temperature == learner.calibration_temperature
+    assert loaded.evaluate(held_out)["nll"].mean == after
+    # Fitted again from the untempered predictions, not on top of the last temperature.
+    temperature = learner.calibration_temperature
+    assert learner.calibrate(held_out).calibration_temperature == temperature
+    assert learner.fit(pairs(regression=True), num_steps=1).calibration_temperature == 1
+
+
+def test_calibration_on_a_sampler():
+    tasks = SinusoidTasks(num_shots=4, num_queries=5)
+    learner = MetaLearner(MLP(1, input_shape=1, hidden_sizes=(5,)), likelihood="gaussian").fit(tasks, num_steps=1)
+    before = learner.evaluate(tasks, num_tasks=5, seed=3)["nll"].mean
+    learner.calibrate(tasks, num_tasks=5, seed=3)
+    assert learner.evaluate(tasks, num_tasks=5, seed=3)["nll"].mean < before
+    with pytest.raises(TypeError, match="the model was fitted on tensors, but tasks is a list"):
+        learner.calibrate(pairs())
+
+
+# scikit-learn's conventions
+
+
+def test_clone_keeps_the_settings_and_forgets_the_fit(classifier):
+    network = MLP(2, input_shape=2, hidden_sizes=(4,))
+    for learner in (classifier, MetaLearner(network, "maml", adapt=["head.*"], freeze=("features.*",), seed=3)):
+        copied = clone(learner)
+        parameters = copied.get_params()
+        assert parameters.keys() == learner.get_params().keys()
+        assert {k: v for k, v in parameters.items() if k != "network"} == {
+            k: v for k, v in learner.get_params().items() if k != "network"
+        }
+        with pytest.raises(NotFittedError):
+            copied.adapt([[0.0, 1.0]], ["active"])
+
+
+def test_a_clone_fits_to_the_same_bits(classifier):
+    again = clone(classifier).fit(pairs(), num_steps=STEPS)
+    assert torch.equal(tree.ravel(again.meta_parameters)[0], tree.ravel(classifier.meta_parameters)[0])
+
+
+def test_set_params():
+    learner = MetaLearner().fit(pairs(), num_steps=1).set_params(likelihood="gaussian", seed=4)
+    assert learner.seed == 4 and learner.get_params()["likelihood"] == "gaussian"
+    with pytest.raises(NotFittedError, match="has not been fitted"):
+        _ = learner.model
+    with pytest.raises(ValueError, match="MetaLearner has no parameter sed; there are network, algorithm"):
+        learner.set_params(sed=1)
+    with pytest.raises(ValueError, match="classes must be 'shared' or 'per_task', but is 'own'"):
+        learner.set_params(classes="own")
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, names in (("train", "abcd"), ("new", "xy"), ("query", [""])):
+        for index, name in enumerate(names):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(4):
+                pixels = (rng.integers(0, 100, (16, 16)) + 40 * index).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def test_a_folder_of_class_folders(image_folder, tmp_path):
+    splits = SplitSettings(num_ways=2, num_shots=1, num_query_images=2, channels=1)
+    learner = MetaLearner(algorithm="maml").fit(str(image_folder / "train"), splits=splits, num_steps=1)
+    assert learner.preprocessing.input_shape == (1, 16, 16)
+    assert learner.evaluate(image_folder / "new", num_tasks=2).keys() >= {"accuracy", "ece_pooled"}
+    x = np.zeros((4, 1, 16, 16), np.uint8)
+    prediction = learner.adapt(x, ["x", "y", "x", "y"]).predict(x)
+    assert prediction.classes.tolist() == ["x", "y"]
+    learner.save(tmp_path)
+    again = MetaLearner.load(tmp_path).adapt(x, ["x", "y", "x", "y"]).predict(x)
+    np.testing.assert_array_equal(again.probs, prediction.probs)
+    held_out = MetaLearner(algorithm="maml").fit(image_folder / "train", 0.5, splits=splits, num_steps=1)
+    assert held_out.training_result.best_step == 1
+    with pytest.raises(ValueError, match="a folder of class folders holds classes: use likelihood='categorical'"):
+        MetaLearner(likelihood="gaussian").fit(image_folder / "train", num_steps=1)
+
+
+def test_a_folder_for_a_model_of_tables(classifier, tmp_path):
+    with pytest.raises(ValueError, match="is the folder .*, but the model was not trained on images"):
+        classifier.evaluate(tmp_path)
+
+
+# Saved models
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_saved_model_predicts_the_same(tmp_path, regression, classifier, regressor):
+    learner = regressor if regression else classifier
+    learner.save(tmp_path)
+    (x, y), *_ = pairs(seed=4, regression=regression)
+    first, second = (one.adapt(x[:5], y[:5]).predict(x) for one in (learner, MetaLearner.load(tmp_path)))
+    np.testing.assert_array_equal(first.samples(), second.samples())
+    if not regression:
+        assert second.classes.tolist() == ["active", "inactive"]
+
+
+def test_the_settings_are_there_to_read(tmp_path, classifier):
+    classifier.save(tmp_path)
+    settings = json.loads((tmp_path / SETTINGS).read_text())
+    assert settings["versions"].keys() == {"ibaml", "torch", "numpy", "safetensors"}
+    assert len(settings["tensors_sha256"]) == 64
+    assert settings["preprocessing"]["class_labels"] == ["active", "inactive"]
+
+
+@pytest.mark.parametrize("name", [MODEL, SETTINGS])
+def test_every_changed_byte_is_noticed(tmp_path, classifier, name):
+    classifier.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    for position in {*range(0, len(content), 97), 0, len(content) - 1}:
+        changed = bytearray(content)
+        changed[position] ^= 1
+        (tmp_path / name).write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged|truncated|newer|was changed|no saved"):
+            read_model(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    read_model(tmp_path)
+
+
+def test_incomplete_newer_and_foreign_models(tmp_path, classifier):
+    classifier.save(tmp_path)
+    tensors, settings = read_model(tmp_path)
+    (tmp_path / SETTINGS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.json, which belongs to model\.safetensors"):
+        MetaLearner.load(tmp_path)
+    save_tensors(tmp_path / MODEL, tensors, {**settings, "model_format": 3, "versions": {"ibaml": "9.9"}})
+    with pytest.raises(
+        ValueError, match=r"has model format 3, but this version .* written by ibaml 9\.9; update ibaml"
+    ):
+        MetaLearner.load(tmp_path)
+
+
+def test_models_of_the_first_format_are_still_read(tmp_path):
+    tasks = SinusoidTasks(num_shots=4, num_queries=5)
+    learner = MetaLearner(MLP(1, input_shape=1, hidden_sizes=(5,)), likelihood="gaussian").fit(tasks, num_steps=1)
+    learner.save(tmp_path)
+    tensors, settings = read_model(tmp_path)
+    old = ("version", "network", "algorithm", "likelihood", "adapt", "freeze")
+    save_tensors(tmp_path / MODEL, tensors, {name: settings[name] for name in old})
+    (tmp_path / SETTINGS).unlink()
+    loaded = MetaLearner.load(tmp_path)
+    assert torch.equal(tree.ravel(loaded.meta_parameters)[0], tree.ravel(learner.meta_parameters)[0])
+
+
+# Bad input: what works and what is refused
+
+
+def good(n: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    x = np.random.default_rng(n).normal(size=(n, 2))
+    return x, np.array(["n", "y"])[np.arange(n) % 2]
+
+
+def read_only(x: np.ndarray) -> np.ndarray:
+    x.setflags(write=False)
+    return x
+
+
+X, Y = good()
+BAD_INPUT = [
+    # what, tasks beside a good one, and the message; None: it works
+    ("a task with a single class", (X, ["y"] * 8), None),
+    ("duplicate rows", (np.concatenate([X, X]), np.concatenate([Y, Y])), None),
+    ("one task on a scale of 1e9", (X * 1e9, Y), None),
+    ("a constant feature in one task", (X * [1, 0], Y), None),
+    ("not contiguous", (np.asfortranarray(X)[::-1], Y[::-1]), None),
+    ("read-only", (read_only(X.copy()), Y), None),
+    ("lists", (X.tolist(), Y.tolist()), None),
+    ("float16", (X.astype(np.float16), Y), None),
+    ("integers", ((10 * X).astype(int), Y), None),
+    ("booleans", (X > 0.3, Y), None),
+    ("mixed dtypes in a DataFrame", (pd.DataFrame({"0": X[:, 0], "1": X[:, 1] > 0}), Y), None),
+    ("tensors", (torch.tensor(X), Y), None),
+    ("NaN", (X * np.nan, Y), "X of task '1' has 16 missing (NaN) or infinite values"),
+    ("infinity", (X + [np.inf, 0], Y), "X of task '1' has 8 missing (NaN) or infinite values"),
+    ("another number of features", (X[:, :1], Y), "task '1' has inputs of shape (1,), task '0' of (2,)"),
+    ("a vector", (X[:, 0], Y), "X of task '1' has shape (8,), but expected [num_examples, num_features]"),
+    ("text", (X.astype(str), Y), "X of task '1' has dtype"),
+    ("no examples", (X[:0], Y[:0]), "task '1' has no examples"),
+    ("one example", (X[:1], Y[:1]), "task '1' has 1 examples; a split needs at least 1 for the support and 1 for the"),
+    ("only copies of one row", (X[[0] * 8], ["y"] * 8), "task '1' has 8 examples, 7 of them copies of others"),
+    ("fewer labels than rows", (X, Y[:3]), "task '1' has 8 examples in X, but 3 targets in y"),
+    ("missing labels", (X, [None, *Y[1:]]), "y of task '1' has 1 missing labels"),
+    ("labels of another type", (X, [0, 1] * 4), "task '1' has labels of dtype int64, task '0' of <U1"),
+    ("labels in a column", (X, Y[:, None]), "y of task '1' has shape (8, 1), but expected one class label per example"),
+]
+
+
+@pytest.mark.parametrize(("task", "message"), [case[1:] for case in BAD_INPUT], ids=[case[0] for case in BAD_INPUT])
+def test_bad_input_to_fit(task, message):
+    learner = MetaLearner()
+    tasks = [(pd.DataFrame(X, columns=["0", "1"]) if isinstance(task[0], pd.DataFrame) else good(9)[0][:8], Y), task]
+    if message is None:
+        learner.fit(tasks, num_steps=1)
+        assert np.isfinite(learner.adapt(X[:4], Y[:4]).predict(X).probs).all()
+    else:
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            learner.fit(tasks, num_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "likelihood", "message"),
+    [
+        ([(X * 0, Y)], "categorical", "every feature is constant over all training tasks: there is nothing to predict"),
+        ([(X, ["y"] * 8)], "categorical", "all training tasks have the single class 'y'"),
+        ([(X, X[:, 0])], "categorical", "labels that are no whole numbers, such as"),
+        ([(X, Y)], "gaussian", "y of task '0' has dtype <U1, but expected real numbers"),
+        ([(X, X[:, 0]), (X, X)], "gaussian", "task '1' has 2 targets, task '0' has 1"),
+    ],
+)
+def test_tasks_that_cannot_be_learned_from(tasks, likelihood, message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        MetaLearner(likelihood=likelihood).fit(tasks, num_steps=1)
+
+
+def test_columns_belong_to_tables():
+    tasks = SinusoidTasks(num_shots=4, num_queries=5)
+    learner = MetaLearner(MLP(1, input_shape=1), likelihood="gaussian")
+    with pytest.raises(TypeError, match="task, target and features name columns of a pandas DataFrame: leave them out"):
+        learner.fit(tasks, task="school", num_steps=1)
+    with pytest.raises(ValueError, match="a share of validation tasks needs data"):
+        learner.fit(tasks, 0.2, num_steps=1)
+
+
+ADAPT = [
+    ("no examples", X[:0], Y[:0], "the support is empty; expected at least one example"),
+    ("NaN", X * np.nan, Y, "x_support has 16 missing (NaN) or infinite values"),
+    ("another number of features", X[:, :1], Y, "x_support has shape (8, 1), but the model was trained on inputs of"),
+    ("an unknown label", X, ["z"] * 8, "y_support has the label 'z' (row 0), but the classes are 'active', 'inactive'"),
+    ("numbers for strings", X, [0, 1] * 4, "y_support has labels of dtype int64, but the model's classes are 'active'"),
+    ("far beyond float32", X * 1e200, ["active"] * 8, "x_support has values beyond the range of float32 after scaling"),
+    ("fewer labels", X, ["active"], "the task's support has 8 inputs and 1 targets"),
+]
+
+
+@pytest.mark.parametrize(("x", "y", "message"), [case[1:] for case in ADAPT], ids=[case[0] for case in ADAPT])
+def test_bad_input_to_adapt(classifier, x, y, message):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        classifier.adapt(x, y)
+
+
+def test_adaptation_to_one_class_and_to_constant_inputs_works(classifier):
+    prediction = classifier.adapt(X[:3], ["active"] * 3).predict(X)
+    assert (prediction.labels == "active").mean() > 0.5
+    assert np.isfinite(classifier.adapt(np.ones((3, 2)), ["active"] * 3).predict(X).probs).all()
+
+
+def test_a_large_support_works_and_one_beyond_memory_says_so(classifier, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50_000, 2))
+    labels = np.array(["active", "inactive"])[(x[:, 0] > 0).astype(int)]
+    assert classifier.adapt(x, labels).num_support == 50_000
+
+    def adapt(*arguments: object, **settings: object) -> None:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8e12 bytes."
+        )
+
+    monkeypatch.setattr(type(classifier.algorithm), "adapt", adapt)
+    with pytest.raises(MemoryError, match="adapting to 3 support examples at once does not fit into memory: pass a"):
+        classifier.adapt(X[:3], ["active"] * 3)
+
+
+def test_numpy_for_a_learner_of_tensors():
+    tasks = SinusoidTasks(num_shots=4, num_queries=5)
+    learner = MetaLearner(MLP(1, input_shape=1, hidden_sizes=(5,)), likelihood="gaussian").fit(tasks, num_steps=1)
+    x = np.linspace(-1, 1, 6, dtype=np.float32)[:, None]
+    arrays = learner.adapt(x, x).predict(read_only(x[::-1]))
+    assert isinstance(arrays.mean, np.ndarray) and arrays.mean.shape == (6, 1)
+    tensors = learner.adapt(torch.tensor(x), torch.tensor(x)).predict(torch.tensor(x[::-1].copy()))
+    np.testing.assert_array_equal(arrays.mean, tensors.mean.numpy())
+
+
+def test_small_validation_tasks_are_left_out_of_the_score():
+    rng = np.random.default_rng(0)
+    tasks = [(rng.normal(size=(n, 2)), np.arange(n) % 2) for n in (3, 12, 12, 12, 13, 40)]
+    source = prepare(
+        tasks,
+        tasks,
+        is_regression=False,
+        classes="shared",
+        splits=SplitSettings(),
+        seed=0,
+        dtype=torch.float32,
+        columns={},
+    )
+    assert source.validation.names == ("1", "2", "3", "4", "5")
+    for seed in range(5):
+        episode = source.validation.sample(2, generator=torch.Generator().manual_seed(seed))
+        assert episode.support.x.shape == (2, 6, 2) and episode.query.x.shape == (2, 6, 2)
