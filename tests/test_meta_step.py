@@ -186,6 +186,26 @@ def test_shared_network_parameters_are_learned_all_the_same() -> None:
     assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
+@pytest.mark.parametrize("name", ["maml", "ibaml", "ibaml with abml's outer loss"])
+def test_passing_examples_in_parts_gives_the_same_gradients(name: str) -> None:
+    model, episodes = conv_problem(norm="group")
+    algorithm = make_algorithm(ALGORITHMS[name][0], num_inner_steps=2, **ALGORITHMS[name][1])
+    meta, noises = start(model, algorithm)
+    in_parts = MetaGradient(model, algorithm, max_examples_per_pass=4)(meta, episodes, noises)
+    assert_equal(in_parts, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+
+
+def test_parts_that_cannot_be_are_refused() -> None:
+    algorithm = make_algorithm("maml")
+    batch_norm, group_norm = (conv_problem(norm=norm)[0] for norm in ("batch", "group"))
+    with pytest.raises(ValueError, match=r"max_examples_per_pass is 4, but features\.1 \(BatchNorm2d\) normalises all"):
+        MetaGradient(batch_norm, algorithm, max_examples_per_pass=4)
+    with pytest.raises(ValueError, match="max_examples_per_pass must be at least 1 or None, but is 0"):
+        MetaGradient(group_norm, algorithm, max_examples_per_pass=0)
+    with pytest.raises(ValueError, match="max_examples_per_pass needs fast=True"):
+        MetaGradient(group_norm, algorithm, max_examples_per_pass=4, fast=False)
+
+
 @pytest.mark.slow
 def test_compiled_programs_give_the_same_gradients() -> None:
     model, episodes = regression_problem()

@@ -48,6 +48,13 @@ class MetaGradient:
             convolutions, else all. 1: a plain loop.
         fast: False differentiates the network by ``torch.func`` and nothing else.
         compile: With ``fast``: fuse the programs' elementwise operations by TorchInductor.
+        max_examples_per_pass: With ``fast``: pass at most so many examples through the network at a time and add up
+            gradients and products, so that a support or query set may be larger than memory. The predictive nll as
+            outer loss takes its query set at once. None: no limit.
+
+    Raises:
+        ValueError: If ``max_examples_per_pass`` is given without ``fast``, is below 1, or the network has batch
+            normalisation, under which examples do not stand alone.
 
     Cost:
         For each task what its algorithm costs. The first call for new shapes also writes the programs, a second or
@@ -62,10 +69,21 @@ class MetaGradient:
         tasks_per_chunk: int | None = None,
         fast: bool = True,
         compile: bool = False,  # noqa: A002 - torch's word
+        max_examples_per_pass: int | None = None,
     ) -> None:
+        if max_examples_per_pass is not None and not fast:
+            raise ValueError("max_examples_per_pass needs fast=True: without programs every part keeps its graph.")
         self._model = model
         self._algorithm = algorithm
-        self._traced = TracedNll(model, num_kept=algorithm.num_samples, compile=compile) if fast else None
+        self._traced = None
+        if fast:
+            self._traced = TracedNll(
+                model,
+                # A limit on examples is a limit on memory.
+                num_kept=algorithm.num_samples if max_examples_per_pass is None else 1,
+                compile=compile,
+                max_examples=max_examples_per_pass,
+            )
         if tasks_per_chunk is None and self._traced is not None and self._traced.is_convolutional:
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk

@@ -61,6 +61,8 @@ class TrainerSettings:
             convolutions, which gain nothing from more, else all of a step.
         fast: False switches off all that ``ibaml.meta_step`` does for speed; results agree up to rounding.
         compile: Compile the network's passes as well: on CUDA 1.5 times faster each, after a minute of compiling.
+        max_examples_per_pass: Pass at most so many examples of a task through the network at a time, for support sets
+            larger than memory; not with batch normalisation.
         draws: None: a step's tasks and noise come one after the other from one generator, and of several processes each
             draws all of them. ``"per_task"``: each task has a generator of its own, seeded from that one, and a process
             draws only its share, which many processes need (docs/scaling.md); other tasks than with None.
@@ -80,6 +82,7 @@ class TrainerSettings:
     tasks_per_chunk: int | None = None
     fast: bool = True
     compile: bool = False
+    max_examples_per_pass: int | None = None
     draws: Literal["per_task"] | None = None
     seed: int = 0
 
@@ -93,7 +96,7 @@ class TrainerSettings:
             "checkpoint_every",
             "log_every",
         )
-        for field in (*counts, "tasks_per_chunk"):
+        for field in (*counts, "tasks_per_chunk", "max_examples_per_pass"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, but is {value}.")
@@ -170,11 +173,7 @@ class Trainer:
         # The optimiser holds copies: it changes them in place, while the model's initial values are the user's.
         self._meta = tree.map(lambda leaf: leaf.clone(), self._meta)
         self._meta_gradient = MetaGradient(
-            self.model,
-            algorithm,
-            tasks_per_chunk=settings.tasks_per_chunk,
-            fast=settings.fast,
-            compile=settings.compile,
+            self.model, algorithm, **{name: getattr(settings, name) for name in _ONLY_HOW}
         )
         self._optimizer = torch.optim.Adam(self._parameter_groups())
         self._step = 0
@@ -584,6 +583,10 @@ def _group(parameters: list[Tensor], learning_rate: float) -> dict[str, Any]:
     return {"params": parameters, "lr": learning_rate, "initial_lr": learning_rate}
 
 
+_ONLY_HOW = ("fast", "compile", "tasks_per_chunk", "max_examples_per_pass")
+"""Settings of how the same numbers are computed."""
+
+
 def _plain(value: Any) -> Any:
     """Returns the value as JSON would return it: tuples become lists."""
     if isinstance(value, Mapping):
@@ -599,7 +602,7 @@ def first_difference(saved: Any, current: Any, path: str = "") -> str | None:
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             is_longer = key == "num_steps" and saved.get("schedule") == "constant"
-            if not (path == "trainer" and (is_longer or key in ("fast", "compile", "tasks_per_chunk"))):
+            if not (path == "trainer" and (is_longer or key in _ONLY_HOW)):
                 found = first_difference(saved.get(key), current.get(key), f"{path}.{key}".lstrip("."))
                 if found is not None:
                     return found

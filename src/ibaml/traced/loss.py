@@ -60,12 +60,28 @@ class TracedNll:
         num_kept: Points whose residuals are kept at a time; at least the number of weight samples avoids computing them
             anew for every product.
         compile: Fuse the programs' elementwise operations by TorchInductor, which takes some ten seconds a program.
+        max_examples: Pass at most so many examples through the network at a time and add up: a batch of any size then
+            needs the memory of so many examples. None: all at once.
+
+    Raises:
+        ValueError: If ``max_examples`` is below 1, or examples of the network do not stand alone, as under batch
+            normalisation.
     """
 
-    def __init__(self, model: Model, *, num_kept: int = 1, compile: bool = False) -> None:  # noqa: A002 - torch's word
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_kept: int = 1,
+        compile: bool = False,  # noqa: A002 - torch's word
+        max_examples: int | None = None,
+    ) -> None:
+        if max_examples is not None:
+            _check_max_examples(max_examples, model.network)
         self._model = model
         self._num_kept = num_kept
         self._compile = compile
+        self._max_examples = max_examples
         self._losses: dict[Any, _TracedLoss] = {}
         self._kept: list[weakref.ref[_Point]] = []
         self._is_traceable = not model.shared_names
@@ -77,6 +93,14 @@ class TracedNll:
 
     def mean(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
         """Returns the mean nll over the examples, a scalar; twice differentiable in ``adapted`` and ``shared``."""
+        num_examples = len(batch.y)
+        if self._max_examples is None or num_examples <= self._max_examples:
+            return self._mean_of_one_pass(adapted, shared, batch)
+        parts = zip(batch.x.split(self._max_examples), batch.y.split(self._max_examples), strict=True)
+        means = [len(y) / num_examples * self._mean_of_one_pass(adapted, shared, Batch(x, y)) for x, y in parts]
+        return torch.stack(means).sum()
+
+    def _mean_of_one_pass(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
         if self._is_traceable:
             leaves = (adapted[FLAT], *shared.values(), batch.x, batch.y)
             try:
@@ -114,6 +138,18 @@ class TracedNll:
         for old in alive[: max(0, len(alive) + 1 - self._num_kept)]:
             old.residuals = None
         self._kept = [weakref.ref(each) for each in [*alive, point] if each.residuals is not None or each is point]
+
+
+def _check_max_examples(max_examples: int, network: nn.Module) -> None:
+    if max_examples < 1:
+        raise ValueError(f"max_examples_per_pass must be at least 1 or None, but is {max_examples}.")
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+            raise ValueError(
+                f"max_examples_per_pass is {max_examples}, but {name or 'the network'} ({type(module).__name__}) "
+                "normalises all examples of a batch together, so they cannot be passed in parts: use GroupNorm "
+                "(norm='group'), or leave max_examples_per_pass at None."
+            )
 
 
 def _channels_last(leaf: Tensor) -> Tensor:
