@@ -7,7 +7,9 @@ are samplers themselves. Every sampler is a ``ibaml.types.TaskSampler``.
 from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_form_posterior
 from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
 from ibaml.data.fixed_episodes import FixedEpisodes
+from ibaml.data.fsmol import Assays, AssayTasks, load_assays
 from ibaml.data.glyphs import load_glyphs
+from ibaml.data.groups import GroupedTasks
 from ibaml.data.image_folder import load_image_folder
 from ibaml.data.locate import find_data_file
 from ibaml.data.mini_imagenet import load_mini_imagenet
@@ -17,14 +19,18 @@ from ibaml.data.sinusoid import SinusoidTasks
 from ibaml.data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
+    "AssayTasks",
+    "Assays",
     "ClassImages",
     "EpisodeSampler",
     "FixedEpisodes",
+    "GroupedTasks",
     "LinearRegressionTasks",
     "SinusoidTasks",
     "closed_form_posterior",
     "find_data_file",
     "load_arrays",
+    "load_assays",
     "load_glyphs",
     "load_image_folder",
     "load_mini_imagenet",
