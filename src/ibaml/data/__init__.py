@@ -7,7 +7,7 @@ are samplers themselves. Every sampler is a ``ibaml.types.TaskSampler``.
 from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_form_posterior
 from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
 from ibaml.data.fixed_episodes import FixedEpisodes
-from ibaml.data.fsmol import Assays, AssayTasks, load_assays
+from ibaml.data.fsmol import Assays, AssayTasks, hold_out, load_assays
 from ibaml.data.glyphs import load_glyphs
 from ibaml.data.groups import GroupedTasks
 from ibaml.data.image_folder import load_image_folder
@@ -29,6 +29,7 @@ __all__ = [
     "SinusoidTasks",
     "closed_form_posterior",
     "find_data_file",
+    "hold_out",
     "load_arrays",
     "load_assays",
     "load_glyphs",

@@ -324,3 +324,30 @@ def stratified_split(
 
 def _stack(batches: Sequence[Batch]) -> Batch:
     return Batch(torch.stack([batch.x for batch in batches]), torch.stack([batch.y for batch in batches]))
+
+
+def hold_out(assays: Assays, *, every: int = 8, min_rows: int = 128) -> tuple[Assays, Assays]:
+    """Splits training assays in two: those to learn from, and some to choose settings and checkpoints on.
+
+    Of the assays with enough rows, every eighth by name is held out, so that the reported assays choose nothing.
+
+    Args:
+        assays: Assays of the training split.
+        every: One of so many is held out.
+        min_rows: Assays with fewer rows always stay with those to learn from.
+
+    Returns:
+        The assays to learn from, and those held out.
+
+    Raises:
+        ValueError: If that leaves none on either side.
+    """
+    large = sorted((name, index) for index, name in enumerate(assays.names) if len(assays.rows[index]) >= min_rows)
+    held_out = {index for _, index in large[::every]}
+    kept = [index for index in range(len(assays)) if index not in held_out]
+    if not held_out or not kept:
+        raise ValueError(
+            f"{len(assays)} assays, {len(large)} of them with at least min_rows={min_rows} rows, leave none to hold "
+            "out or none to learn from: lower min_rows, or raise every."
+        )
+    return assays.select(kept), assays.select(sorted(held_out))

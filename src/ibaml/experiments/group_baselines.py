@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ibaml.experiments.optional import require
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating]
 Predictor = Callable[[Array, Array, Array], tuple[Array, Array]]
 """``(x_support, y_support, x_query) -> (mean, variance)``."""
 

@@ -171,10 +171,17 @@ class GroupsSettings:
         """Refuses unknown names and values out of range."""
         for field, known in (("datasets", tuple(DATASETS)), ("methods", METHODS)):
             value = getattr(self, field)
-            if not value or (unknown := [name for name in value if name not in known]):
+            unknown = [name for name in value if name not in known]
+            if unknown or not value:
                 named = f"names {', '.join(unknown)}" if value else "is empty"
                 raise ValueError(f"{field} {named}; there are {', '.join(known)}.")
-        for field, least in (("num_support", 1), ("num_folds", 2), ("num_draws", 1), ("num_steps", 1), ("num_hidden", 1)):
+        for field, least in (
+            ("num_support", 1),
+            ("num_folds", 2),
+            ("num_draws", 1),
+            ("num_steps", 1),
+            ("num_hidden", 1),
+        ):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be at least {least}, but is {getattr(self, field)}.")
 
@@ -314,9 +321,7 @@ def _learn(method: str, train: Rows, dataset: Dataset, settings: GroupsSettings)
     return predict
 
 
-def _score(
-    predict: Predictor, test: GroupedTasks, y_std: float, settings: GroupsSettings, seconds: float
-) -> Scores:
+def _score(predict: Predictor, test: GroupedTasks, y_std: float, settings: GroupsSettings, seconds: float) -> Scores:
     values: list[list[float]] = []
     for index in range(len(test)):
         draws: list[tuple[float, float, float]] = []
@@ -334,3 +339,73 @@ def _score(
 def _concatenate(values: Sequence[Scores]) -> Scores:
     stacked = [torch.cat(vectors) for vectors in zip(*(value[:3] for value in values), strict=True)]
     return Scores(*stacked, seconds=sum(value.seconds for value in values))
+
+
+def rows(result: GroupsResult) -> list[dict[str, object]]:
+    """Returns every mean with its 95% interval over groups, and the paired nll difference to the mixed model."""
+    found: list[dict[str, object]] = []
+    for name, by_method in result.scores.items():
+        num_groups, num_rows = result.sizes[name]
+        for method, one in by_method.items():
+            row: dict[str, object] = {"dataset": name, "num_groups": num_groups, "num_rows": num_rows, "method": method}
+            for metric in ("rmse", "nll", "coverage"):
+                value = estimate(getattr(one, metric))
+                row |= {metric: value.mean, f"{metric}_low": value.low, f"{metric}_high": value.high}
+            difference = _difference(one, by_method)
+            row |= {
+                "nll_minus_mixed_effects": None if difference is None else difference.mean,
+                "nll_minus_mixed_effects_half_width": None if difference is None else difference.half_width,
+                "seconds": round(one.seconds, 1),
+            }
+            found.append(row)
+    return found
+
+
+def summary(result: GroupsResult) -> str:
+    """Returns what was found, as Markdown: a table per data set and a verdict per iBaML variant."""
+    settings = result.settings
+    lines = [
+        "# Hierarchical regression",
+        "",
+        f"Groups left out in {settings.num_folds} folds; a left-out group shows {settings.num_support} random rows, "
+        f"{settings.num_draws} draws per group, the same for every method. +- is a 95% interval over groups. rmse is "
+        "in the target's unit, nll in nats per row. In brackets: the paired nll difference to the mixed-effects model.",
+    ]
+    for name, by_method in result.scores.items():
+        num_groups, num_rows = result.sizes[name]
+        dataset = DATASETS[name]
+        lines += ["", f"## {name}: {dataset.title}", ""]
+        lines += [f"{num_groups} groups, {num_rows:,} rows ({dataset.package}::{dataset.table}).", ""]
+        lines += ["| | rmse | nll | inside 90% intervals | learned in (s) |", "|---|---:|---:|---:|---:|"]
+        for method, one in by_method.items():
+            nll, difference = f"{estimate(one.nll)}", _difference(one, by_method)
+            if method != "mixed_effects" and difference is not None:
+                nll += f" ({difference:+.3f})".replace("+- +", "+- ")
+            lines.append(
+                f"| {DISPLAY_NAMES[method]} | {estimate(one.rmse)} | {nll} | {estimate(one.coverage):.1%} | "
+                f"{one.seconds:.1f} |"
+            )
+    verdicts = [verdict(result, method) for method in settings.methods if method.startswith("ibaml")]
+    return "\n".join([*lines, "", *verdicts]) + "\n"
+
+
+def verdict(result: GroupsResult, method: str) -> str:
+    """Returns one sentence: on how many tables a method's coverage and nll are as good as asked for."""
+    covered = [name for name, one in result.scores.items() if 0.85 <= float(one[method].coverage.mean()) <= 0.95]
+    no_worse: list[str] = []
+    for name, by_method in result.scores.items():
+        difference = _difference(by_method[method], by_method)
+        if difference is not None and difference.low <= 0:
+            no_worse.append(name)
+    both = [name for name in covered if name in no_worse]
+    return (
+        f"- {DISPLAY_NAMES[method]}: coverage within 85-95% on {len(covered)} of {len(result.scores)} tables; nll not "
+        f"worse than the mixed-effects model's (the interval of the difference reaches zero or below) on "
+        f"{len(no_worse)}; both on {len(both)}: {', '.join(both) or 'none'}."
+    )
+
+
+def _difference(one: Scores, by_method: Mapping[str, Scores]) -> Estimate | None:
+    if "mixed_effects" not in by_method:
+        return None
+    return paired_difference(one.nll, by_method["mixed_effects"].nll)

@@ -120,7 +120,7 @@ def hypergradient(meta: LinearHead, episode: Episode) -> tuple[LinearHead, Hyper
 
 
 def fit(
-    tasks: TaskSampler, *, num_hidden: int, num_steps: int, learning_rate: float = 0.05, seed: int = 0
+    tasks: TaskSampler, *, num_hidden: int, num_steps: int, learning_rate: float = 0.1, seed: int = 0
 ) -> tuple[LinearHead, HypergradientInfo]:
     """Meta-trains on groups with Adam, 16 groups a step, the rate falling to zero along half a cosine.
 
