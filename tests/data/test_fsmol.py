@@ -130,6 +130,7 @@ def test_a_draw_has_one_support_size_and_query_sets_of_the_smallest(write):
         shapes.add((episode.support.y.shape[1], episode.query.y.shape[1]))
     # Twelve rows leave four or eight; the others have enough for ten.
     assert shapes == {(4, 8), (4, 10), (8, 4), (8, 10)}
+    assert not tasks.has_equal_sizes
     whole = tasks.episode(2, 4, generator=one)
     assert whole.query.y.shape == (26,)
     again = [tasks.sample(2, generator=generator(7)) for _ in range(2)]
@@ -138,6 +139,7 @@ def test_a_draw_has_one_support_size_and_query_sets_of_the_smallest(write):
 
 def test_equal_query_sets_are_the_default(write):
     tasks = AssayTasks(many(write, [12, 20, 30]), support_sizes=(4,), num_queries=16)
+    assert tasks.has_equal_sizes
     one = generator()
     assert {tasks.sample(1, generator=one).query.y.shape for _ in range(20)} == {(1, 16)}
 

@@ -218,6 +218,8 @@ class AssayTasks:
             raise ValueError(f"min_queries must be at most num_queries ({num_queries}), got {min_queries}.")
         if fingerprints not in ("log_counts", "counts", "binary"):
             raise ValueError(f"fingerprints must be 'log_counts', 'counts' or 'binary', got {fingerprints!r}.")
+        # Read by evaluations, which draw tasks one by one and stack them where they can.
+        self.has_equal_sizes = len(set(self.support_sizes)) == 1 and self.min_queries == num_queries
         self.assays = assays
         self.fingerprints: Fingerprints = fingerprints
         sizes = np.array([len(rows) for rows in assays.rows])

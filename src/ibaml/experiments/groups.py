@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ibaml.data import GroupedTasks
@@ -163,7 +164,7 @@ class GroupsSettings:
     num_support: int = 3
     num_folds: int = 5
     num_draws: int = 5
-    num_steps: int = 400
+    num_steps: int = 600
     num_hidden: int = 8
     seed: int = 0
 
@@ -274,13 +275,42 @@ def folds(groups: Sequence[object], num_folds: int, *, seed: int) -> list[set[ob
     return [{names[index] for index in order[fold::num_folds]} for fold in range(num_folds)]
 
 
+def orthogonalise(x: Array, inside: npt.NDArray[np.bool_]) -> Array:
+    """Centres the features and makes each uncorrelated with those before it, and of variance one.
+
+    A linear model is the same in either features; a diagonal posterior over its weights is much better in these, where
+    powers of one variable no longer stand in for one another.
+
+    Args:
+        x: Features, ``[num_rows, num_features]``, linearly independent.
+        inside: Rows whose moments count, ``[num_rows]``.
+
+    Raises:
+        ValueError: If a feature is constant, or determined by those before it.
+
+    Examples:
+        >>> time = np.arange(5.0)
+        >>> found = orthogonalise(np.column_stack([time, time**2]), np.full(5, True))
+        >>> np.allclose(found.T @ found / 5, np.eye(2))
+        True
+    """
+    centred = x - x[inside].mean(0)
+    triangle = np.linalg.qr(centred[inside])[1] / math.sqrt(int(inside.sum()))
+    diagonal = np.diag(triangle)
+    if np.abs(diagonal).min() < 1e-6 * np.abs(triangle).max():
+        raise ValueError(
+            f"feature {int(np.abs(diagonal).argmin())} is constant or determined by those before it among the training "
+            "groups: leave it out."
+        )
+    # The sign of a QR decomposition is arbitrary: each feature keeps its own.
+    return centred @ np.linalg.inv(triangle) * np.sign(diagonal)
+
+
 def _fold(rows: Rows, held_out: set[object], dataset: Dataset, settings: GroupsSettings) -> dict[str, Scores]:
     inside = np.array([group not in held_out for group in rows.groups])
     # Moments of the training groups only: the left-out ones are unseen in every respect.
-    x_mean, x_std = rows.x[inside].mean(0), rows.x[inside].std(0)
     y_mean, y_std = rows.y[inside].mean(), rows.y[inside].std()
-    x = (rows.x - x_mean) / np.where(x_std > 0, x_std, 1.0)
-    y = (rows.y - y_mean) / y_std
+    x, y = orthogonalise(rows.x, inside), (rows.y - y_mean) / y_std
     train = Rows(x[inside], y[inside], [group for group in rows.groups if group not in held_out])
     test = GroupedTasks(
         torch.from_numpy(x[~inside]),

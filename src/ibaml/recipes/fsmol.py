@@ -5,7 +5,6 @@ Its inner problem is then nearly convex and solved in few steps, which is what a
 ``fsmol_maml_all_layers`` adapts everything, as MAML does elsewhere.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,12 +24,14 @@ _ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "maml_all_layers": {"inner_learning_rate": 0.05, "num_inner_steps": 5},
 }
 _TRAINER = TrainerSettings(
-    num_steps=2000,
+    num_steps=1000,
     tasks_per_step=8,
     learning_rate=1e-3,
+    # The strength of the prior starts at a guess and has far to go.
+    log_var_learning_rate=5e-3,
     schedule="cosine",
-    validate_every=500,
-    num_validation_tasks=160,
+    validate_every=250,
+    num_validation_tasks=120,
     checkpoint_every=100,
     log_every=20,
 )
@@ -55,7 +56,7 @@ def _fsmol(name: str) -> Recipe:
             },
         ),
         algorithm=make_algorithm(algorithm, **_ALGORITHMS[name]),
-        trainer=dataclasses.replace(_TRAINER, num_steps=1000) if all_layers else _TRAINER,
+        trainer=_TRAINER,
         adapt=("*",) if all_layers else ("head.*",),
         num_test_tasks=390,
     )
