@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from ibaml.data.fsmol import FILE_NAME
 from ibaml.experiments import fsmol
 from ibaml.experiments.fsmol import BASELINES, FsmolSettings
 from ibaml.recipes import get_recipe
+from ibaml.reproduce import reproduce
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,15 @@ def test_assays_of_another_file_are_predicted_with_the_trained_runs(data, tmp_pa
     assert plots.fsmol(found).get_suptitle().startswith("FS-Mol: mine.npz")
     with pytest.raises(ValueError, match="support_sizes has 200, but no assay has the 210 rows"):
         fsmol.run(FsmolSettings(methods=("nearest_neighbours",), support_sizes=(200,)), folder=tmp_path, data=data)
+
+
+def test_the_command_leaves_tables_a_picture_and_its_settings(data, tmp_path):
+    settings = FsmolSettings(
+        methods=("nearest_neighbours",), file=data / "mine.npz", split="mine", support_sizes=(16,), num_draws=1
+    )
+    reproduce(settings, tmp_path, data=data)
+    assert {"README.md", "fsmol.csv", "assays.csv", "fsmol.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "settings.json").read_text())["file"].endswith("mine.npz")
 
 
 def test_scores_are_those_of_the_definitions():

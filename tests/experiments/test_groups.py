@@ -8,6 +8,7 @@ from ibaml import plots
 from ibaml.experiments import groups
 from ibaml.experiments.group_baselines import Rows
 from ibaml.experiments.groups import DATASETS, GroupsSettings, Scores, folds, orthogonalise
+from ibaml.reproduce import reproduce
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,12 @@ def test_report_tables_and_figure_hold_the_numbers(result):
     assert "## oxboys: height (cm) over age, by boy" in text and "40 groups, 400 rows" in text
     assert text.count("| mixed effects |") == 1 and "- iBaML, linear: coverage within 85-95% on" in text
     assert len(plots.groups(result).axes) == 2
+
+
+def test_the_command_leaves_tables_and_a_picture(tmp_path):
+    settings = GroupsSettings(datasets=("oxboys",), methods=("mixed_effects", "pooled"), num_draws=1)
+    assert "26 groups, 234 rows" in reproduce(settings, tmp_path)
+    assert {"README.md", "groups.csv", "groups.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_verdict_asks_for_coverage_and_for_the_interval_of_the_difference():
