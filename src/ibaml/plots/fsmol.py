@@ -31,9 +31,9 @@ def fsmol(result: FsmolResult) -> Figure:
             for place, method in enumerate(result.settings.methods):
                 values = [estimate(result.scores[size][method][metric]) for size in sizes]
                 # Side by side: intervals on top of one another cannot be read.
-                shift = 0.16 * (place - (len(result.settings.methods) - 1) / 2) / len(result.settings.methods)
+                shift = 0.48 * (place - (len(result.settings.methods) - 1) / 2) / len(result.settings.methods)
                 axes.errorbar(
-                    [position + 3 * shift for position in range(len(sizes))],
+                    [position + shift for position in range(len(sizes))],
                     [value.mean for value in values],
                     [value.half_width for value in values],
                     color=COLORS[place % len(COLORS)],
