@@ -113,7 +113,7 @@ def _linear_in_weights(arguments: Arguments) -> list[str]:
         "## Up to a hundred million weights",
         "",
         "A perceptron of one hidden layer with w inputs and w hidden units; 5 support and 5 query examples, K = 2, "
-        "L = 2, one weight sample. A Gaussian has two numbers per weight. Examples cost little here, so what is seen is "
+        "L = 2, one weight sample. A Gaussian has two numbers per weight. Examples cost little, so what is seen is "
         "the vectors of the solvers.",
         "",
         "| | weights | peak MB | peak in vectors of that length | s for one meta-gradient |",

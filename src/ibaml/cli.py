@@ -18,6 +18,8 @@ from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.experiments.fig1 import Fig1Settings
 from ibaml.experiments.fig2 import Fig2Settings
 from ibaml.experiments.fig3 import Fig3Settings
+from ibaml.experiments.fsmol import FsmolSettings
+from ibaml.experiments.groups import GroupsSettings
 from ibaml.experiments.sinusoid import SinusoidSettings
 from ibaml.experiments.table1 import Table1Settings
 from ibaml.file_prediction import load_fitted, predict_files
@@ -63,6 +65,14 @@ _Experiment: TypeAlias = (
     | Annotated[
         SinusoidSettings,
         tyro.conf.subcommand("sinusoid", description="Sinusoid regression: errors, intervals, coverage. Resumable."),
+    ]
+    | Annotated[
+        FsmolSettings,
+        tyro.conf.subcommand("fsmol", description="Activity of molecules, FS-Mol or your own assay file. Resumable."),
+    ]
+    | Annotated[
+        GroupsSettings,
+        tyro.conf.subcommand("groups", description="Grouped regression beside mixed-effects models, on eight tables."),
     ]
 )
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse")
@@ -292,7 +302,7 @@ def predict(
 
 
 def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | None = None) -> None:
-    """Reproduce a figure or table of the paper.
+    """Run an experiment: a figure or table of the paper, or real data beside other methods.
 
     Args:
         experiment: Which one; `ibaml reproduce fig1 --help` lists its settings.
@@ -302,7 +312,7 @@ def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | 
     name = experiment_name(experiment)
     folder = out or Path("reproductions") / name
     # Training shows a bar of its own.
-    measures_only = isinstance(experiment, Fig1Settings | Fig2Settings)
+    measures_only = isinstance(experiment, Fig1Settings | Fig2Settings | GroupsSettings)
     with _progress(name, None) if measures_only else contextlib.nullcontext() as on_progress:
         summary = run_experiment(experiment, folder, data=data, console=_console, on_progress=on_progress)
     Console().print(summary, soft_wrap=True, markup=False, highlight=False)

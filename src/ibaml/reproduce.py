@@ -1,4 +1,4 @@
-"""Runs an experiment of the paper and leaves a folder that explains itself.
+"""Runs an experiment and leaves a folder that explains itself.
 
 | file | what |
 |---|---|
@@ -20,10 +20,18 @@ from typing import NamedTuple
 from rich.console import Console
 
 from ibaml import plots, runs
-from ibaml.experiments import fig1, fig2, fig3, sinusoid, table1
+from ibaml.experiments import fig1, fig2, fig3, fsmol, groups, sinusoid, table1
 from ibaml.trainer import require_writable
 
-Settings = fig1.Fig1Settings | fig2.Fig2Settings | table1.Table1Settings | fig3.Fig3Settings | sinusoid.SinusoidSettings
+Settings = (
+    fig1.Fig1Settings
+    | fig2.Fig2Settings
+    | table1.Table1Settings
+    | fig3.Fig3Settings
+    | sinusoid.SinusoidSettings
+    | fsmol.FsmolSettings
+    | groups.GroupsSettings
+)
 Rows = Sequence[Mapping[str, object]]
 
 
@@ -70,7 +78,7 @@ def reproduce(
     start = time.monotonic()
     report = _run(settings, folder, data, console, on_progress)
     environment = {**runs.describe_environment(), "seconds": round(time.monotonic() - start, 1)}
-    runs.write_text(folder / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    runs.write_text(folder / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2, default=str) + "\n")
     runs.write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     for name, rows in report.tables.items():
         _write_table(folder / f"{name}.csv", rows)
@@ -108,6 +116,15 @@ def _run(
         calibration = fig3.run(settings, folder=folder, data=data, console=console)
         tables = {"fig3": fig3.rows(calibration), "reliability": fig3.reliability_rows(calibration)}
         return Report(fig3.summary(calibration), tables, {"fig3": plots.fig3(calibration)})
+    if isinstance(settings, fsmol.FsmolSettings):
+        assays = fsmol.run(settings, folder=folder, data=data, console=console)
+        tables = {"fsmol": fsmol.rows(assays), "assays": fsmol.assay_rows(assays)}
+        return Report(fsmol.summary(assays), tables, {"fsmol": plots.fsmol(assays)})
+    if isinstance(settings, groups.GroupsSettings):
+        regressions = groups.run(settings, on_progress=on_progress)
+        return Report(
+            groups.summary(regressions), {"groups": groups.rows(regressions)}, {"groups": plots.groups(regressions)}
+        )
     curves = sinusoid.run(settings, folder=folder, console=console)
     return Report(sinusoid.summary(curves), {"sinusoid": sinusoid.rows(curves)}, {"sinusoid": plots.sinusoid(curves)})
 

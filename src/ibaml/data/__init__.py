@@ -7,7 +7,9 @@ are samplers themselves. Every sampler is a ``ibaml.types.TaskSampler``.
 from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_form_posterior
 from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
 from ibaml.data.fixed_episodes import FixedEpisodes
+from ibaml.data.fsmol import Assays, AssayTasks, hold_out, load_assays
 from ibaml.data.glyphs import load_glyphs
+from ibaml.data.groups import GroupedTasks
 from ibaml.data.image_folder import load_class_folder, load_image_folder
 from ibaml.data.locate import find_data_file
 from ibaml.data.mini_imagenet import load_mini_imagenet
@@ -18,15 +20,20 @@ from ibaml.data.task_sampler import TaskSplits
 from ibaml.data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
+    "AssayTasks",
+    "Assays",
     "ClassImages",
     "EpisodeSampler",
     "FixedEpisodes",
+    "GroupedTasks",
     "LinearRegressionTasks",
     "SinusoidTasks",
     "TaskSplits",
     "closed_form_posterior",
     "find_data_file",
+    "hold_out",
     "load_arrays",
+    "load_assays",
     "load_class_folder",
     "load_glyphs",
     "load_image_folder",

@@ -44,6 +44,10 @@ SOURCES: dict[str, Source] = {
         "(for example Greek,character01,train); put it beside the archives, or use protocol='official', "
         "which needs no such file.",
     ),
+    "fsmol_train_valid.npz": Source(
+        help="It holds FS-Mol's training and validation assays (Stanley et al. 2021, CC BY-SA 3.0) in the layout that "
+        "ibaml.data.load_assays describes.",
+    ),
 }
 """Files that the loaders know how to get, by name."""
 

@@ -1,1 +1,1 @@
-"""The figures and tables of the paper, one file each; `ibaml reproduce` runs them."""
+"""The paper's figures and tables, and comparisons on real data, one file each; `ibaml reproduce` runs them."""

@@ -8,6 +8,8 @@ from ibaml.plots.comparison import comparison
 from ibaml.plots.few_shot import fig3, table1
 from ibaml.plots.fig1 import fig1, fig1_bounds
 from ibaml.plots.fig2 import fig2
+from ibaml.plots.fsmol import fsmol
+from ibaml.plots.groups import groups
 from ibaml.plots.reliability import reliability_diagram
 from ibaml.plots.sinusoid import sinusoid
 from ibaml.plots.style import Figure, save
@@ -23,6 +25,8 @@ __all__ = [
     "fig1_bounds",
     "fig2",
     "fig3",
+    "fsmol",
+    "groups",
     "reliability_diagram",
     "save",
     "sinusoid",

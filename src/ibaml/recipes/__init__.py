@@ -3,12 +3,17 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from ibaml.recipes import characters, few_shot, sinusoid
+from ibaml.recipes import characters, few_shot, fsmol, sinusoid
 from ibaml.recipes.settings import IMAGE_SOURCES, SOURCES, DataSettings, Recipe, Split
 
 __all__ = ["IMAGE_SOURCES", "RECIPES", "SOURCES", "DataSettings", "Recipe", "Split", "get_recipe"]
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {**characters.RECIPES, **few_shot.RECIPES, **sinusoid.RECIPES}
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    **characters.RECIPES,
+    **few_shot.RECIPES,
+    **sinusoid.RECIPES,
+    **fsmol.RECIPES,
+}
 """All recipes by name."""
 
 

@@ -12,9 +12,12 @@ import torch
 
 from ibaml.algorithms import Algorithm
 from ibaml.data import (
+    AssayTasks,
     EpisodeSampler,
     LinearRegressionTasks,
     SinusoidTasks,
+    hold_out,
+    load_assays,
     load_glyphs,
     load_image_folder,
     load_mini_imagenet,
@@ -32,7 +35,7 @@ Split = Literal["train", "validation", "test"]
 _UNIONS = (types.UnionType, Union)
 IMAGE_SOURCES = ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet", "image_folder")
 """Sources of image classification tasks."""
-SOURCES = (*IMAGE_SOURCES, "sinusoid", "bayesian_linear_regression")
+SOURCES = (*IMAGE_SOURCES, "sinusoid", "bayesian_linear_regression", "fsmol")
 """All sources of tasks."""
 
 
@@ -43,8 +46,8 @@ class DataSettings:
     Attributes:
         source: One of ``SOURCES``.
         num_ways: Classes per task (image sources).
-        num_shots: Support examples per class, or per task in regression.
-        num_queries: Query examples per class, or per task in regression.
+        num_shots: Support examples per class, or per task in regression; not used by ``fsmol``.
+        num_queries: Query examples per class, or per task in regression and ``fsmol`` (there at most so many).
         num_test_queries: The same in validation and test tasks.
         image_size: Height and width in pixels (image sources).
         path: Folder or zip of ``image_folder``, relative to the data folder.
@@ -52,6 +55,7 @@ class DataSettings:
         rotations: Omniglot: rotated training characters count as further classes.
         num_features: Inputs of ``bayesian_linear_regression``.
         noise_std: Noise of the regression sources.
+        support_sizes: Support sizes of ``fsmol``: each draw takes one of them.
     """
 
     source: str
@@ -65,6 +69,7 @@ class DataSettings:
     rotations: bool = True
     num_features: int = 4
     noise_std: float = 0.0
+    support_sizes: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self) -> None:
         """Refuses unknown sources."""
@@ -94,6 +99,8 @@ class DataSettings:
                 num_shots=self.num_shots,
                 num_queries=num_queries,
             )
+        if self.source == "fsmol":
+            return self._assay_tasks(split, num_queries, data)
         if self.source == "glyphs":
             images = load_glyphs(split, image_size=self.image_size)
         elif self.source == "omniglot":
@@ -115,6 +122,17 @@ class DataSettings:
         return EpisodeSampler(
             images.to(device), num_ways=self.num_ways, num_shots=self.num_shots, num_queries=num_queries
         )
+
+    def _assay_tasks(self, split: Split, num_queries: int, data: Path | None) -> AssayTasks:
+        """Training and validation tasks both come from FS-Mol's training assays; its validation assays are the test."""
+        if split == "test":
+            assays = load_assays("valid", root=data)
+        else:
+            learn, held_out = hold_out(load_assays("train", root=data))
+            assays = learn if split == "train" else held_out
+        # Half of the training assays have fewer than 50 rows.
+        min_queries = min(16, num_queries) if split == "train" else None
+        return AssayTasks(assays, support_sizes=self.support_sizes, num_queries=num_queries, min_queries=min_queries)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,15 +184,11 @@ class Recipe:
         try:
             values = json.loads(text)
             algorithm = values["algorithm"] | {"initial_log_var": tuple(values["algorithm"]["initial_log_var"])}
-            # JSON has lists only, while the settings hold tuples.
-            arguments = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values["network"]["arguments"].items()
-            }
+            arguments = _with_tuples(values["network"]["arguments"])
             return cls(
                 **values
                 | {
-                    "data": DataSettings(**values["data"]),
+                    "data": DataSettings(**_with_tuples(values["data"])),
                     "network": NetworkSettings(**values["network"] | {"arguments": arguments}),
                     "algorithm": Algorithm(**algorithm),
                     "trainer": TrainerSettings(**values["trainer"]),
@@ -199,6 +213,11 @@ class Recipe:
         for key, text in changes.items():
             recipe = _replace(recipe, key.split("."), text, key)
         return recipe
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings read from JSON, which has lists only, with the tuples that the settings hold."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _replace(owner: Any, path: list[str], text: str, key: str) -> Any:
