@@ -20,9 +20,9 @@ NUM_WAYS, NUM_SHOTS = 5, 5
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100, help="meta-steps of training, four tasks each")
-    parser.add_argument("--channels", type=int, default=32, help="channels of each of the four convolutions")
-    parser.add_argument("--num-tasks", type=int, default=100, help="test tasks")
+    parser.add_argument("--steps", type=int, default=40, help="meta-steps of training, four tasks each")
+    parser.add_argument("--channels", type=int, default=16, help="channels of each of the four convolutions")
+    parser.add_argument("--num-tasks", type=int, default=40, help="test tasks")
     parser.add_argument("--out", default="reliability.png", help="where to draw the reliability diagram")
     options = parser.parse_args(arguments)
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, meaning in (
         ("accuracy", f"share of right answers; guessing has {1 / NUM_WAYS:.2f}"),
         ("nll", f"nats per answer; knowing nothing has {torch.tensor(NUM_WAYS).log():.2f}"),
-        ("pooled_ece", "mean distance between confidence and accuracy"),
+        ("ece_pooled", "mean distance between confidence and accuracy"),
     ):
         print(f"  {name:10} {evaluation.report[name]}   {meaning}")
 
@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     right = prediction.labels == episode.query.y[0]
     print(f"\nOne task: {int(right.sum())} of {len(right)} right; inner gradient norm {posterior.grad_norm:.2g}")
     doubt = prediction.total_uncertainty
-    print(
-        f"  entropy of right answers {doubt[right].mean():.2f} nats, of wrong ones {doubt[~right].mean():.2f} (nan: none)"
-    )
+    print(f"  entropy of right answers {doubt[right].mean():.2f} nats")
+    if not right.all():
+        print(f"  entropy of wrong answers {doubt[~right].mean():.2f} nats")
 
     assert evaluation.log_probs is not None
     curve = metrics.reliability_curve(evaluation.log_probs.exp(), evaluation.targets, num_bins=10)
