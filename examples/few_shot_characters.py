@@ -20,9 +20,9 @@ NUM_WAYS, NUM_SHOTS = 5, 5
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="meta-steps of training, four tasks each")
+    parser.add_argument("--steps", type=int, default=120, help="meta-steps of training, four tasks each")
     parser.add_argument("--channels", type=int, default=16, help="channels of each of the four convolutions")
-    parser.add_argument("--num-tasks", type=int, default=40, help="test tasks")
+    parser.add_argument("--num-tasks", type=int, default=60, help="test tasks")
     parser.add_argument("--out", default="reliability.png", help="where to draw the reliability diagram")
     options = parser.parse_args(arguments)
 

@@ -50,9 +50,9 @@ def ask(learner: MetaLearner, task: Episode) -> tuple[ClassPrediction, ClassPred
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="meta-steps of training, four tasks each")
+    parser.add_argument("--steps", type=int, default=120, help="meta-steps of training, four tasks each")
     parser.add_argument("--channels", type=int, default=16, help="channels of each of the four convolutions")
-    parser.add_argument("--num-tasks", type=int, default=40, help="test tasks")
+    parser.add_argument("--num-tasks", type=int, default=60, help="test tasks")
     options = parser.parse_args(arguments)
     learner = fit(options.steps, options.channels)
 

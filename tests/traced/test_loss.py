@@ -22,6 +22,13 @@ def conv() -> tuple[Model, Batch]:
     return build_model(network, Categorical()), Batch(x, torch.arange(6) % 3)
 
 
+def group_norm_conv() -> tuple[Model, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    network = Conv4(3, image_size=16, channels=8, norm="group", downsample="stride", generator=generator).double()
+    x = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return build_model(network, Categorical()), Batch(x, torch.arange(6) % 3)
+
+
 def mlp() -> tuple[Model, Batch]:
     network = MLP(3, input_shape=4, hidden_sizes=(5,), generator=torch.Generator().manual_seed(0)).double()
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -55,7 +62,7 @@ def two_steps(loss: Loss, point: Params) -> Tensor:
     return loss(point)
 
 
-@pytest.mark.parametrize("problem", [conv, mlp])
+@pytest.mark.parametrize("problem", [conv, group_norm_conv, mlp])
 def test_value_gradient_and_product(problem: Callable[[], tuple[Model, Batch]]) -> None:
     point, traced, plain = losses(problem)
     torch.testing.assert_close(traced(point), plain(point), rtol=1e-12, atol=0)

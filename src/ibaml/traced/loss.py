@@ -172,7 +172,7 @@ class _TracedLoss:
     def product(self, point: _Point, leaves: Sequence[Tensor], direction: Sequence[Tensor]) -> list[Tensor]:
         """Returns the product of the Hessian at a point with a direction."""
         if self._product is None:
-            linearize, product = trace_product(self._loss, *self._split(leaves), num_axes=self._num_axes)
+            linearize, product = self._trace_product(leaves)
             linearize = self._finish(linearize, leaves)
             self._product = linearize, self._finish(product, [*linearize(*leaves), *direction])
         linearize, product = self._product
@@ -180,6 +180,13 @@ class _TracedLoss:
             self._keep(point)
             point.residuals = linearize(*leaves)
         return product(*point.residuals, *direction)
+
+    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
+        try:
+            return trace_product(self._loss, *self._split(leaves), num_axes=self._num_axes)
+        except UntraceableError:
+            # torch 2.13: the derivative of group_norm has a tangent for contiguous tensors only.
+            return trace_product(self._losses[1], *self._split(leaves), num_axes=self._num_axes)
 
     def _split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return list(leaves[: self.num_point]), list(leaves[self.num_point :])
