@@ -15,6 +15,7 @@ import pandas as pd
 from ibaml import MetaLearner
 
 NUM_KNOWN = 6
+NUM_PATIENTS = {"train": 80, "held out": 30, "test": 40}
 FEATURES = ["dose", "fasting"]
 
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="where to save the model (default: a temporary folder)")
     options = parser.parse_args(arguments)
     rng = np.random.default_rng(0)
-    train, held_out, test = (make_patients(number, rng) for number in (80, 30, 40))
+    train, held_out, test = (make_patients(number, rng) for number in NUM_PATIENTS.values())
     print(
         f"The table of {len(train)} measurements begins like this:\n{train.head(3).round(1).to_string(index=False)}\n"
     )
@@ -85,7 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     shown = asked[[*FEATURES, "response"]].assign(predicted=prediction.mean, lower_90=lower, upper_90=upper)
     print(f"A new patient, after {NUM_KNOWN} measurements:\n{shown.round(1).to_string(index=False)}\n")
 
-    print(f"All 40 new patients, {NUM_KNOWN} measurements each (coverage should be 0.90, a narrow width is better):")
+    print(
+        f"All {NUM_PATIENTS['test']} new patients, {NUM_KNOWN} measurements each (coverage should be 0.90, a narrow width is better):"
+    )
     print(compare(learner, test).round(2).to_string())
     print("The noise alone has a standard deviation of 3, which makes 90% intervals at least 9.9 wide.")
 

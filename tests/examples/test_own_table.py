@@ -12,8 +12,10 @@ def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
     return load_example("own_table")
 
 
-def test_it_beats_a_ridge_per_patient_and_saves_the_model(example, tmp_path, capsys):
-    example.main(["--steps", "40", "--folder", str(tmp_path / "model")])
+@pytest.mark.slow
+def test_it_beats_a_ridge_per_patient_and_saves_the_model(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example, "NUM_PATIENTS", {"train": 60, "held out": 10, "test": 12})
+    example.main(["--steps", "100", "--folder", str(tmp_path / "model")])
     output = capsys.readouterr().out
     assert (tmp_path / "model" / "model.safetensors").is_file()
     figures = {
