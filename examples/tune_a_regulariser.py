@@ -2,7 +2,7 @@
 
 `ibaml.implicit_hypergradient` needs two functions and a solution, and knows nothing of meta-learning. It solves one
 linear system with the Hessian of the training loss, whose products it takes by automatic differentiation, so the same
-lines serve a loss that has no closed form. TIME_TEXT
+lines serve a loss that has no closed form. Seconds on one CPU thread.
 """
 
 import argparse
