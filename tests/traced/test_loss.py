@@ -1,9 +1,12 @@
 """The traced nll under torch.func, against the model's own nll."""
 
+import logging
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from ibaml import tree
 from ibaml.likelihoods import Categorical
@@ -19,6 +22,13 @@ Loss = Callable[[Params], Tensor]
 def conv() -> tuple[Model, Batch]:
     network = Conv4(3, image_size=8, channels=4, generator=torch.Generator().manual_seed(0)).double()
     x = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return build_model(network, Categorical()), Batch(x, torch.arange(6) % 3)
+
+
+def group_norm_conv() -> tuple[Model, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    network = Conv4(3, image_size=16, channels=8, norm="group", downsample="stride", generator=generator).double()
+    x = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return build_model(network, Categorical()), Batch(x, torch.arange(6) % 3)
 
 
@@ -55,7 +65,7 @@ def two_steps(loss: Loss, point: Params) -> Tensor:
     return loss(point)
 
 
-@pytest.mark.parametrize("problem", [conv, mlp])
+@pytest.mark.parametrize("problem", [conv, group_norm_conv, mlp])
 def test_value_gradient_and_product(problem: Callable[[], tuple[Model, Batch]]) -> None:
     point, traced, plain = losses(problem)
     torch.testing.assert_close(traced(point), plain(point), rtol=1e-12, atol=0)
@@ -86,6 +96,51 @@ def test_maps_over_members_and_over_members_of_members(problem: Callable[[], tup
         ),
     ):
         assert_close(function(traced), function(plain))
+
+
+class _SquareWithoutTangent(torch.autograd.Function):
+    """Differentiable twice in reverse mode, and not at all in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+class _OnlyBackwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, _SquareWithoutTangent.apply(self.linear(x)))
+
+
+def test_operations_without_a_tangent_are_differentiated_backwards(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = build_model(_OnlyBackwards().double(), Categorical())
+    batch = mlp()[1]
+    traced, point = TracedNll(model), flatten(model.adapted)
+    direction = tree.map(torch.cos, point)
+    with caplog.at_level(logging.WARNING):
+        found = product(lambda w: traced.mean(w, {}, batch), point, direction)
+    assert "Hessian-vector products are computed step by step" in caplog.text
+    assert_close(found, product(lambda w: traced(w, {}, batch).mean(), point, direction))
+    several, directions = members(point, 3), tree.map(torch.sin, members(point, 3))
+    mapped = [
+        torch.func.vmap(lambda w, u, f=loss: product(f, w, u))(several, directions)
+        for loss in (lambda w: traced.mean(w, {}, batch), lambda w: traced(w, {}, batch).mean())
+    ]
+    assert_close(*mapped)
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 5])

@@ -161,6 +161,10 @@ def _as_it_is(leaf: Tensor) -> Tensor:
     return leaf
 
 
+def _as_it_is_for_all(*leaves: Tensor) -> list[Tensor]:
+    return list(leaves)
+
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -208,7 +212,7 @@ class _TracedLoss:
     def product(self, point: _Point, leaves: Sequence[Tensor], direction: Sequence[Tensor]) -> list[Tensor]:
         """Returns the product of the Hessian at a point with a direction."""
         if self._product is None:
-            linearize, product = trace_product(self._loss, *self._split(leaves), num_axes=self._num_axes)
+            linearize, product = self._trace_product(leaves)
             linearize = self._finish(linearize, leaves)
             self._product = linearize, self._finish(product, [*linearize(*leaves), *direction])
         linearize, product = self._product
@@ -216,6 +220,31 @@ class _TracedLoss:
             self._keep(point)
             point.residuals = linearize(*leaves)
         return product(*point.residuals, *direction)
+
+    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
+        reason = ""
+        # torch 2.13: the derivative of group_norm has a tangent for contiguous tensors only.
+        for loss in dict.fromkeys((self._loss, self._losses[1])):
+            try:
+                return trace_product(loss, *self._split(leaves), num_axes=self._num_axes)
+            except UntraceableError as error:
+                reason = str(error).splitlines()[0]
+        _logger.warning("Hessian-vector products are computed step by step, which is slower: %s.", reason)
+        return _as_it_is_for_all, self._plain_product
+
+    def _plain_product(self, *tensors: Tensor) -> list[Tensor]:
+        """Returns the product from leaves and direction by reverse over reverse, for operations without a tangent."""
+        leaves, direction = tensors[: -self.num_point], tensors[-self.num_point :]
+        num_leaves = len(leaves)
+
+        def product(*values: Tensor) -> list[Tensor]:
+            point, constants = self._split(values[:num_leaves])
+            pullback = torch.func.vjp(lambda at: torch.func.grad(self._loss)(at, constants), point)[1]
+            return pullback(list(values[num_leaves:]))[0]
+
+        for _ in range(self._num_axes):
+            product = torch.func.vmap(product)
+        return product(*leaves, *direction)
 
     def _split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return list(leaves[: self.num_point]), list(leaves[self.num_point :])
