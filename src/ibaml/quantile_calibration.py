@@ -92,7 +92,7 @@ def _checked(cdf: Tensor) -> Tensor:
     outside = ~((values >= 0) & (values <= 1))
     if outside.any():
         raise ValueError(
-            f"cdf has {int(outside.sum())} values outside [0, 1]; expected probabilities: pass prediction.cdf(targets), "
-            "not the targets."
+            f"cdf has {int(outside.sum())} values outside [0, 1]; expected probabilities: pass "
+            "prediction.cdf(targets), not the targets."
         )
     return values
