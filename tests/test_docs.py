@@ -78,7 +78,8 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     assert len(written) == 15
 
 
-def test_uncertainty(few_steps):
+def test_uncertainty(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
     names = run("uncertainty.md")
     assert names["probs"].shape == (30, 30, 3) and names["learner"].calibration_temperature != 1
 
