@@ -1,5 +1,8 @@
 """The pages for users run as written: Python blocks in one namespace, shell blocks through the command line."""
 
+import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 import time
@@ -9,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import ibaml
 from ibaml import MetaLearner
 from ibaml.cli import main
 
@@ -72,3 +76,114 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     np.testing.assert_allclose(written.predicted, names["prediction"].mean)
     np.testing.assert_allclose(written.lower_90, names["lower"])
     assert len(written) == 15
+
+
+def test_uncertainty(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("uncertainty.md")
+    assert names["probs"].shape == (30, 30, 3) and names["learner"].calibration_temperature != 1
+
+
+def test_choosing(few_steps):
+    names = run("choosing.md")
+    assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == 20
+
+
+def test_faq():
+    assert run("faq.md")["refused"]
+
+
+def test_how_to_images(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("howto-images.md")
+    assert names["prediction"].probs.shape == (15, 3) and names["known"].images.shape == (9, 1, 16, 16)
+    written = pd.read_csv(tmp_path / "predicted.csv")
+    assert written.predicted.isin(names["prediction"].classes).all() and len(written) == 15
+
+
+def test_how_to_network(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("howto-network.md")
+    assert all("lora" in name for name in names["learner"].model.adapted)
+    assert sorted(names["learner"].model.shared) == ["head.bias", "head.weight"]
+    assert len(names["learner"].model.frozen) == 4
+
+
+def test_how_to_tuning():
+    names = run("howto-tuning.md")
+    assert names["info"].linear_residual < 1e-6
+
+
+def test_how_to_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("howto-training.md")
+    assert names["resumed"].training_result.num_steps == 6
+    assert (tmp_path / "runs" / "mine" / "evaluation").is_dir()
+
+
+def test_method():
+    assert run("method.md")["info"].inner_grad_norm < 1e-6
+
+
+def test_design():
+    """The erratum that the page checks."""
+    assert callable(run("design.md")["slope"])
+
+
+def test_every_page_with_code_is_run():
+    """A page whose blocks no test runs would rot."""
+    tests = Path(__file__).read_text()
+    assert [page.name for page in DOCS.glob("*.md") if blocks(page.name) and f'run("{page.name}")' not in tests] == []
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text().split("nav:")[1]
+    assert {page.name for page in DOCS.glob("*.md")} == set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+
+
+def own_names(module) -> set[str]:
+    """Public functions and classes that a module defines itself."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+    }
+
+
+def documented() -> set[object]:
+    """Public functions and classes that the API page shows."""
+    shown: set[object] = set()
+    text = (DOCS / "api.md").read_text()
+    for name, members in re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?$", text, re.MULTILINE):
+        module = importlib.import_module(name)
+        names = members.split(", ") if members else getattr(module, "__all__", own_names(module))
+        shown |= {getattr(module, member) for member in names if callable(getattr(module, member))}
+    return shown
+
+
+# Checks of arguments, file caches and start values: public for other modules, of no use outside the package.
+INTERNAL = {
+    "ibaml.cli",
+    "ibaml.data.arguments",
+    "ibaml.data.cache",
+    "ibaml.linear_solve.arguments",
+    "ibaml.networks.arguments",
+    "ibaml.networks.initialization",
+    "ibaml.data.sinusoid.require_range",
+    "ibaml.networks.normalization.check_norm",
+}
+
+
+def test_every_public_function_and_class_is_in_the_api():
+    shown = documented()
+    missing = [
+        f"{info.name}.{name}"
+        for info in pkgutil.walk_packages(ibaml.__path__, "ibaml.")
+        if info.name not in INTERNAL
+        for module in [importlib.import_module(info.name)]
+        for name in sorted(own_names(module))
+        if getattr(module, name) not in shown
+    ]
+    assert [name for name in missing if name not in INTERNAL] == []

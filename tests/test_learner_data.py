@@ -93,6 +93,10 @@ def test_regression_is_in_the_units_of_the_targets(regressor):
     low, high = prediction.interval(0.8)
     assert (low < prediction.mean).all() and (prediction.mean < high).all()
     np.testing.assert_array_equal(prediction.quantile(0.9), high)
+    assert prediction.cdf(y[5:]).shape == y[5:].shape
+    np.testing.assert_allclose(prediction.cdf(high), np.full(len(x) - 5, 0.9), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"targets has shape \(1,\); expected \(\d+,\), as mean has"):
+        prediction.cdf(y[:1])
     assert prediction.samples().shape == (50, len(x) - 5)
     # The same numbers by hand: scale, predict, scale back.
     targets = regressor.preprocessing.targets
@@ -118,6 +122,7 @@ def test_several_targets():
     learner = MetaLearner(likelihood="gaussian").fit(tasks, num_steps=2)
     prediction = learner.adapt(*tasks[0]).predict(tasks[0][0])
     assert prediction.mean.shape == (len(tasks[0][0]), 2)
+    np.testing.assert_allclose(prediction.cdf(prediction.quantile(0.3)), 0.3, rtol=1e-6)
     with pytest.raises(ValueError, match="y_support has 1 columns, but the model was trained on 2 targets"):
         learner.adapt(tasks[0][0], tasks[0][1][:, 0])
 

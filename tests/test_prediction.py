@@ -142,6 +142,16 @@ def test_quantiles_against_a_root_finder():
                 assert float(found[example, output]) == pytest.approx(scipy.optimize.brentq(excess, -60, 60), abs=1e-9)
 
 
+def test_cdf_is_that_of_the_mixture_and_the_inverse_of_the_quantile():
+    prediction = RegressionPrediction(3 * draw(7, 4, 2, seed=5), torch.tensor([0.3, 2.0], dtype=torch.float64))
+    targets = draw(4, 2, seed=6)
+    parts = scipy.stats.norm(prediction.sample_means.numpy(), prediction.noise_variance.sqrt().numpy())
+    torch.testing.assert_close(prediction.cdf(targets), torch.from_numpy(parts.cdf(targets.numpy()).mean(0)), **ALGEBRA)
+    for probability in (0.01, 0.5, 0.97):
+        found = prediction.cdf(prediction.quantile(probability))
+        torch.testing.assert_close(found, torch.full_like(found, probability))
+
+
 def test_intervals_cover_what_they_promise():
     generator = torch.Generator().manual_seed(6)
     means = torch.randn(5, 1, 1, generator=generator, dtype=torch.float64) * 2

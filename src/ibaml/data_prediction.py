@@ -109,6 +109,23 @@ class TargetPrediction:
         """Returns the means under each weight sample, with a leading axis ``num_samples``; noise is not added."""
         return self._of(self.prediction.samples())
 
+    def cdf(self, targets: Any) -> Any:
+        """Returns the predictive probability of a value at most each target, in the shape of the targets.
+
+        Args:
+            targets: One value for each prediction, in the shape of ``mean``.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        values = torch.as_tensor(np.asarray(targets) if self.kind == "numpy" else targets)
+        if values.shape != self.mean.shape:
+            raise ValueError(
+                f"targets has shape {tuple(values.shape)}; expected {tuple(self.mean.shape)}, as mean has."
+            )
+        values = values.to(self.prediction.mean.device)
+        return self._of(self.prediction.cdf(values.unsqueeze(-1) if self.is_vector else values))
+
     def quantile(self, probability: float) -> Any:
         """Returns a quantile of the predictive distribution, exact for the mixture over weight samples.
 

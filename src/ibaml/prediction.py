@@ -105,6 +105,22 @@ class RegressionPrediction:
         """Returns the means under each weight sample, ``[num_samples, num_examples, num_outputs]``."""
         return self.sample_means
 
+    def cdf(self, targets: Tensor) -> Tensor:
+        """Returns the predictive probability of a value at most ``targets``, ``[num_examples, num_outputs]``.
+
+        For each output by itself, in float64; the inverse of ``quantile``.
+
+        Args:
+            targets: Values, ``[num_examples, num_outputs]``.
+
+        Examples:
+            >>> prediction = RegressionPrediction(torch.zeros(1, 1, 1), torch.ones(1))
+            >>> round(float(prediction.cdf(torch.tensor([[1.96]]))), 3)
+            0.975
+        """
+        deviation = self.noise_variance.double().sqrt()
+        return torch.special.ndtr((targets.double() - self.sample_means.double()) / deviation).mean(0)
+
     def quantile(self, probability: float) -> Tensor:
         """Returns a quantile of the predictive mixture for each output, ``[num_examples, num_outputs]``.
 

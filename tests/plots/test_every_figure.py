@@ -9,6 +9,8 @@ from matplotlib.image import imread
 
 from ibaml import plots
 from ibaml.metrics import ReliabilityCurve
+from ibaml.quantile_calibration import quantile_curve
+from ibaml.selective import selective_curve
 from ibaml.types import Batch, Episode, Tensor
 
 
@@ -27,6 +29,10 @@ def test_every_figure_is_drawn_without_pyplot_and_without_touching_the_settings(
         "training": plots.training_curves([{"step": i, "loss": 1.0, "inner_grad_norm": 0.3} for i in range(200)]),
         "loss": plots.training_curves([{"step": i, "loss": 1.0, "validation_nll": 2.0} for i in range(200)]),
         "comparison": plots.comparison(per_task()),
+        "selective": plots.selective_curves(
+            {"a": selective_curve(torch.linspace(0, 1, 9)[None], torch.arange(9)[None] < 5)}
+        ),
+        "quantiles": plots.quantile_curves({"a": quantile_curve(torch.linspace(0, 1, 9)[None])}),
     }
     for name, figure in figures.items():
         path = plots.save(figure, tmp_path / f"{name}.png")

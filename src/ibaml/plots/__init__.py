@@ -15,6 +15,7 @@ from ibaml.plots.sinusoid import sinusoid
 from ibaml.plots.style import Figure, save
 from ibaml.plots.tasks import example_regression, example_task
 from ibaml.plots.training import training_curves
+from ibaml.plots.uncertainty import quantile_curves, selective_curves
 
 __all__ = [
     "Figure",
@@ -27,8 +28,10 @@ __all__ = [
     "fig3",
     "fsmol",
     "groups",
+    "quantile_curves",
     "reliability_diagram",
     "save",
+    "selective_curves",
     "sinusoid",
     "table1",
     "training_curves",
