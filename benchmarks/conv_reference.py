@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.settings import AccuracySettings
 from ibaml import objectives, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, ibaml
-from ibaml.curvature import gradient_and_hvp
+from ibaml.curvature import value_gradient_and_hvp
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.hypergradient import gaussian_implicit_hypergradient
 from ibaml.likelihoods import Categorical
@@ -151,7 +151,7 @@ def _minimise(loss: Callable[[PyTree], Tensor], prior: DiagonalGaussian, weight:
     optimizer.step(closure)
     solution = tree.detach(place(white))
     for _ in range(_NUM_NEWTON_STEPS):
-        gradient, product = gradient_and_hvp(loss, solution)
+        _, gradient, product = value_gradient_and_hvp(loss, solution)
         step = cg(
             product, gradient, max_steps=1000, rtol=1e-6, preconditioner=partial(tree.mul, tree.mul(scale, scale))
         )
@@ -175,7 +175,7 @@ def gradient_at(
 
 def _largest_curvature(loss: Callable[[PyTree], Tensor], point: PyTree) -> float:
     """Returns the largest absolute eigenvalue of the Hessian, by power iteration."""
-    product = gradient_and_hvp(loss, point)[1]
+    product = value_gradient_and_hvp(loss, point)[2]
     vector, size = tree.map(torch.ones_like, point), 0.0
     for _ in range(30):
         vector = product(tree.scale(1 / tree.norm(vector), vector))

@@ -270,7 +270,7 @@ def test_an_evaluation_is_read_back(tmp_path):
     assert stored.per_task.keys() == result.per_task.keys()
     for name, value in result.per_task.items():
         assert torch.equal(stored.per_task[name], value)
-    assert stored.tasks == {"data": dataclasses.asdict(recipe.data), "seed": 4, "num_tasks": 3}
+    assert stored.tasks == {"data": json.loads(recipe.to_json())["data"], "seed": 4, "num_tasks": 3}
     tensors, metadata = load_tensors(target / "predictions.safetensors")
     assert tensors.keys() == {"targets", "mean", "variance"} and torch.equal(tensors["mean"], result.mean)
     assert metadata == {"recipe": recipe.name, "seed": 4}
