@@ -28,7 +28,7 @@ def test_few_shot_characters_learns_and_draws(load_example: Callable[[str], Modu
     load_example("few_shot_characters").main(["--steps", "2", "--out", str(picture), *SMALL])
     output = capsys.readouterr().out
     # Even a hardly trained prior learns from 25 labelled images.
-    trained, calibrated = (line for line in output.splitlines() if ": accuracy" in line)
+    trained, calibrated = (line for line in output.splitlines() if line.startswith(("  as trained", "  calibrated")))
     for line in (trained, calibrated):
         assert 0.4 < number_after("accuracy", line) <= 1
         assert 0 < number_after("nll", line) < 1.61
