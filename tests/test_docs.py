@@ -59,7 +59,7 @@ def test_the_quick_start_is_at_most_ten_lines():
 
 
 @pytest.mark.slow
-def test_the_quick_start_in_full_takes_less_than_a_minute_and_is_calibrated(tmp_path, monkeypatch):
+def test_the_quick_start_in_full_takes_less_than_a_minute_and_predicts_well(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.process_time()
     names = run("quickstart.md")

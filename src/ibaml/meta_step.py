@@ -20,7 +20,7 @@ from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
 from ibaml.cuda_graph import replayed
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
-from ibaml.traced import TracedNll, flatten, unflatten
+from ibaml.traced import TracedNll, channels_last, flatten, unflatten
 from ibaml.types import Episode, HypergradientInfo, Params, Tensor
 
 
@@ -181,6 +181,8 @@ class MetaGradient:
     def _network_outputs(self, weights: Params, shared: Params, x: Tensor) -> Tensor:
         if self._traced is not None:
             weights = unflatten(weights, self._model.adapted)
+            if self._traced.is_convolutional and self._tasks_per_chunk == 1:
+                weights, x = tree.map(channels_last, (weights, x))
         return self._model.outputs(weights, shared, x)
 
     def _score(self, outputs: Tensor, targets: Tensor) -> Tensor:

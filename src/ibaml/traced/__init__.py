@@ -1,6 +1,6 @@
 """Programs for the passes through a network that training consists of: written down once, replayed ever after."""
 
-from ibaml.traced.loss import TracedNll, flatten, unflatten
+from ibaml.traced.loss import TracedNll, channels_last, flatten, unflatten
 from ibaml.traced.program import UntraceableError
 
-__all__ = ["TracedNll", "UntraceableError", "flatten", "unflatten"]
+__all__ = ["TracedNll", "UntraceableError", "channels_last", "flatten", "unflatten"]

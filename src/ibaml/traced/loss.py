@@ -124,7 +124,7 @@ class TracedNll:
                 batch = Batch(layout(constants[0]), constants[1])
                 return self._model.nll(weights, dict(zip(shared_names, point[1:], strict=True)), batch).mean()
 
-            layout = _channels_last if self.is_convolutional else _as_it_is
+            layout = channels_last if self.is_convolutional else _as_it_is
             losses = (partial(mean_nll, layout), partial(mean_nll, _as_it_is))
             self._losses[key] = _TracedLoss(losses, 1 + len(shared_names), self._keep, self._finish)
         return self._losses[key]
@@ -152,7 +152,7 @@ def _check_max_examples(max_examples: int, network: nn.Module) -> None:
             )
 
 
-def _channels_last(leaf: Tensor) -> Tensor:
+def channels_last(leaf: Tensor) -> Tensor:
     """Stores images and filters with channels last: convolutions and pooling are up to twice as fast."""
     return leaf.contiguous(memory_format=torch.channels_last) if leaf.ndim == 4 else leaf
 
