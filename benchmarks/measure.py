@@ -36,6 +36,7 @@ class Measurement(NamedTuple):
         num_gradients: Gradients, counted on a small network.
         num_hvps: Hessian-vector products, counted there.
         difference: Relative distance from the gradient of the baseline.
+        float64_difference: The same in float64 on a small network; None if that was not looked at.
         failure: Why it does not run, or "".
     """
 
@@ -45,6 +46,7 @@ class Measurement(NamedTuple):
     num_gradients: float = 0
     num_hvps: float = 0
     difference: float = 0
+    float64_difference: float | None = None
     failure: str = ""
 
 
@@ -204,7 +206,9 @@ def _first_pass(
     difference = relative_difference(gradient, reference) if reference else 0.0
     line = Measurement(name, peak_bytes=peak_bytes, difference=difference)
     if check is not None:
-        line = line._replace(num_gradients=check.num_gradients, num_hvps=check.num_hvps)
+        line = line._replace(
+            num_gradients=check.num_gradients, num_hvps=check.num_hvps, float64_difference=check.difference
+        )
     return step, line, gradient
 
 
