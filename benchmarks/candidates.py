@@ -26,7 +26,7 @@ def library(problem: Problem, *, fast: bool = True) -> MetaStep:
     """
     compute = MetaGradient(problem.model, problem.algorithm, fast=fast)
     episodes = tree.map(lambda *leaves: torch.stack(leaves), *problem.episodes)
-    return lambda: tree.leaves(compute(problem.meta, episodes, problem.noises).total.prior)
+    return lambda: tree.leaves(compute(problem.meta, episodes, problem.noises, with_scores=False).total.prior)
 
 
 def candidates(algorithm: AlgorithmName) -> dict[str, Candidate]:

@@ -246,7 +246,8 @@ class Algorithm:
         meta = tree.detach(meta)
         if self.estimator == "implicit":
             return self._implicit(nll, meta, episode, noise)
-        problem = self._problem(nll, episode.support, noise)
+        goes_back_through_all_steps = self.estimator == "unrolled" and self.truncation is None
+        problem = self._problem(nll, episode.support, noise, twice=goes_back_through_all_steps)
         outer_loss = partial(self._outer_loss, nll, episode, noise)
         solver = self._inner_solver(episode.support)
         arguments = (problem.inner_loss, outer_loss, lambda theta: theta.prior, meta, solver)
@@ -288,11 +289,11 @@ class Algorithm:
     def _kl_weight(self, support: Batch) -> float:
         return objectives.kl_weight(support.y.shape[0], self.temperature)
 
-    def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise) -> "_InnerProblem":
+    def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise, *, twice: bool = False) -> "_InnerProblem":
         if not self.is_bayesian:
 
             def penalised_nll(weights: Params, theta: MetaParameters) -> Tensor:
-                value = _mean_nll(nll, theta.shared, weights, support)
+                value = _mean_nll(nll, theta.shared, weights, support, twice=twice)
                 if self.proximal_strength == 0:
                     return value
                 return value + objectives.proximal_penalty(weights, cast(Params, theta.prior), self.proximal_strength)
@@ -302,7 +303,7 @@ class Algorithm:
         weight = self._kl_weight(support)
 
         def expected_nll(posterior: DiagonalGaussian, shared: Params, draws: Params = noise.inner) -> Tensor:
-            return _expected_nll(nll, shared, posterior, draws, support)
+            return _expected_nll(nll, shared, posterior, draws, support, twice=twice)
 
         def negative_elbo(posterior: DiagonalGaussian, theta: MetaParameters, draws: Params = noise.inner) -> Tensor:
             expected = expected_nll(posterior, theta.shared, draws)
@@ -355,7 +356,7 @@ class Algorithm:
     def _implicit(
         self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
     ) -> tuple[MetaParameters, HypergradientInfo]:
-        problem = self._problem(nll, episode.support, noise)
+        problem = self._problem(nll, episode.support, noise, twice=True)
         adapted = self.adapt(nll, meta, episode.support, noise, with_grad_norm=False).value
         if problem.expected_nll is None:
             outer_loss = partial(self._outer_loss, nll, episode, noise)
@@ -385,15 +386,19 @@ class _InnerProblem(NamedTuple):
     inner_loss_at: Callable[[int], Callable[..., Tensor]] | None
 
 
-def _mean_nll(nll: TaskNll, shared: Params, weights: Params, batch: Batch) -> Tensor:
-    """Returns the mean nll over a batch, by programs if there are any."""
-    return nll.mean(weights, shared, batch) if isinstance(nll, TracedNll) else nll(weights, shared, batch).mean()
+def _mean_nll(nll: TaskNll, shared: Params, weights: Params, batch: Batch, *, twice: bool = False) -> Tensor:
+    """Returns the mean nll over a batch, by programs if there are any; ``twice`` announces second derivatives."""
+    if isinstance(nll, TracedNll):
+        return nll.mean(weights, shared, batch, twice=twice)
+    return nll(weights, shared, batch).mean()
 
 
-def _expected_nll(nll: TaskNll, shared: Params, posterior: DiagonalGaussian, draws: Params, batch: Batch) -> Tensor:
+def _expected_nll(
+    nll: TaskNll, shared: Params, posterior: DiagonalGaussian, draws: Params, batch: Batch, *, twice: bool = False
+) -> Tensor:
     """Returns the expected nll of a batch under a distribution over weights."""
     return objectives.expected_nll(
-        partial(_mean_nll, nll, shared),
+        partial(_mean_nll, nll, shared, twice=twice),
         posterior,
         draws,
         batch,

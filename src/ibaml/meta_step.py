@@ -5,18 +5,22 @@ Without any setting:
 - adapted parameters are one flat vector, so that a solver's step is one operation;
 - the network's gradients and Hessian-vector products are programs (``ibaml.traced``);
 - networks with convolutions compute task after task, others all tasks at once by ``torch.func.vmap``;
+- the memory of one step is kept for the next (``ibaml.allocator``);
 - on CUDA the whole step is captured once as a CUDA graph and replayed.
 
 ``fast=False`` switches all of it off. Both ways agree up to rounding, which the tests check for every algorithm.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
+from ibaml.allocator import keep_freed_memory
 from ibaml.cuda_graph import replayed
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
@@ -77,28 +81,35 @@ class MetaGradient:
         self._algorithm = algorithm
         self._traced = None
         if fast:
+            keep_freed_memory()
             self._traced = TracedNll(
                 model,
                 # A limit on examples is a limit on memory.
-                num_kept=algorithm.num_samples if max_examples_per_pass is None else 1,
+                num_kept=_num_points_of_curvature(algorithm) if max_examples_per_pass is None else 1,
                 compile=compile,
                 max_examples=max_examples_per_pass,
             )
         if tasks_per_chunk is None and self._traced is not None and self._traced.is_convolutional:
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk
+        without_scores = partial(self._gradients_of, with_scores=False)
         self._gradients = replayed(self._gradients_of) if fast else self._gradients_of
+        self._gradients_without_scores = replayed(without_scores) if fast else without_scores
         self._outputs = replayed(self._outputs_of) if fast else self._outputs_of
 
-    def __call__(self, meta: MetaParameters, episodes: Episode, noises: Sequence[TaskNoise]) -> TaskGradients:
+    def __call__(
+        self, meta: MetaParameters, episodes: Episode, noises: Sequence[TaskNoise], *, with_scores: bool = True
+    ) -> TaskGradients:
         """Returns the gradients of some tasks.
 
         Args:
             meta: Meta-parameters.
             episodes: Tasks, with a leading axis, on the device of the meta-parameters.
             noises: Noise of each task.
+            with_scores: False spares a pass of each query set; the scores are then NaN.
         """
-        return self._gradients(meta, episodes, _stacked(noises))
+        compute = self._gradients if with_scores else self._gradients_without_scores
+        return compute(meta, episodes, _stacked(noises))
 
     def outputs(
         self,
@@ -117,16 +128,19 @@ class MetaGradient:
         """
         return self._outputs(meta, episodes, _stacked(noises), _stacked(evaluation_noises))
 
-    def _gradients_of(self, meta: MetaParameters, episodes: Episode, noises: TaskNoise) -> TaskGradients:
+    def _gradients_of(
+        self, meta: MetaParameters, episodes: Episode, noises: TaskNoise, *, with_scores: bool = True
+    ) -> TaskGradients:
         meta, noises = self._flat(meta), self._flat_noise(noises)
 
         def of_task(episode: Episode, noise: TaskNoise) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
             gradient, info = self._algorithm.hypergradient(self._nll, meta, episode, noise)
-            weights = info.inner_params
-            outputs = self._network_outputs(
-                weights.mean if isinstance(weights, DiagonalGaussian) else weights, meta.shared, episode.query.x
-            )
-            return gradient, info._replace(inner_params={}), self._score(outputs, episode.query.y)
+            score = torch.full_like(info.outer_loss, math.nan)
+            if with_scores:
+                weights = info.inner_params
+                weights = weights.mean if isinstance(weights, DiagonalGaussian) else weights
+                score = self._score(self._network_outputs(weights, meta.shared, episode.query.x), episode.query.y)
+            return gradient, info._replace(inner_params={}), score
 
         gradients, info, scores = self._for_each_task(of_task, episodes, noises)
         total = tree.map(lambda leaf: leaf.sum(0), gradients)
@@ -190,6 +204,17 @@ class MetaGradient:
         if self._model.likelihood.name == "categorical":
             return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
         return ((outputs - targets) ** 2).mean()
+
+
+def _num_points_of_curvature(algorithm: Algorithm) -> int:
+    """Returns how many points an algorithm takes Hessian-vector products at, for each task."""
+    if algorithm.estimator != "unrolled":
+        return algorithm.num_samples
+    num_steps = algorithm.num_inner_steps
+    # The one more is where the inner steps ended.
+    return (
+        1 + min(num_steps, num_steps if algorithm.truncation is None else algorithm.truncation)
+    ) * algorithm.num_samples
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

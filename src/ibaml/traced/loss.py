@@ -2,9 +2,10 @@
 
 ``TracedNll.mean`` is differentiable twice. Its value and first derivative come from one program, run once: the forward
 pass computes the gradient, which the backward pass multiplies by a scalar. A product with its second derivative runs
-the programs of ``trace_product``. The residuals of a point are kept for further products with it, for so many points at
-a time as were asked for, and computed anew for older ones. Memory therefore grows neither with the number of inner
-steps that are unrolled nor with that of weight samples beyond that number.
+the programs of ``trace_product``. The residuals of a point, which the forward pass computes along with the gradient
+where a second derivative is announced, are kept for further products with it, for so many points at a time as were
+asked for, and computed anew for older ones. Memory therefore grows neither with the number of inner steps that are
+unrolled nor with that of weight samples beyond that number.
 """
 
 import logging
@@ -91,20 +92,28 @@ class TracedNll:
         """Returns the nll per example, ``[num_examples]``, without programs."""
         return self._model.nll(unflatten(adapted, self._model.adapted), shared, batch)
 
-    def mean(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
-        """Returns the mean nll over the examples, a scalar; twice differentiable in ``adapted`` and ``shared``."""
+    def mean(self, adapted: Params, shared: Params, batch: Batch, *, twice: bool = False) -> Tensor:
+        """Returns the mean nll over the examples, a scalar; twice differentiable in ``adapted`` and ``shared``.
+
+        Args:
+            adapted: Flat adapted parameters.
+            shared: Shared parameters.
+            batch: Examples.
+            twice: Announces that the value will be differentiated twice, which spares one pass of the first product.
+        """
         num_examples = len(batch.y)
         if self._max_examples is None or num_examples <= self._max_examples:
-            return self._mean_of_one_pass(adapted, shared, batch)
+            return self._mean_of_one_pass(adapted, shared, batch, twice)
         parts = zip(batch.x.split(self._max_examples), batch.y.split(self._max_examples), strict=True)
-        means = [len(y) / num_examples * self._mean_of_one_pass(adapted, shared, Batch(x, y)) for x, y in parts]
+        means = [len(y) / num_examples * self._mean_of_one_pass(adapted, shared, Batch(x, y), twice) for x, y in parts]
         return torch.stack(means).sum()
 
-    def _mean_of_one_pass(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
+    def _mean_of_one_pass(self, adapted: Params, shared: Params, batch: Batch, twice: bool) -> Tensor:
         if self._is_traceable:
             leaves = (adapted[FLAT], *shared.values(), batch.x, batch.y)
+            loss = self._loss(tuple(shared), leaves)
             try:
-                return cast(Tensor, _ValueAndGradient.apply(self._loss(tuple(shared), leaves), *leaves)[0])
+                return cast(Tensor, _ValueAndGradient.apply(loss, _Point(), twice, *leaves)[0])
             except UntraceableError as error:
                 self._is_traceable = False
                 _logger.warning(
@@ -161,17 +170,14 @@ def _as_it_is(leaf: Tensor) -> Tensor:
     return leaf
 
 
-def _as_it_is_for_all(*leaves: Tensor) -> list[Tensor]:
-    return list(leaves)
-
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class _Point:
-    """Where curvature is wanted: the residuals, once they have been computed."""
+    """Where curvature is wanted: the residuals, once they have been computed, and the loss whose product takes them."""
 
     residuals: list[Tensor] | None = None
+    owner: "_TracedLoss | None" = None
 
 
 class _TracedLoss:
@@ -209,17 +215,29 @@ class _TracedLoss:
             self._gradient = self._finish(program, leaves)
         return self._gradient(*leaves)
 
+    def linearize(self, point: _Point, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Returns value and gradient, and makes the residuals the point's."""
+        linearize, _ = self._product_programs(leaves)
+        self._keep(point)
+        results = linearize(*leaves)
+        point.owner, point.residuals = self, results[1 + self.num_point :]
+        return results[: 1 + self.num_point]
+
     def product(self, point: _Point, leaves: Sequence[Tensor], direction: Sequence[Tensor]) -> list[Tensor]:
         """Returns the product of the Hessian at a point with a direction."""
+        # Residuals without an axis of members are of no use for directions that have one.
+        if point.residuals is None or point.owner is not self:
+            self.linearize(point, leaves)
+        assert point.residuals is not None
+        return self._product_programs(leaves)[1](*point.residuals, *direction)
+
+    def _product_programs(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
         if self._product is None:
             linearize, product = self._trace_product(leaves)
             linearize = self._finish(linearize, leaves)
-            self._product = linearize, self._finish(product, [*linearize(*leaves), *direction])
-        linearize, product = self._product
-        if point.residuals is None:
-            self._keep(point)
-            point.residuals = linearize(*leaves)
-        return product(*point.residuals, *direction)
+            residuals = linearize(*leaves)[1 + self.num_point :]
+            self._product = linearize, self._finish(product, [*residuals, *leaves[: self.num_point]])
+        return self._product
 
     def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
         reason = ""
@@ -229,8 +247,9 @@ class _TracedLoss:
                 return trace_product(loss, *self._split(leaves), num_axes=self._num_axes)
             except UntraceableError as error:
                 reason = str(error).splitlines()[0]
+        self.gradient(leaves)  # Raises if there is no program for it either.
         _logger.warning("Hessian-vector products are computed step by step, which is slower: %s.", reason)
-        return _as_it_is_for_all, self._plain_product
+        return lambda *leaves: [*self.gradient(leaves), *leaves], self._plain_product
 
     def _plain_product(self, *tensors: Tensor) -> list[Tensor]:
         """Returns the product from leaves and direction by reverse over reverse, for operations without a tangent."""
@@ -251,16 +270,15 @@ class _TracedLoss:
 
 
 class _ValueAndGradient(torch.autograd.Function):
-    """``(loss, *leaves) -> (value, *gradient)``: differentiating the value needs no computation."""
+    """``(loss, point, twice, *leaves) -> (value, *gradient)``: differentiating the value needs no computation."""
 
     @staticmethod
-    def forward(loss: _TracedLoss, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(loss.gradient(leaves))
+    def forward(loss: _TracedLoss, point: _Point, twice: bool, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(loss.linearize(point, leaves) if twice else loss.gradient(leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, *leaves = inputs
-        ctx.point = _Point()
+        ctx.loss, ctx.point, _, *leaves = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*leaves, *output[1:])
 
@@ -281,14 +299,13 @@ class _ValueAndGradient(torch.autograd.Function):
             ]
             product = _Product.apply(loss, ctx.point, *leaves, *direction)
             result = [b if a is None else a + b for a, b in zip(result, product, strict=True)]
-        return (None, *result, *[None] * (num_leaves - loss.num_point))
+        return (None, None, None, *result, *[None] * (num_leaves - loss.num_point))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        loss, *leaves = arguments
-        output = _ValueAndGradient.apply(
-            loss.mapped(info.batch_size), *_with_axis(info.batch_size, in_dims[1:], leaves)
-        )
+        loss, point, twice, *leaves = arguments
+        mapped = loss.mapped(info.batch_size)
+        output = _ValueAndGradient.apply(mapped, point, twice, *_with_axis(info.batch_size, in_dims[3:], leaves))
         return output, (0,) * len(output)
 
 

@@ -6,7 +6,7 @@ symbolically. What remains are three ``torch.fx`` programs without Python contro
 or captured in a CUDA graph:
 
 - ``gradient``: value and gradient;
-- ``linearize``: the residuals, which are all that the Hessian-vector product needs and that depend on the point alone;
+- ``linearize``: value, gradient, and the residuals: what the Hessian-vector product needs and depends on the point alone;
 - ``product``: the Hessian-vector product from residuals and a direction, forward-over-reverse.
 """
 
@@ -59,7 +59,10 @@ def trace_gradient(loss: Loss, point: Sequence[Tensor], constants: Sequence[Tens
 def trace_product(
     loss: Loss, point: Sequence[Tensor], constants: Sequence[Tensor], *, num_axes: int = 0
 ) -> tuple[Program, Program]:
-    """Writes down ``(*point, *constants) -> residuals`` and ``(*residuals, *direction) -> Hessian times direction``.
+    """Writes down the two programs of a Hessian-vector product.
+
+    The first is ``(*point, *constants) -> [value, *gradient, *residuals]``, the second
+    ``(*residuals, *direction) -> Hessian times direction``.
 
     Batch normalisation with the statistics of the batch gets derivatives that keep its fused kernels
     (``ibaml.traced.batch_norm``); all other operations are differentiated by torch.
@@ -78,10 +81,13 @@ def trace_product(
     def product(*leaves: Tensor) -> list[Tensor]:
         at, direction, fixed = leaves[:num_point], leaves[num_point : 2 * num_point], leaves[2 * num_point :]
 
-        def gradient_at(values: list[Tensor]) -> list[Tensor]:
-            return torch.func.grad(loss)(values, list(fixed))
+        def gradient_and_value_at(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            return torch.func.grad_and_value(loss)(values, list(fixed))
 
-        return torch.func.jvp(gradient_at, (list(at),), (list(direction),))[1]
+        # torch does not say that has_aux adds a third result.
+        results: Any = torch.func.jvp(gradient_and_value_at, (list(at),), (list(direction),), has_aux=True)
+        gradient, tangent, value = results
+        return [value, *gradient, *tangent]
 
     leaves = [*point, *map(torch.zeros_like, point), *constants]
     return _split(_write_down(product, leaves, num_axes), num_point)
@@ -174,7 +180,8 @@ def _split(whole: fx.GraphModule, num_point: int) -> tuple[fx.GraphModule, fx.Gr
     for node in nodes:
         if node.op == "call_function" and any(each in varying for each in node.all_input_nodes):
             varying.add(node)
-    (result,) = next(node for node in nodes if node.op == "output").args
+    (outputs,) = next(node for node in nodes if node.op == "output").args
+    at_point, result = outputs[: 1 + num_point], outputs[1 + num_point :]
     fixed = [node for node in nodes if node.op == "call_function" and node not in varying]
     moving = [node for node in nodes if node.op == "call_function" and node in varying]
     attributes = [node for node in nodes if node.op == "get_attr"]
@@ -185,7 +192,7 @@ def _split(whole: fx.GraphModule, num_point: int) -> tuple[fx.GraphModule, fx.Gr
         for node in [*constant_inputs, *fixed]
         if node in result or any(user in varying for user in node.users if user.op == "call_function")
     ]
-    linearize = _program(whole, constant_inputs, [*attributes, *fixed], residuals)
+    linearize = _program(whole, constant_inputs, [*attributes, *fixed], [*at_point, *residuals])
     return linearize, _program(whole, [*residuals, *direction], [*attributes, *moving], result)
 
 
