@@ -396,14 +396,10 @@ def _mean_nll(nll: TaskNll, shared: Params, weights: Params, batch: Batch, *, tw
 def _expected_nll(
     nll: TaskNll, shared: Params, posterior: DiagonalGaussian, draws: Params, batch: Batch, *, twice: bool = False
 ) -> Tensor:
-    """Returns the expected nll of a batch under a distribution over weights."""
-    return objectives.expected_nll(
-        partial(_mean_nll, nll, shared, twice=twice),
-        posterior,
-        draws,
-        batch,
-        vectorize=isinstance(nll, TracedNll) and not nll.is_convolutional,
-    )
+    """Returns the expected nll of a batch under a distribution over weights, by programs if there are any."""
+    if isinstance(nll, TracedNll):
+        return nll.expected(posterior, shared, draws, batch, twice=twice)
+    return objectives.expected_nll(lambda weights, examples: nll(weights, shared, examples), posterior, draws, batch)
 
 
 def maml(**settings: Any) -> Algorithm:

@@ -224,7 +224,7 @@ def gaussian_implicit_hypergradient(
         value = value + outer_nll_weight * nll_value
         outer_posterior = tree.axpy(outer_nll_weight, nll_gradient, outer_posterior)
 
-    inverse_variance = tree.map(lambda log_var: torch.exp(-log_var), prior.log_var)
+    pull = tree.map(lambda log_var: kl_weight * torch.exp(-log_var), prior.log_var)  # lam / D
     variance_ratio = tree.map(lambda rho, log_var: torch.exp(rho - log_var), posterior.log_var, prior.log_var)
     log_var_diagonal = tree.map(
         lambda ratio, g: 0.5 * kl_weight * (ratio + (2 / kl_weight) * g) ** 2 - g, variance_ratio, nll_gradient.log_var
@@ -233,20 +233,19 @@ def gaussian_implicit_hypergradient(
     def matvec(vector: DiagonalGaussian) -> DiagonalGaussian:
         curved = nll_curvature(vector)
         return DiagonalGaussian(
-            mean=tree.map(lambda h, p, u: h + kl_weight * p * u, curved.mean, inverse_variance, vector.mean),
-            log_var=tree.map(lambda h, a, s: h + a * s, curved.log_var, log_var_diagonal, vector.log_var),
+            mean=tree.map(torch.addcmul, curved.mean, pull, vector.mean),
+            log_var=tree.map(torch.addcmul, curved.log_var, log_var_diagonal, vector.log_var),
         )
 
+    scale = tree.map(lambda rho: torch.exp(rho) / kl_weight, posterior.log_var)
+
     def free_preconditioner(vector: DiagonalGaussian) -> DiagonalGaussian:
-        return DiagonalGaussian(
-            mean=tree.map(lambda rho, u: torch.exp(rho) / kl_weight * u, posterior.log_var, vector.mean),
-            log_var=tree.scale(2 / kl_weight, vector.log_var),
-        )
+        return DiagonalGaussian(tree.mul(scale, vector.mean), tree.scale(2 / kl_weight, vector.log_var))
 
     solution = solver(matvec, outer_posterior, preconditioner=free_preconditioner if precondition else None)
     mean_part, log_var_part = solution.value
     prior_gradient = DiagonalGaussian(
-        mean=tree.map(lambda o, p, u: o + kl_weight * p * u, outer_prior.mean, inverse_variance, mean_part),
+        mean=tree.map(torch.addcmul, outer_prior.mean, pull, mean_part),
         log_var=tree.map(
             lambda o, g, u, ratio, s: o - g * u + 0.5 * kl_weight * ratio * s,
             outer_prior.log_var,
@@ -258,9 +257,9 @@ def gaussian_implicit_hypergradient(
     )
     inner_gradient = DiagonalGaussian(
         mean=tree.map(
-            lambda g, p, a, b: g + kl_weight * p * (a - b),
+            lambda g, p, a, b: g + p * (a - b),
             nll_gradient.mean,
-            inverse_variance,
+            pull,
             posterior.mean,
             prior.mean,
         ),

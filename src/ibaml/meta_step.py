@@ -4,7 +4,7 @@ Without any setting:
 
 - adapted parameters are one flat vector, so that a solver's step is one operation;
 - the network's gradients and Hessian-vector products are programs (``ibaml.traced``);
-- networks with convolutions compute task after task, others all tasks at once by ``torch.func.vmap``;
+- small networks without convolutions compute all tasks at once by ``torch.func.vmap``, others task after task;
 - the memory of one step is kept for the next (``ibaml.allocator``);
 - on CUDA the whole step is captured once as a CUDA graph and replayed.
 
@@ -48,8 +48,8 @@ class MetaGradient:
     Args:
         model: Network and likelihood.
         algorithm: What adapts, and computes a hypergradient.
-        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: one if ``fast`` and the network has
-            convolutions, else all. 1: a plain loop.
+        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: one if ``fast`` and the network is
+            large or has convolutions, else all. 1: a plain loop.
         fast: False differentiates the network by ``torch.func`` and nothing else.
         compile: With ``fast``: fuse the programs' elementwise operations by TorchInductor.
         max_examples_per_pass: With ``fast``: pass at most so many examples through the network at a time and add up
@@ -89,7 +89,7 @@ class MetaGradient:
                 compile=compile,
                 max_examples=max_examples_per_pass,
             )
-        if tasks_per_chunk is None and self._traced is not None and self._traced.is_convolutional:
+        if tasks_per_chunk is None and self._traced is not None and not self._traced.is_small:
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk
         without_scores = partial(self._gradients_of, with_scores=False)

@@ -49,11 +49,15 @@ def axpy(factor: Tensor | float, a: PyTree, b: PyTree) -> PyTree:
         >>> axpy(2.0, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, 0.5])})
         {'w': tensor([2.5000, 4.5000])}
     """
-    return map(lambda x, y: factor * x + y, a, b)
+    if isinstance(factor, Tensor):
+        return map(lambda x, y: torch.addcmul(y, factor, x), a, b)
+    return map(lambda x, y: torch.add(y, x, alpha=factor), a, b)
 
 
 def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
-    """Chooses ``a`` where the scalar tensor ``condition`` is true and ``b`` elsewhere, without a Python branch."""
+    """Chooses ``a`` where the scalar tensor ``condition`` is true and ``b`` elsewhere; copies nothing if it may ask."""
+    if holds(condition):
+        return a
     return map(lambda x, y: torch.where(condition, x, y), a, b)
 
 
@@ -64,7 +68,7 @@ def dot(a: PyTree, b: PyTree) -> Tensor:
         >>> dot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([1.0, 1.0]), torch.tensor(2.0)])
         tensor(9.)
     """
-    products = [(x * y).sum() for x, y in zip(leaves(a), leaves(b), strict=True)]
+    products = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(leaves(a), leaves(b), strict=True)]
     if not products:
         raise ValueError("tree has no tensors: an inner product needs at least one leaf.")
     return torch.stack(products).sum()

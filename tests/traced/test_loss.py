@@ -172,7 +172,7 @@ def test_residuals_are_kept_for_so_many_points_only(monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_are_written_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ibaml.traced import loss as module
+    from ibaml.traced import derivatives as module
 
     count = 0
     write = module.trace_gradient

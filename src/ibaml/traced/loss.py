@@ -12,13 +12,17 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
-from ibaml.traced.program import Loss, Program, UntraceableError, compiled, trace_gradient, trace_product
+from ibaml.objectives import expected_nll
+from ibaml.traced.derivatives import Point, TracedLoss, value
+from ibaml.traced.program import Program, UntraceableError, compiled
+from ibaml.traced.samples import SampledLoss
 from ibaml.types import Batch, Params, Tensor
 
 _logger = logging.getLogger(__name__)
@@ -83,10 +87,13 @@ class TracedNll:
         self._num_kept = num_kept
         self._compile = compile
         self._max_examples = max_examples
-        self._losses: dict[Any, _TracedLoss] = {}
-        self._kept: list[weakref.ref[_Point]] = []
+        self._losses: dict[Any, TracedLoss] = {}
+        self._sampled_losses: dict[TracedLoss, SampledLoss] = {}
+        self._kept: list[weakref.ref[Point]] = []
         self._is_traceable = not model.shared_names
         self.is_convolutional = any(isinstance(each, _CONVOLUTIONS) for each in model.network.modules())
+        num_weights = sum(value.numel() for value in model.adapted.values())
+        self.is_small = not self.is_convolutional and num_weights <= _LARGEST_SMALL
 
     def __call__(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
         """Returns the nll per example, ``[num_examples]``, without programs."""
@@ -101,19 +108,58 @@ class TracedNll:
             batch: Examples.
             twice: Announces that the value will be differentiated twice, which spares one pass of the first product.
         """
-        num_examples = len(batch.y)
-        if self._max_examples is None or num_examples <= self._max_examples:
-            return self._mean_of_one_pass(adapted, shared, batch, twice)
-        parts = zip(batch.x.split(self._max_examples), batch.y.split(self._max_examples), strict=True)
-        means = [len(y) / num_examples * self._mean_of_one_pass(adapted, shared, Batch(x, y), twice) for x, y in parts]
-        return torch.stack(means).sum()
 
-    def _mean_of_one_pass(self, adapted: Params, shared: Params, batch: Batch, twice: bool) -> Tensor:
-        if self._is_traceable:
-            leaves = (adapted[FLAT], *shared.values(), batch.x, batch.y)
+        def mean(part: Batch) -> Tensor:
+            leaves = (adapted[FLAT], *shared.values(), part.x, part.y)
+            return value(self._loss(tuple(shared), leaves), leaves, twice=twice)
+
+        return self._in_parts(mean, lambda part: self(adapted, shared, part).mean(), batch)
+
+    def expected(
+        self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch, *, twice: bool = False
+    ) -> Tensor:
+        """Returns the mean nll over examples and weight samples, a scalar; twice differentiable as ``mean`` is.
+
+        Args:
+            posterior: Distribution of the flat adapted parameters.
+            shared: Shared parameters.
+            noise: Standard normal values, with a leading axis of samples.
+            batch: Examples.
+            twice: As in ``mean``.
+        """
+
+        def mean(part: Batch) -> Tensor:
+            leaves = (posterior.mean[FLAT], *shared.values(), part.x, part.y)
             loss = self._loss(tuple(shared), leaves)
+            if loss not in self._sampled_losses:
+                self._sampled_losses[loss] = SampledLoss(loss, at_once=self.is_small)
+            leaves = (leaves[0], posterior.log_var[FLAT], *shared.values(), noise[FLAT], part.x, part.y)
+            return value(self._sampled_losses[loss], leaves, twice=twice)
+
+        def plain(part: Batch) -> Tensor:
+            return expected_nll(
+                lambda weights, examples: self(weights, shared, examples),
+                posterior,
+                noise,
+                part,
+                vectorize=self.is_small,
+            )
+
+        return self._in_parts(mean, plain, batch)
+
+    def _in_parts(self, mean: Callable[[Batch], Tensor], plain: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Returns a mean over examples from means over as many as may be passed through the network at a time."""
+        size = self._max_examples or len(batch.y)
+        parts = [Batch(*part) for part in zip(batch.x.split(size), batch.y.split(size), strict=True)]
+        means = [self._or_plain(mean, plain, part) for part in parts]
+        if len(means) == 1:
+            return means[0]
+        return torch.stack([len(part.y) / len(batch.y) * each for part, each in zip(parts, means, strict=True)]).sum()
+
+    def _or_plain(self, mean: Callable[[Batch], Tensor], plain: Callable[[Batch], Tensor], part: Batch) -> Tensor:
+        if self._is_traceable:
             try:
-                return cast(Tensor, _ValueAndGradient.apply(loss, _Point(), twice, *leaves)[0])
+                return mean(part)
             except UntraceableError as error:
                 self._is_traceable = False
                 _logger.warning(
@@ -121,9 +167,9 @@ class TracedNll:
                     type(self._model.network).__name__,
                     str(error).splitlines()[0],
                 )
-        return self(adapted, shared, batch).mean()
+        return plain(part)
 
-    def _loss(self, shared_names: tuple[str, ...], leaves: Sequence[Tensor]) -> "_TracedLoss":
+    def _loss(self, shared_names: tuple[str, ...], leaves: Sequence[Tensor]) -> "TracedLoss":
         key = (shared_names, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), _autocast_state())
         if key not in self._losses:
 
@@ -135,13 +181,13 @@ class TracedNll:
 
             layout = channels_last if self.is_convolutional else _as_it_is
             losses = (partial(mean_nll, layout), partial(mean_nll, _as_it_is))
-            self._losses[key] = _TracedLoss(losses, 1 + len(shared_names), self._keep, self._finish)
+            self._losses[key] = TracedLoss(losses, 1 + len(shared_names), self._keep, self._finish)
         return self._losses[key]
 
     def _finish(self, program: Program, example: Sequence[Tensor]) -> Program:
         return compiled(program, example) if self._compile else program
 
-    def _keep(self, point: "_Point") -> None:
+    def _keep(self, point: "Point") -> None:
         """Drops the residuals of the oldest points, so that there is room for those of one more."""
         alive = [old for each in self._kept if (old := each()) is not None and old.residuals is not None]
         for old in alive[: max(0, len(alive) + 1 - self._num_kept)]:
@@ -162,185 +208,23 @@ def _check_max_examples(max_examples: int, network: nn.Module) -> None:
 
 
 def channels_last(leaf: Tensor) -> Tensor:
-    """Stores images and filters with channels last: convolutions and pooling are up to twice as fast."""
-    return leaf.contiguous(memory_format=torch.channels_last) if leaf.ndim == 4 else leaf
+    """Stores images and filters with channels last: convolutions and pooling are up to twice as fast.
+
+    A single channel fits both memory formats, and ``contiguous`` leaves it in the other one, which all that is computed
+    from it then inherits: a copy with the channels in the last place has the right strides.
+    """
+    if leaf.ndim != 4:
+        return leaf
+    return leaf.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
 
 
 def _as_it_is(leaf: Tensor) -> Tensor:
     return leaf
 
 
+# Weights of a network for which several tasks or weight samples at once are faster than one after the other (CPU).
+_LARGEST_SMALL = 50_000
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-class _Point:
-    """Where curvature is wanted: the residuals, once they have been computed, and the loss whose product takes them."""
-
-    residuals: list[Tensor] | None = None
-    owner: "_TracedLoss | None" = None
-
-
-class _TracedLoss:
-    """A loss for tensors of given shapes, with programs that are written when they are first needed."""
-
-    def __init__(
-        self,
-        losses: tuple[Loss, Loss],
-        num_point: int,
-        keep: Callable[[_Point], None],
-        finish: Callable[[Program, Sequence[Tensor]], Program],
-        num_axes: int = 0,
-    ) -> None:
-        self.num_point = num_point
-        # torch.func.vmap does not know memory formats.
-        self._losses = losses
-        self._loss = losses[0 if num_axes == 0 else 1]
-        self._keep = keep
-        self._finish = finish
-        self._num_axes = num_axes
-        self._gradient: Program | None = None
-        self._product: tuple[Program, Program] | None = None
-        self._mapped: dict[int, _TracedLoss] = {}
-
-    def mapped(self, size: int) -> "_TracedLoss":
-        """Returns the losses of ``size`` members at once; every tensor has one more leading axis."""
-        if size not in self._mapped:
-            self._mapped[size] = _TracedLoss(self._losses, self.num_point, self._keep, self._finish, self._num_axes + 1)
-        return self._mapped[size]
-
-    def gradient(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the value and the gradient in the first ``num_point`` leaves."""
-        if self._gradient is None:
-            program = trace_gradient(self._loss, *self._split(leaves), num_axes=self._num_axes)
-            self._gradient = self._finish(program, leaves)
-        return self._gradient(*leaves)
-
-    def linearize(self, point: _Point, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Returns value and gradient, and makes the residuals the point's."""
-        linearize, _ = self._product_programs(leaves)
-        self._keep(point)
-        results = linearize(*leaves)
-        point.owner, point.residuals = self, results[1 + self.num_point :]
-        return results[: 1 + self.num_point]
-
-    def product(self, point: _Point, leaves: Sequence[Tensor], direction: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the product of the Hessian at a point with a direction."""
-        # Residuals without an axis of members are of no use for directions that have one.
-        if point.residuals is None or point.owner is not self:
-            self.linearize(point, leaves)
-        assert point.residuals is not None
-        return self._product_programs(leaves)[1](*point.residuals, *direction)
-
-    def _product_programs(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
-        if self._product is None:
-            linearize, product = self._trace_product(leaves)
-            linearize = self._finish(linearize, leaves)
-            residuals = linearize(*leaves)[1 + self.num_point :]
-            self._product = linearize, self._finish(product, [*residuals, *leaves[: self.num_point]])
-        return self._product
-
-    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
-        reason = ""
-        # torch 2.13: the derivative of group_norm has a tangent for contiguous tensors only.
-        for loss in dict.fromkeys((self._loss, self._losses[1])):
-            try:
-                return trace_product(loss, *self._split(leaves), num_axes=self._num_axes)
-            except UntraceableError as error:
-                reason = str(error).splitlines()[0]
-        self.gradient(leaves)  # Raises if there is no program for it either.
-        _logger.warning("Hessian-vector products are computed step by step, which is slower: %s.", reason)
-        return lambda *leaves: [*self.gradient(leaves), *leaves], self._plain_product
-
-    def _plain_product(self, *tensors: Tensor) -> list[Tensor]:
-        """Returns the product from leaves and direction by reverse over reverse, for operations without a tangent."""
-        leaves, direction = tensors[: -self.num_point], tensors[-self.num_point :]
-        num_leaves = len(leaves)
-
-        def product(*values: Tensor) -> list[Tensor]:
-            point, constants = self._split(values[:num_leaves])
-            pullback = torch.func.vjp(lambda at: torch.func.grad(self._loss)(at, constants), point)[1]
-            return pullback(list(values[num_leaves:]))[0]
-
-        for _ in range(self._num_axes):
-            product = torch.func.vmap(product)
-        return product(*leaves, *direction)
-
-    def _split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return list(leaves[: self.num_point]), list(leaves[self.num_point :])
-
-
-class _ValueAndGradient(torch.autograd.Function):
-    """``(loss, point, twice, *leaves) -> (value, *gradient)``: differentiating the value needs no computation."""
-
-    @staticmethod
-    def forward(loss: _TracedLoss, point: _Point, twice: bool, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return tuple(loss.linearize(point, leaves) if twice else loss.gradient(leaves))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.point, _, *leaves = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*leaves, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        loss: _TracedLoss = ctx.loss
-        num_leaves = len(ctx.saved_tensors) - loss.num_point
-        leaves, gradient = ctx.saved_tensors[:num_leaves], ctx.saved_tensors[num_leaves:]
-        by_value, by_gradient = gradients[0], gradients[1:]
-        result: list[Tensor | None] = [None] * loss.num_point
-        if by_value is not None:
-            # One value for each member of a batch, if the loss is mapped.
-            result = [by_value.reshape(*by_value.shape, *[1] * (each.ndim - by_value.ndim)) * each for each in gradient]
-        if any(each is not None for each in by_gradient):
-            direction = [
-                torch.zeros_like(leaf) if each is None else each
-                for leaf, each in zip(leaves, by_gradient, strict=False)
-            ]
-            product = _Product.apply(loss, ctx.point, *leaves, *direction)
-            result = [b if a is None else a + b for a, b in zip(result, product, strict=True)]
-        return (None, None, None, *result, *[None] * (num_leaves - loss.num_point))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        loss, point, twice, *leaves = arguments
-        mapped = loss.mapped(info.batch_size)
-        output = _ValueAndGradient.apply(mapped, point, twice, *_with_axis(info.batch_size, in_dims[3:], leaves))
-        return output, (0,) * len(output)
-
-
-class _Product(torch.autograd.Function):
-    """``(loss, point, *leaves, *direction) -> Hessian at the point times direction``."""
-
-    @staticmethod
-    def forward(loss: _TracedLoss, point: _Point, *tensors: Tensor) -> tuple[Tensor, ...]:
-        num_leaves = len(tensors) - loss.num_point
-        return tuple(loss.product(point, tensors[:num_leaves], tensors[num_leaves:]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            "a traced nll has two derivatives, and the third was asked for: switch the programs off with fast=False."
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        loss, point, *tensors = arguments
-        mapped = loss.mapped(info.batch_size)
-        output = _Product.apply(mapped, point, *_with_axis(info.batch_size, in_dims[2:], tensors))
-        return output, (0,) * len(output)
-
-
-def _with_axis(size: int, axes: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Moves the axis of batch members to the front; a tensor without one counts for every member."""
-    return [
-        tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-        for tensor, axis in zip(tensors, axes, strict=True)
-    ]
 
 
 def _autocast_state() -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ symbolically. What remains are three ``torch.fx`` programs without Python contro
 or captured in a CUDA graph:
 
 - ``gradient``: value and gradient;
-- ``linearize``: value, gradient, and the residuals: what the Hessian-vector product needs and depends on the point alone;
+- ``linearize``: value, gradient, and the residuals, on which alone the Hessian-vector product depends beside its
+  direction;
 - ``product``: the Hessian-vector product from residuals and a direction, forward-over-reverse.
 """
 
@@ -127,6 +128,7 @@ def _write_down(function: Program, leaves: Sequence[Tensor], num_axes: int) -> f
     except Exception as error:
         # Whatever torch raises in the middle of a user's network: the caller goes on without a program.
         raise UntraceableError(f"{type(error).__name__}: {error}") from error
+    _drop_zeros(program.graph)
     _merge_equal(program.graph)
     program.graph.eliminate_dead_code()
     program.recompile()
@@ -141,6 +143,26 @@ def _drop_copies(graph: fx.Graph) -> None:
             if target.target is torch.ops.aten._new_zeros_with_same_feature_meta.default and len(target.users) == 1:
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
+
+
+def _drop_zeros(graph: fx.Graph) -> None:
+    """Takes a sum with zeros as its other summand: a derivative begins with zeros wherever it may have many parts."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+            continue
+        for zeros, other in (node.args, node.args[::-1]):
+            if getattr(zeros, "target", None) is torch.ops.aten.zeros_like.default and _same_kind(node, other):
+                node.replace_all_uses_with(other)
+                graph.erase_node(node)
+                break
+
+
+def _same_kind(node: fx.Node, other: Any) -> bool:
+    """Whether two results have the same shape, dtype and strides."""
+    if not isinstance(other, fx.Node):
+        return False
+    one, two = node.meta["val"], other.meta["val"]
+    return one.shape == two.shape and one.dtype == two.dtype and one.stride() == two.stride()
 
 
 def _is_in_place(node: fx.Node) -> bool:

@@ -1,0 +1,230 @@
+"""Losses whose value, gradient and Hessian-vector products are computed by programs, for ``torch.autograd``.
+
+``value`` makes a loss a function like any other under ``torch.func``, differentiable twice. Its forward pass computes
+the gradient as well, which the backward pass multiplies by a scalar; differentiating that once more runs the program of
+the product.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+
+from ibaml.traced.program import Loss, Program, UntraceableError, trace_gradient, trace_product
+from ibaml.types import Tensor
+
+_logger = logging.getLogger(__name__)
+
+Leaves: TypeAlias = Callable[[], Sequence[Tensor]]
+"""Where curvature is wanted, computed if it is needed at all."""
+
+
+class Point:
+    """Where curvature is wanted: the residuals, once they have been computed, and the loss whose product takes them.
+
+    The residuals of a mean over weight samples are points themselves.
+    """
+
+    residuals: list[Tensor] | None = None
+    owner: "TwiceDifferentiable | None" = None
+    samples: "Sequence[Point]" = ()
+
+
+class TwiceDifferentiable(Protocol):
+    """A loss of some tensors, the leaves, with derivatives in the first ``num_point`` of them."""
+
+    num_point: int
+
+    def mapped(self, size: int) -> "TwiceDifferentiable":
+        """Returns the losses of ``size`` members at once; every tensor has one more leading axis."""
+        ...
+
+    def gradient(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the value and the gradient."""
+        ...
+
+    def linearize(self, point: Point, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Returns value and gradient, and makes the residuals the point's."""
+        ...
+
+    def product(self, point: Point, leaves: Leaves, direction: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the product of the Hessian at a point with a direction."""
+        ...
+
+
+def value(loss: TwiceDifferentiable, leaves: Sequence[Tensor], *, twice: bool) -> Tensor:
+    """Returns the value of a loss, differentiable twice.
+
+    Args:
+        loss: The loss.
+        leaves: What it depends on.
+        twice: Announces that it will be differentiated twice, which spares one pass of the first product.
+
+    Raises:
+        UntraceableError: If the loss cannot be written as a program.
+    """
+    return cast(Tensor, _ValueAndGradient.apply(loss, Point(), twice, *leaves)[0])
+
+
+class TracedLoss:
+    """A loss for tensors of given shapes, with programs that are written when they are first needed."""
+
+    def __init__(
+        self,
+        losses: tuple[Loss, Loss],
+        num_point: int,
+        keep: Callable[[Point], None],
+        finish: Callable[[Program, Sequence[Tensor]], Program],
+        num_axes: int = 0,
+    ) -> None:
+        self.num_point = num_point
+        # torch.func.vmap does not know memory formats.
+        self._losses = losses
+        self._loss = losses[0 if num_axes == 0 else 1]
+        self._keep = keep
+        self._finish = finish
+        self._num_axes = num_axes
+        self._gradient: Program | None = None
+        self._product: tuple[Program, Program] | None = None
+        self._mapped: dict[int, TracedLoss] = {}
+
+    def mapped(self, size: int) -> "TracedLoss":
+        """See ``TwiceDifferentiable``."""
+        if size not in self._mapped:
+            self._mapped[size] = TracedLoss(self._losses, self.num_point, self._keep, self._finish, self._num_axes + 1)
+        return self._mapped[size]
+
+    def gradient(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """See ``TwiceDifferentiable``."""
+        if self._gradient is None:
+            program = trace_gradient(self._loss, *self._split(leaves), num_axes=self._num_axes)
+            self._gradient = self._finish(program, leaves)
+        return self._gradient(*leaves)
+
+    def linearize(self, point: Point, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """See ``TwiceDifferentiable``."""
+        linearize, _ = self._product_programs(leaves)
+        self._keep(point)
+        results = linearize(*leaves)
+        point.owner, point.residuals = self, results[1 + self.num_point :]
+        return results[: 1 + self.num_point]
+
+    def product(self, point: Point, leaves: Leaves, direction: Sequence[Tensor]) -> list[Tensor]:
+        """See ``TwiceDifferentiable``."""
+        # Residuals without an axis of members are of no use for directions that have one.
+        if point.residuals is None or point.owner is not self:
+            self.linearize(point, leaves())
+        assert point.residuals is not None and self._product is not None
+        return self._product[1](*point.residuals, *direction)
+
+    def _product_programs(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
+        if self._product is None:
+            linearize, product = self._trace_product(leaves)
+            linearize = self._finish(linearize, leaves)
+            residuals = linearize(*leaves)[1 + self.num_point :]
+            self._product = linearize, self._finish(product, [*residuals, *leaves[: self.num_point]])
+        return self._product
+
+    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
+        reason = ""
+        # torch 2.13: the derivative of group_norm has a tangent for contiguous tensors only.
+        for loss in dict.fromkeys((self._loss, self._losses[1])):
+            try:
+                return trace_product(loss, *self._split(leaves), num_axes=self._num_axes)
+            except UntraceableError as error:
+                reason = str(error).splitlines()[0]
+        self.gradient(leaves)  # Raises if there is no program for it either.
+        _logger.warning("Hessian-vector products are computed step by step, which is slower: %s.", reason)
+        return lambda *leaves: [*self.gradient(leaves), *leaves], self._plain_product
+
+    def _plain_product(self, *tensors: Tensor) -> list[Tensor]:
+        """Returns the product from leaves and direction by reverse over reverse, for operations without a tangent."""
+        leaves, direction = tensors[: -self.num_point], tensors[-self.num_point :]
+        num_leaves = len(leaves)
+
+        def product(*values: Tensor) -> list[Tensor]:
+            point, constants = self._split(values[:num_leaves])
+            pullback = torch.func.vjp(lambda at: torch.func.grad(self._loss)(at, constants), point)[1]
+            return pullback(list(values[num_leaves:]))[0]
+
+        for _ in range(self._num_axes):
+            product = torch.func.vmap(product)
+        return product(*leaves, *direction)
+
+    def _split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return list(leaves[: self.num_point]), list(leaves[self.num_point :])
+
+
+class _ValueAndGradient(torch.autograd.Function):
+    """``(loss, point, twice, *leaves) -> (value, *gradient)``: differentiating the value needs no computation."""
+
+    @staticmethod
+    def forward(loss: TwiceDifferentiable, point: Point, twice: bool, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(loss.linearize(point, leaves) if twice else loss.gradient(leaves))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.loss, ctx.point, _, *leaves = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*leaves, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        loss: TwiceDifferentiable = ctx.loss
+        num_leaves = len(ctx.saved_tensors) - loss.num_point
+        leaves, gradient = ctx.saved_tensors[:num_leaves], ctx.saved_tensors[num_leaves:]
+        by_value, by_gradient = gradients[0], gradients[1:]
+        result: list[Tensor | None] = [None] * loss.num_point
+        if by_value is not None:
+            # One value for each member of a batch, if the loss is mapped.
+            result = [by_value.reshape(*by_value.shape, *[1] * (each.ndim - by_value.ndim)) * each for each in gradient]
+        if any(each is not None for each in by_gradient):
+            direction = [
+                torch.zeros_like(leaf) if each is None else each
+                for leaf, each in zip(leaves, by_gradient, strict=False)
+            ]
+            product = _Product.apply(loss, ctx.point, *leaves, *direction)
+            result = [b if a is None else a + b for a, b in zip(result, product, strict=True)]
+        return (None, None, None, *result, *[None] * (num_leaves - loss.num_point))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        loss, point, twice, *leaves = arguments
+        mapped = loss.mapped(info.batch_size)
+        output = _ValueAndGradient.apply(mapped, point, twice, *_with_axis(info.batch_size, in_dims[3:], leaves))
+        return output, (0,) * len(output)
+
+
+class _Product(torch.autograd.Function):
+    """``(loss, point, *leaves, *direction) -> Hessian at the point times direction``."""
+
+    @staticmethod
+    def forward(loss: TwiceDifferentiable, point: Point, *tensors: Tensor) -> tuple[Tensor, ...]:
+        num_leaves = len(tensors) - loss.num_point
+        return tuple(loss.product(point, lambda: tensors[:num_leaves], tensors[num_leaves:]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "a traced nll has two derivatives, and the third was asked for: switch the programs off with fast=False."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        loss, point, *tensors = arguments
+        mapped = loss.mapped(info.batch_size)
+        output = _Product.apply(mapped, point, *_with_axis(info.batch_size, in_dims[2:], tensors))
+        return output, (0,) * len(output)
+
+
+def _with_axis(size: int, axes: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Moves the axis of batch members to the front; a tensor without one counts for every member."""
+    return [
+        tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
