@@ -15,6 +15,9 @@ Candidate: TypeAlias = Callable[[Problem], MetaStep]
 
 LIBRARY = "ibaml"
 BASELINE = "plain loops (baseline)"
+BASELINE_KEEPING_MEMORY = "plain loops, freed memory kept"
+KEEPS_MEMORY = (LIBRARY, BASELINE_KEEPING_MEMORY)
+"""Who runs with the library's setting of the allocator; the others run with glibc's own."""
 
 
 def library(problem: Problem, *, fast: bool = True) -> MetaStep:
@@ -31,6 +34,10 @@ def library(problem: Problem, *, fast: bool = True) -> MetaStep:
 
 def candidates(algorithm: AlgorithmName) -> dict[str, Candidate]:
     """Returns who computes the meta-gradient of an algorithm, by name; the baseline is the first."""
+
+    def loops(problem: Problem) -> MetaStep:
+        return partial(baseline.meta_gradient, problem)
+
     others: dict[str, Candidate] = {}
     if algorithm == "maml":
         others = {
@@ -42,4 +49,4 @@ def candidates(algorithm: AlgorithmName) -> dict[str, Candidate]:
         }
     if algorithm == "imaml":
         others = {"torchopt 0.7.3": peers.torchopt_imaml}
-    return {BASELINE: lambda problem: partial(baseline.meta_gradient, problem), **others, LIBRARY: library}
+    return {BASELINE: loops, BASELINE_KEEPING_MEMORY: loops, **others, LIBRARY: library}

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.candidates import BASELINE, LIBRARY, Candidate, candidates, library
+from benchmarks import allocator
+from benchmarks.breakdown import breakdown
+from benchmarks.candidates import BASELINE, KEEPS_MEMORY, LIBRARY, Candidate, candidates, library
 from benchmarks.counting import GRADIENTS_PER_HVP, counted_passes, needed_work
 from benchmarks.problems import Case, MetaStep, Problem, build_problem
 from ibaml import tree
 from ibaml.experiments.fig2 import Duration
 from ibaml.experiments.meta_gradient import peak_bytes_of
+from ibaml.traced import channels_last
 from ibaml.types import Batch, Tensor
 
 # A single forward and backward pass takes milliseconds; the shortest of a few per turn is steadier.
@@ -59,6 +62,7 @@ class CaseResult(NamedTuple):
         support_seconds: Time of that.
         query_seconds: Time of the fastest plain forward and backward pass on the query set.
         measurements: One per candidate.
+        parts: Where the library's time goes, in seconds per task.
     """
 
     case: Case
@@ -66,6 +70,7 @@ class CaseResult(NamedTuple):
     support_seconds: Duration
     query_seconds: Duration
     measurements: list[Measurement]
+    parts: dict[str, float]
 
     def of(self, candidate: str) -> Measurement:
         """Returns the line of a candidate."""
@@ -119,7 +124,10 @@ def measure_case(
         if turn >= min_repeats and time.perf_counter() - start > max_seconds:
             break
         for name, step in steps.items():
+            allocator.use(kept=name in KEEPS_MEMORY)
+            step()  # Not timed: the pages that the allocator gave back, and those it now keeps.
             seconds[name].append(_seconds_of(step, device) / case.num_tasks)
+        allocator.use(kept=True)
         for name, step in plain.items():
             seconds[name].append(min(_seconds_of(step, device) for _ in range(_PLAIN_PER_TURN)))
     best = {
@@ -128,7 +136,8 @@ def measure_case(
     }
     lines = [each._replace(seconds=_duration(seconds[name])) if name in steps else each for name, each in found.items()]
     support, query = (_duration(seconds[best[part]]) for part in episode._fields)
-    return CaseResult(case, best["support"][1], support, query, lines)
+    parts = breakdown(problem) if device.type == "cpu" else {}
+    return CaseResult(case, best["support"][1], support, query, lines, parts)
 
 
 class Check(NamedTuple):
@@ -173,9 +182,10 @@ def plain_passes(network: nn.Module, batch: Batch) -> dict[str, Callable[[], obj
     # Copies: the peers leave gradients in the network's own parameters.
     ways = {"channels first": gradient(copy.deepcopy(network), batch.x)}
     if batch.x.ndim == 4:
-        last = torch.channels_last
-        moved = copy.deepcopy(network).to(memory_format=last)
-        ways["channels last"] = gradient(moved, batch.x.contiguous(memory_format=last))
+        moved = copy.deepcopy(network)
+        for parameter in moved.parameters():
+            parameter.data = channels_last(parameter.data)
+        ways["channels last"] = gradient(moved, channels_last(batch.x))
     return ways
 
 

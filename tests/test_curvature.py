@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibaml import curvature, tree
+from ibaml.curvature import DifferentiatedLoss, at_fixed, gradient, hvp
 from ibaml.types import Params, Tensor
 
 ALGEBRA = 1e-10
@@ -169,3 +170,25 @@ def test_gauss_newton_under_vmap_equals_the_loop() -> None:
 def test_gauss_newton_refuses_a_negative_damping() -> None:
     with pytest.raises(ValueError, match="damping must be at least 0, but is -0.1."):
         curvature.gauss_newton_vp(outputs, cross_entropy, parameters(0), damping=-0.1)
+
+
+def test_a_loss_may_bring_its_own_gradient() -> None:
+    def value_and_gradient(p: Params, factor: Tensor) -> tuple[Tensor, Params]:
+        derivative, value = torch.func.grad_and_value(loss)(p)
+        return factor * value, tree.scale(factor, derivative)
+
+    def only_gradient(p: Params, factor: Tensor) -> Params:
+        return value_and_gradient(p, factor)[1]
+
+    point, factor = parameters(seed=0), torch.tensor(2.0, dtype=torch.float64)
+    double = at_fixed(DifferentiatedLoss(value_and_gradient, only_gradient), factor)
+    plain = at_fixed(lambda p, factor: factor * loss(p), factor)
+    assert isinstance(double, DifferentiatedLoss) and not isinstance(plain, DifferentiatedLoss)
+    vector = parameters(seed=1)
+    for mine, theirs in (
+        (double(point), plain(point)),
+        (gradient(double)(point), gradient(plain)(point)),
+        (hvp(double, point)(vector), hvp(plain, point)(vector)),
+        (hvp(double, point, mode="forward")(vector), hvp(plain, point)(vector)),
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)

@@ -91,6 +91,22 @@ def test_kl_gradient_equals_its_closed_form() -> None:
         close(gradient.log_var[name], 0.5 * (posterior.log_var[name].exp() / variance - 1))
 
 
+def test_the_gradient_of_kl_is_that_of_autograd() -> None:
+    posterior, prior = random_gaussian(0), random_gaussian(1)
+    torch.testing.assert_close(
+        gaussian.kl_divergence_gradient(posterior, prior),
+        torch.func.grad(gaussian.kl_divergence)(posterior, prior),
+        rtol=1e-12,
+        atol=0,
+    )
+    cotangent = random_gaussian(2)
+    found, expected = (
+        torch.func.vjp(function, posterior, prior)[1](cotangent)
+        for function in (gaussian.kl_divergence_gradient, torch.func.grad(gaussian.kl_divergence))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_parameters_give_float32_results(dtype: torch.dtype) -> None:
     posterior, prior = (tree.map(lambda x: x.to(dtype), random_gaussian(seed)) for seed in (0, 1))

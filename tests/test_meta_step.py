@@ -132,6 +132,17 @@ def test_chunks_do_not_matter(tasks_per_chunk: int, fast: bool) -> None:
     assert_equal(chunked, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_scores_can_be_left_out(fast: bool) -> None:
+    model, episodes = regression_problem()
+    algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
+    meta, noises = start(model, algorithm)
+    compute = MetaGradient(model, algorithm, fast=fast)
+    without = compute(meta, episodes, noises, with_scores=False)
+    assert without.scores.isnan().all() and without.scores.shape == (NUM_TASKS,)
+    torch.testing.assert_close(without.total, compute(meta, episodes, noises).total, rtol=1e-12, atol=1e-14)
+
+
 def test_outputs_of_adapted_networks_are_the_same() -> None:
     for problem in (conv_problem, regression_problem):
         model, episodes = problem()

@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from ibaml import inner, linear_solve, objectives, tree
-from ibaml.gaussian import DiagonalGaussian, sample_noise
+from ibaml.curvature import DifferentiatedLoss, at_fixed
+from ibaml.gaussian import DiagonalGaussian, kl_divergence_gradient, sample_noise
 from ibaml.hypergradient import (
     first_order_hypergradient,
     gaussian_implicit_hypergradient,
@@ -225,9 +226,9 @@ class Algorithm:
         problem = self._problem(nll, support, noise)
         loss_at = problem.inner_loss_at
         return self._inner_solver(support)(
-            lambda v: problem.inner_loss(v, meta),
+            at_fixed(problem.inner_loss, meta),
             meta.prior if start is None else start,
-            loss_at=None if loss_at is None else lambda step: lambda v: loss_at(step)(v, meta),
+            loss_at=None if loss_at is None else lambda step: at_fixed(loss_at(step), meta),
             with_grad_norm=with_grad_norm,
         )
 
@@ -290,32 +291,18 @@ class Algorithm:
         return objectives.kl_weight(support.y.shape[0], self.temperature)
 
     def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise, *, twice: bool = False) -> "_InnerProblem":
+        """Returns the inner problem; ``twice`` announces that its losses will be differentiated twice."""
         if not self.is_bayesian:
-
-            def penalised_nll(weights: Params, theta: MetaParameters) -> Tensor:
-                value = _mean_nll(nll, theta.shared, weights, support, twice=twice)
-                if self.proximal_strength == 0:
-                    return value
-                return value + objectives.proximal_penalty(weights, cast(Params, theta.prior), self.proximal_strength)
-
-            return _InnerProblem(expected_nll=None, inner_loss=penalised_nll, inner_loss_at=None)
-
+            return _InnerProblem(None, _penalised_nll(nll, support, self.proximal_strength, twice=twice), None)
         weight = self._kl_weight(support)
+        expected_nll = _expected_nll(nll, support, noise.inner, twice=twice)
 
-        def expected_nll(posterior: DiagonalGaussian, shared: Params, draws: Params = noise.inner) -> Tensor:
-            return _expected_nll(nll, shared, posterior, draws, support, twice=twice)
-
-        def negative_elbo(posterior: DiagonalGaussian, theta: MetaParameters, draws: Params = noise.inner) -> Tensor:
-            expected = expected_nll(posterior, theta.shared, draws)
-            return objectives.negative_elbo(expected, posterior, cast(DiagonalGaussian, theta.prior), weight)
-
-        def negative_elbo_at(step: int) -> Callable[[DiagonalGaussian, MetaParameters], Tensor]:
-            return partial(negative_elbo, draws=tree.map(lambda leaf: leaf[step], noise.steps))
+        def with_noise_of(step: int) -> Callable[..., Tensor]:
+            draws = tree.map(lambda leaf: leaf[step], noise.steps)
+            return _negative_elbo(_expected_nll(nll, support, draws, twice=twice), weight)
 
         return _InnerProblem(
-            expected_nll=expected_nll,
-            inner_loss=negative_elbo,
-            inner_loss_at=negative_elbo_at if self.fresh_noise else None,
+            expected_nll, _negative_elbo(expected_nll, weight), with_noise_of if self.fresh_noise else None
         )
 
     def _outer_loss(
@@ -330,17 +317,17 @@ class Algorithm:
     ) -> Tensor:
         """Returns the outer loss; without the support set's nll of ABML if ``with_support`` is False."""
         if not self.is_bayesian:
-            return _mean_nll(nll, theta.shared, posterior, episode.query)
+            return _mean_nll(nll, posterior, theta.shared, episode.query)
         if self.outer == "predictive_nll":
             loss = objectives.predictive_nll(
                 lambda w, batch: nll(w, theta.shared, batch), posterior, noise.outer, episode.query
             )
         else:
-            loss = _expected_nll(nll, theta.shared, posterior, noise.outer, episode.query)
+            loss = _expected_nll(nll, episode.query, noise.outer)(posterior, theta.shared)
         if self.outer == "abml":
             loss = (1 - self._support_share(episode)) * loss
             if with_support:
-                support_loss = _expected_nll(nll, theta.shared, posterior, noise.inner, episode.support)
+                support_loss = _expected_nll(nll, episode.support, noise.inner)(posterior, theta.shared)
                 loss = loss + self._support_share(episode) * support_loss
             weight = objectives.kl_weight(episode.support.y.shape[0] + episode.query.y.shape[0], self.temperature)
             loss = objectives.negative_elbo(loss, posterior, cast(DiagonalGaussian, theta.prior), weight)
@@ -386,20 +373,69 @@ class _InnerProblem(NamedTuple):
     inner_loss_at: Callable[[int], Callable[..., Tensor]] | None
 
 
-def _mean_nll(nll: TaskNll, shared: Params, weights: Params, batch: Batch, *, twice: bool = False) -> Tensor:
-    """Returns the mean nll over a batch, by programs if there are any; ``twice`` announces second derivatives."""
-    if isinstance(nll, TracedNll):
-        return nll.mean(weights, shared, batch, twice=twice)
-    return nll(weights, shared, batch).mean()
+def _mean_nll(nll: TaskNll, weights: Params, shared: Params, batch: Batch) -> Tensor:
+    """Returns the mean nll over a batch, by programs if there are any."""
+    return nll.mean(weights, shared, batch) if isinstance(nll, TracedNll) else nll(weights, shared, batch).mean()
 
 
-def _expected_nll(
-    nll: TaskNll, shared: Params, posterior: DiagonalGaussian, draws: Params, batch: Batch, *, twice: bool = False
-) -> Tensor:
-    """Returns the expected nll of a batch under a distribution over weights, by programs if there are any."""
-    if isinstance(nll, TracedNll):
-        return nll.expected(posterior, shared, draws, batch, twice=twice)
-    return objectives.expected_nll(lambda weights, examples: nll(weights, shared, examples), posterior, draws, batch)
+def _penalised_nll(nll: TaskNll, support: Batch, strength: float, *, twice: bool) -> Callable[..., Tensor]:
+    """Returns the inner loss of weights, ``(weights, theta) -> scalar``, with its gradient if there are programs."""
+
+    def penalised(mean: Tensor, weights: Params, theta: MetaParameters) -> Tensor:
+        return mean + objectives.proximal_penalty(weights, cast(Params, theta.prior), strength) if strength else mean
+
+    if not isinstance(nll, TracedNll):
+        return lambda weights, theta: penalised(_mean_nll(nll, weights, theta.shared, support), weights, theta)
+
+    def value_and_gradient(weights: Params, theta: MetaParameters) -> tuple[Tensor, Params]:
+        mean, gradient = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)
+        return penalised(mean, weights, theta), with_penalty(gradient, weights, theta)
+
+    def with_penalty(gradient: Params, weights: Params, theta: MetaParameters) -> Params:
+        return tree.axpy(strength, tree.sub(weights, theta.prior), gradient) if strength else gradient
+
+    def gradient(weights: Params, theta: MetaParameters) -> Params:
+        of_nll = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)[1]
+        return with_penalty(of_nll, weights, theta)
+
+    return DifferentiatedLoss(value_and_gradient, gradient)
+
+
+def _expected_nll(nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
+    """Returns the expected nll, ``(posterior, shared) -> scalar``, with the gradient that programs bring along."""
+    if not isinstance(nll, TracedNll):
+        return lambda posterior, shared: objectives.expected_nll(
+            lambda weights, examples: nll(weights, shared, examples), posterior, draws, batch
+        )
+
+    def value_and_gradient(posterior: DiagonalGaussian, shared: Params) -> tuple[Tensor, DiagonalGaussian]:
+        return nll.expected_and_gradient(posterior, shared, draws, batch, twice=twice)
+
+    return DifferentiatedLoss(value_and_gradient, lambda *arguments: value_and_gradient(*arguments)[1])
+
+
+def _negative_elbo(expected_nll: Callable[..., Tensor], weight: float) -> Callable[..., Tensor]:
+    """Returns the inner loss of a Gaussian, ``(posterior, theta) -> scalar``."""
+
+    def with_divergence(expected: Tensor, posterior: DiagonalGaussian, theta: MetaParameters) -> Tensor:
+        return objectives.negative_elbo(expected, posterior, cast(DiagonalGaussian, theta.prior), weight)
+
+    if not isinstance(expected_nll, DifferentiatedLoss):
+        return lambda posterior, theta: with_divergence(expected_nll(posterior, theta.shared), posterior, theta)
+
+    def value_and_gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> tuple[Tensor, DiagonalGaussian]:
+        expected, of_nll = expected_nll.value_and_gradient(posterior, theta.shared)
+        return with_divergence(expected, posterior, theta), with_gradient_of_divergence(of_nll, posterior, theta)
+
+    def with_gradient_of_divergence(
+        of_nll: DiagonalGaussian, posterior: DiagonalGaussian, theta: MetaParameters
+    ) -> DiagonalGaussian:
+        return tree.axpy(weight, kl_divergence_gradient(posterior, cast(DiagonalGaussian, theta.prior)), of_nll)
+
+    def gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> DiagonalGaussian:
+        return with_gradient_of_divergence(expected_nll.gradient(posterior, theta.shared), posterior, theta)
+
+    return DifferentiatedLoss(value_and_gradient, gradient)
 
 
 def maml(**settings: Any) -> Algorithm:

@@ -1,5 +1,6 @@
 """Matrix-free curvature: a function goes in, a matrix-vector product comes out."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -7,6 +8,42 @@ import torch
 
 from ibaml import tree
 from ibaml.types import Loss, MatVec, PyTree, Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferentiatedLoss:
+    """A loss that brings its gradient along, for use wherever a loss is expected: nobody has to differentiate it.
+
+    Attributes:
+        value_and_gradient: The value and the gradient in the first argument; both differentiable.
+        gradient: The gradient alone.
+    """
+
+    value_and_gradient: Callable[..., tuple[Tensor, PyTree]]
+    gradient: Callable[..., PyTree]
+
+    def __call__(self, *arguments: PyTree) -> Tensor:
+        """Returns the value."""
+        return self.value_and_gradient(*arguments)[0]
+
+
+def gradient(function: Callable[..., Tensor]) -> Callable[..., PyTree]:
+    """Returns the gradient of a scalar function in its first argument: its own, or else that of ``torch.func``."""
+    return function.gradient if isinstance(function, DifferentiatedLoss) else torch.func.grad(function)
+
+
+def at_fixed(function: Callable[..., Tensor], *rest: PyTree) -> Loss:
+    """Returns a function of its first argument alone.
+
+    Args:
+        function: Scalar function of several pytrees; a ``DifferentiatedLoss`` stays one.
+        *rest: The arguments after the first.
+    """
+    if isinstance(function, DifferentiatedLoss):
+        return DifferentiatedLoss(
+            lambda point: function.value_and_gradient(point, *rest), lambda point: function.gradient(point, *rest)
+        )
+    return lambda point: function(point, *rest)
 
 
 def value_gradient_and_hvp(
@@ -31,16 +68,18 @@ def value_gradient_and_hvp(
         One gradient; then about two gradients per product in reverse mode, three in forward mode.
         Memory: reverse mode holds one gradient graph for as long as the map lives.
     """
-    if mode == "reverse":
+    if mode == "reverse" and isinstance(function, DifferentiatedLoss):
+        outputs: Any = torch.func.vjp(lambda at: function.value_and_gradient(at)[::-1], point, has_aux=True)
+    elif mode == "reverse":
         # torch does not say that has_aux adds a third result.
-        outputs: Any = torch.func.vjp(torch.func.grad_and_value(function), point, has_aux=True)
-        gradient, pullback, value = outputs
-        return value, gradient, lambda vector: pullback(vector)[0]
-    if mode == "forward":
-        gradient_of = torch.func.grad(function)
-        gradient, value = torch.func.grad_and_value(function)(point)
-        return value, gradient, lambda vector: torch.func.jvp(gradient_of, (point,), (vector,))[1]
-    raise ValueError(f"mode must be 'reverse' or 'forward', but is {mode!r}.")
+        outputs = torch.func.vjp(torch.func.grad_and_value(function), point, has_aux=True)
+    elif mode == "forward":
+        derivative, value = torch.func.grad_and_value(function)(point)
+        return value, derivative, lambda vector: torch.func.jvp(torch.func.grad(function), (point,), (vector,))[1]
+    else:
+        raise ValueError(f"mode must be 'reverse' or 'forward', but is {mode!r}.")
+    derivative, pullback, value = outputs
+    return value, derivative, lambda vector: pullback(vector)[0]
 
 
 def hvp(function: Loss, point: PyTree, *, mode: Literal["reverse", "forward"] = "reverse") -> MatVec:

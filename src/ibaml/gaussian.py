@@ -102,6 +102,20 @@ def kl_divergence(posterior: DiagonalGaussian, prior: DiagonalGaussian) -> Tenso
     return torch.stack(tree.leaves(terms)).sum()
 
 
+def kl_divergence_gradient(posterior: DiagonalGaussian, prior: DiagonalGaussian) -> DiagonalGaussian:
+    """Gradient of ``kl_divergence`` in the mean and the log-variance of the posterior.
+
+    It is ``((m_t - m) / D, (d_t / D - 1) / 2)``; differentiable in all parameters of both.
+    """
+    wide_posterior, wide_prior = map_to_wide(posterior, prior)
+    return DiagonalGaussian(
+        mean=tree.map(
+            lambda a, b, r: (a - b) * torch.exp(-r), wide_posterior.mean, wide_prior.mean, wide_prior.log_var
+        ),
+        log_var=tree.map(lambda a, b: 0.5 * torch.expm1(a - b), wide_posterior.log_var, wide_prior.log_var),
+    )
+
+
 def sample_noise(like: PyTree, num_samples: int, *, generator: torch.Generator, antithetic: bool = False) -> PyTree:
     """Draws standard normal noise for ``num_samples`` weight samples.
 

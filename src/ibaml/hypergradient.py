@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 
 from ibaml import tree
-from ibaml.curvature import value_gradient_and_hvp
+from ibaml.curvature import at_fixed, value_gradient_and_hvp
+from ibaml.curvature import gradient as gradient_of
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.types import HypergradientInfo, InnerSolver, LinearSolution, LinearSolver, PyTree, Tensor
 
@@ -65,7 +66,7 @@ def unrolled_hypergradient(
 
     def objective(meta: PyTree) -> tuple[Tensor, tuple[Tensor, PyTree]]:
         solution = inner_solver(
-            lambda v: inner_loss(v, meta),
+            at_fixed(inner_loss, meta),
             init(meta),
             loss_at=_fix_meta(inner_loss_at, meta),
             num_differentiable_steps=truncation,
@@ -95,7 +96,7 @@ def first_order_hypergradient(
     """
     meta_params = tree.detach(meta_params)
     solution = inner_solver(
-        lambda v: inner_loss(v, meta_params), init(meta_params), loss_at=_fix_meta(inner_loss_at, meta_params)
+        at_fixed(inner_loss, meta_params), init(meta_params), loss_at=_fix_meta(inner_loss_at, meta_params)
     )
     (outer_v, outer_meta), value = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(solution.value, meta_params)
     through_init = torch.func.vjp(init, meta_params)[1](outer_v)[0]
@@ -143,9 +144,9 @@ def implicit_hypergradient(
         tensor(-0.2400)
     """
     (outer_v, outer_meta), value = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(inner_params, meta_params)
-    _, inner_gradient, curvature = value_gradient_and_hvp(lambda v: inner_loss(v, meta_params), inner_params)
+    _, inner_gradient, curvature = value_gradient_and_hvp(at_fixed(inner_loss, meta_params), inner_params)
     solution = solver(curvature, outer_v)
-    pullback = torch.func.vjp(lambda meta: torch.func.grad(inner_loss)(inner_params, meta), meta_params)[1]
+    pullback = torch.func.vjp(lambda meta: gradient_of(inner_loss)(inner_params, meta), meta_params)[1]
     gradient = tree.sub(outer_meta, pullback(solution.value)[0])
     return gradient, _info(value, tree.norm(inner_gradient), inner_params, solution, outer_v)
 
@@ -219,7 +220,7 @@ def gaussian_implicit_hypergradient(
         posterior, prior, *arguments
     )
     outer_posterior, outer_prior = outer_gradients[:2]
-    nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(lambda v: expected_nll(v, *arguments), posterior)
+    nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(at_fixed(expected_nll, *arguments), posterior)
     if outer_nll_weight:
         value = value + outer_nll_weight * nll_value
         outer_posterior = tree.axpy(outer_nll_weight, nll_gradient, outer_posterior)
@@ -270,7 +271,7 @@ def gaussian_implicit_hypergradient(
         return prior_gradient, info
     if not tree.leaves(shared):
         return (prior_gradient, outer_gradients[2]), info
-    pullback = torch.func.vjp(lambda s: torch.func.grad(expected_nll)(posterior, s), shared)[1]
+    pullback = torch.func.vjp(lambda s: gradient_of(expected_nll)(posterior, s), shared)[1]
     return (prior_gradient, tree.sub(outer_gradients[2], pullback(solution.value)[0])), info
 
 
@@ -280,7 +281,7 @@ def _fix_meta(
     """Turns a step-dependent bilevel loss into a step-dependent loss of the inner parameters alone."""
     if inner_loss_at is None:
         return None
-    return lambda step: lambda v: inner_loss_at(step)(v, meta_params)
+    return lambda step: at_fixed(inner_loss_at(step), meta_params)
 
 
 def _info(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ibaml import tree
+from ibaml.curvature import gradient as gradient_of
 from ibaml.types import InnerSolution, Loss, PyTree, Tensor
 
 
@@ -190,7 +191,7 @@ def _iterate(
     cut = 0 if num_differentiable_steps is None else max(0, num_steps - num_differentiable_steps)
     value = init
     for step in range(num_steps):
-        gradient = torch.func.grad(loss if loss_at is None else loss_at(step))(value)
+        gradient = gradient_of(loss if loss_at is None else loss_at(step))(value)
         value, state = update(state, gradient, value, step)
         if step < cut:
             # Detaching at every step, not only at the last of them, frees each step's graph at once.
@@ -198,7 +199,7 @@ def _iterate(
         if step + 1 == cut:
             value = tree.add(value, tree.sub(init, tree.detach(init)))
     if with_grad_norm:
-        grad_norm = tree.norm(tree.detach(torch.func.grad(loss)(tree.detach(value)))).detach()
+        grad_norm = tree.norm(tree.detach(gradient_of(loss)(tree.detach(value)))).detach()
     else:
         grad_norm = torch.full_like(tree.leaves(value)[0].flatten()[0], math.nan)
     return InnerSolution(value=value, grad_norm=grad_norm, num_steps=num_steps)

@@ -105,7 +105,7 @@ def seconds(value):
 def invented(case, **medians):
     lines = [Measurement(name.replace("_", " "), seconds=seconds(value)) for name, value in medians.items()]
     lines[0] = lines[0]._replace(candidate=BASELINE)
-    return CaseResult(case, "channels first", seconds(0.5), seconds(2.0), lines)
+    return CaseResult(case, "channels first", seconds(0.5), seconds(2.0), lines, {"products": 0.75, "rest": 0.25})
 
 
 def test_limit_and_ratios_by_hand():

@@ -6,14 +6,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ibaml import tree
+from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
-from ibaml.traced import TracedNll, flatten, unflatten
+from ibaml.objectives import expected_nll
+from ibaml.traced import TracedNll, channels_last, flatten, unflatten
 from ibaml.traced.loss import FLAT
+from ibaml.traced.program import trace_product
 from ibaml.types import Batch, Params, Tensor
 
 Loss = Callable[[Params], Tensor]
@@ -213,3 +216,108 @@ def test_flatten_and_unflatten_are_inverse() -> None:
         FLAT
     ].shape == (4, 7)
     assert flatten({}) == {}
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+@pytest.mark.parametrize("problem", [conv, mlp])
+def test_mean_over_weight_samples(problem: Callable[[], tuple[Model, Batch]], is_small: bool) -> None:
+    # In order: value, gradient, and the derivative of the gradient.
+    model, batch = problem()
+    if is_small and batch.x.ndim == 4:
+        pytest.skip("a convolutional network passes its samples one by one")
+    traced = TracedNll(model, num_kept=3)
+    traced.is_small = is_small
+    mean = flatten(model.adapted)
+    posterior = DiagonalGaussian(mean, {FLAT: -3 + torch.cos(mean[FLAT])})
+    noise = members({FLAT: torch.zeros_like(mean[FLAT])}, 3)
+
+    def plain(at: DiagonalGaussian) -> Tensor:
+        return expected_nll(lambda w, examples: traced(w, {}, examples), at, noise, batch)
+
+    def of(at: DiagonalGaussian, twice: bool = True) -> tuple[Tensor, DiagonalGaussian]:
+        return traced.expected_and_gradient(at, {}, noise, batch, twice=twice)
+
+    gradient, value = torch.func.grad_and_value(plain)(posterior)
+    direction = tree.map(torch.sin, posterior)
+    expected = torch.func.vjp(torch.func.grad(plain), posterior)[1](direction)[0]
+    for twice in (True, False):
+        torch.testing.assert_close(of(posterior, twice), (value, gradient), rtol=1e-10, atol=1e-12)
+        pullback = torch.func.vjp(lambda at, twice=twice: of(at, twice)[1], posterior)[1]
+        for _ in range(2):
+            torch.testing.assert_close(pullback(direction)[0], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.func.grad(lambda at: of(at)[0])(posterior), gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_mean_over_weight_samples_of_several_posteriors() -> None:
+    model, batch = mlp()
+    traced = TracedNll(model)
+    means = members(flatten(model.adapted), 2)
+    posteriors = DiagonalGaussian(means, {FLAT: -2 + 0 * means[FLAT]})
+    noises = {FLAT: torch.stack([members(tree.zeros_like(tree.map(lambda x: x[0], means)), 3)[FLAT]] * 2)}
+
+    def derivatives(of: Callable[[DiagonalGaussian, Params], DiagonalGaussian]) -> tuple[Any, Any]:
+        def product_with_sine(at: DiagonalGaussian, noise: Params) -> Any:
+            return torch.func.vjp(lambda p: of(p, noise), at)[1](tree.map(torch.sin, at))[0]
+
+        return torch.func.vmap(of)(posteriors, noises), torch.func.vmap(product_with_sine)(posteriors, noises)
+
+    def plain(at: DiagonalGaussian, noise: Params) -> DiagonalGaussian:
+        return torch.func.grad(lambda p: expected_nll(lambda w, b: traced(w, {}, b), p, noise, batch))(at)
+
+    found = derivatives(lambda at, noise: traced.expected_and_gradient(at, {}, noise, batch, twice=True)[1])
+    torch.testing.assert_close(found, derivatives(plain), rtol=1e-10, atol=1e-12)
+
+
+def test_residuals_of_one_point_do_not_serve_many_directions_at_once() -> None:
+    point, traced, plain = losses(mlp)
+    found, expected = (torch.func.jacrev(torch.func.grad(loss))(point) for loss in (traced, plain))
+    assert_close(found[FLAT], expected[FLAT])
+
+
+def test_an_announced_second_derivative_spares_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ibaml.traced import derivatives as module
+
+    count = 0
+    linearize = module.TracedLoss.linearize
+
+    def counted(*arguments: Any) -> list[Tensor]:
+        nonlocal count
+        count += 1
+        return linearize(*arguments)
+
+    monkeypatch.setattr(module.TracedLoss, "linearize", counted)
+    model, batch = mlp()
+    point = flatten(model.adapted)
+    for twice, num_before in ((True, 1), (False, 0)):
+        traced, count = TracedNll(model), 0
+        gradient, pullback = torch.func.vjp(
+            lambda w, t=traced, twice=twice: t.mean_and_gradient(w, {}, batch, twice=twice)[1], point
+        )
+        assert count == num_before
+        pullback(gradient)
+        assert count == 1
+
+
+def test_a_single_channel_is_stored_last() -> None:
+    image = torch.arange(18.0).reshape(2, 1, 3, 3)
+    stored = channels_last(image)
+    torch.testing.assert_close(stored, image, rtol=0, atol=0)
+    assert stored.stride() == (9, 1, 3, 1)
+    output = torch.nn.functional.conv2d(stored, channels_last(torch.ones(4, 1, 3, 3)), padding=1)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert channels_last(torch.ones(3, 2)).stride() == (2, 1)
+
+
+@pytest.mark.parametrize("problem", [conv, mlp])
+def test_programs_add_no_zeros(problem: Callable[[], tuple[Model, Batch]]) -> None:
+    model, batch = problem()
+
+    def mean(point: list[Tensor], constants: list[Tensor]) -> Tensor:
+        return model.nll(unflatten({FLAT: point[0]}, model.adapted), {}, Batch(*constants)).mean()
+
+    for program in trace_product(mean, [flatten(model.adapted)[FLAT]], list(batch)):
+        for node in cast(fx.GraphModule, program).graph.nodes:
+            operands = [str(each.target) for each in node.all_input_nodes]
+            # The tangent of the images is zero, and so is what most derivatives begin with.
+            if str(node.target) in ("aten.add.Tensor", "aten.mm.default", "aten.convolution.default"):
+                assert not any("zeros" in each for each in operands)

@@ -1,8 +1,8 @@
 """Losses whose value, gradient and Hessian-vector products are computed by programs, for ``torch.autograd``.
 
-``value`` makes a loss a function like any other under ``torch.func``, differentiable twice. Its forward pass computes
-the gradient as well, which the backward pass multiplies by a scalar; differentiating that once more runs the program of
-the product.
+``value_and_gradient`` makes a loss a function like any other under ``torch.func``. Its forward pass computes the
+gradient as well, which the backward pass of the value multiplies by a scalar; the backward pass of the gradient runs
+the program of the product.
 """
 
 import logging
@@ -53,18 +53,18 @@ class TwiceDifferentiable(Protocol):
         ...
 
 
-def value(loss: TwiceDifferentiable, leaves: Sequence[Tensor], *, twice: bool) -> Tensor:
-    """Returns the value of a loss, differentiable twice.
+def value_and_gradient(loss: TwiceDifferentiable, leaves: Sequence[Tensor], *, twice: bool) -> list[Tensor]:
+    """Returns the value of a loss, differentiable twice, and its gradient, differentiable once.
 
     Args:
         loss: The loss.
         leaves: What it depends on.
-        twice: Announces that it will be differentiated twice, which spares one pass of the first product.
+        twice: Announces that the gradient will be differentiated, which spares one pass of the first product.
 
     Raises:
         UntraceableError: If the loss cannot be written as a program.
     """
-    return cast(Tensor, _ValueAndGradient.apply(loss, Point(), twice, *leaves)[0])
+    return list(cast(Sequence[Tensor], _ValueAndGradient.apply(loss, Point(), twice, *leaves)))
 
 
 class TracedLoss:

@@ -8,10 +8,10 @@ asked for, and computed anew for older ones. Memory therefore grows neither with
 unrolled nor with that of weight samples beyond that number.
 """
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
 from ibaml.objectives import expected_nll
-from ibaml.traced.derivatives import Point, TracedLoss, value
+from ibaml.traced.derivatives import Point, TracedLoss, value_and_gradient
 from ibaml.traced.program import Program, UntraceableError, compiled
 from ibaml.traced.samples import SampledLoss
 from ibaml.types import Batch, Params, Tensor
@@ -99,67 +99,96 @@ class TracedNll:
         """Returns the nll per example, ``[num_examples]``, without programs."""
         return self._model.nll(unflatten(adapted, self._model.adapted), shared, batch)
 
-    def mean(self, adapted: Params, shared: Params, batch: Batch, *, twice: bool = False) -> Tensor:
+    def mean(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
         """Returns the mean nll over the examples, a scalar; twice differentiable in ``adapted`` and ``shared``.
 
         Args:
             adapted: Flat adapted parameters.
             shared: Shared parameters.
             batch: Examples.
-            twice: Announces that the value will be differentiated twice, which spares one pass of the first product.
         """
 
-        def mean(part: Batch) -> Tensor:
-            leaves = (adapted[FLAT], *shared.values(), part.x, part.y)
-            return value(self._loss(tuple(shared), leaves), leaves, twice=twice)
+        def plain(part: Batch) -> list[Tensor]:
+            return [self(adapted, shared, part).mean()]
 
-        return self._in_parts(mean, lambda part: self(adapted, shared, part).mean(), batch)
+        return self._over_parts(functools.partial(self._mean, adapted, shared, False), plain, batch)[0]
 
-    def expected(
+    def mean_and_gradient(
+        self, adapted: Params, shared: Params, batch: Batch, *, twice: bool = False
+    ) -> tuple[Tensor, Params]:
+        """Returns the mean nll and its gradient in ``adapted``, both differentiable.
+
+        Args:
+            adapted: As in ``mean``.
+            shared: As in ``mean``.
+            batch: As in ``mean``.
+            twice: Announces that the gradient will be differentiated, which spares one pass of the first product.
+        """
+
+        def plain(part: Batch) -> list[Tensor]:
+            gradient, mean = torch.func.grad_and_value(lambda at: self(at, shared, part).mean())(adapted)
+            return [mean, gradient[FLAT]]
+
+        mean, gradient, *_ = self._over_parts(functools.partial(self._mean, adapted, shared, twice), plain, batch)
+        return mean, {FLAT: gradient}
+
+    def expected_and_gradient(
         self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch, *, twice: bool = False
-    ) -> Tensor:
-        """Returns the mean nll over examples and weight samples, a scalar; twice differentiable as ``mean`` is.
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """Returns the mean nll over examples and weight samples and its gradient in the posterior, both differentiable.
 
         Args:
             posterior: Distribution of the flat adapted parameters.
             shared: Shared parameters.
             noise: Standard normal values, with a leading axis of samples.
             batch: Examples.
-            twice: As in ``mean``.
+            twice: As in ``mean_and_gradient``.
         """
 
-        def mean(part: Batch) -> Tensor:
-            leaves = (posterior.mean[FLAT], *shared.values(), part.x, part.y)
-            loss = self._loss(tuple(shared), leaves)
-            if loss not in self._sampled_losses:
-                self._sampled_losses[loss] = SampledLoss(loss, at_once=self.is_small)
-            leaves = (leaves[0], posterior.log_var[FLAT], *shared.values(), noise[FLAT], part.x, part.y)
-            return value(self._sampled_losses[loss], leaves, twice=twice)
+        def plain(part: Batch) -> list[Tensor]:
+            def expected(at: DiagonalGaussian) -> Tensor:
+                return expected_nll(
+                    lambda weights, examples: self(weights, shared, examples), at, noise, part, vectorize=self.is_small
+                )
 
-        def plain(part: Batch) -> Tensor:
-            return expected_nll(
-                lambda weights, examples: self(weights, shared, examples),
-                posterior,
-                noise,
-                part,
-                vectorize=self.is_small,
-            )
+            gradient, mean = torch.func.grad_and_value(expected)(posterior)
+            return [mean, gradient.mean[FLAT], gradient.log_var[FLAT]]
 
-        return self._in_parts(mean, plain, batch)
+        results = self._over_parts(functools.partial(self._expected, posterior, shared, noise, twice), plain, batch)
+        return results[0], DiagonalGaussian({FLAT: results[1]}, {FLAT: results[2]})
 
-    def _in_parts(self, mean: Callable[[Batch], Tensor], plain: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """Returns a mean over examples from means over as many as may be passed through the network at a time."""
+    def _mean(self, adapted: Params, shared: Params, twice: bool, batch: Batch) -> list[Tensor]:
+        leaves = (adapted[FLAT], *shared.values(), batch.x, batch.y)
+        return value_and_gradient(self._loss(tuple(shared), leaves), leaves, twice=twice)
+
+    def _expected(
+        self, posterior: DiagonalGaussian, shared: Params, noise: Params, twice: bool, batch: Batch
+    ) -> list[Tensor]:
+        mean, log_var, others, examples = posterior.mean[FLAT], posterior.log_var[FLAT], shared.values(), tuple(batch)
+        loss = self._loss(tuple(shared), (mean, *others, *examples))
+        if loss not in self._sampled_losses:
+            self._sampled_losses[loss] = SampledLoss(loss, at_once=self.is_small)
+        leaves = (mean, log_var, *others, noise[FLAT], *examples)
+        return value_and_gradient(self._sampled_losses[loss], leaves, twice=twice)
+
+    def _over_parts(
+        self, traced: Callable[[Batch], list[Tensor]], plain: Callable[[Batch], list[Tensor]], batch: Batch
+    ) -> list[Tensor]:
+        """Averages results over parts of a batch that may be passed through the network at once."""
         size = self._max_examples or len(batch.y)
         parts = [Batch(*part) for part in zip(batch.x.split(size), batch.y.split(size), strict=True)]
-        means = [self._or_plain(mean, plain, part) for part in parts]
-        if len(means) == 1:
-            return means[0]
-        return torch.stack([len(part.y) / len(batch.y) * each for part, each in zip(parts, means, strict=True)]).sum()
+        results = [self._traced_or_plain(traced, plain, part) for part in parts]
+        if len(parts) == 1:
+            return results[0]
+        shares = [len(part.y) / len(batch.y) for part in parts]
+        return [functools.reduce(torch.add, map(torch.mul, kind, shares)) for kind in zip(*results, strict=True)]
 
-    def _or_plain(self, mean: Callable[[Batch], Tensor], plain: Callable[[Batch], Tensor], part: Batch) -> Tensor:
+    def _traced_or_plain(
+        self, traced: Callable[[Batch], list[Tensor]], plain: Callable[[Batch], list[Tensor]], batch: Batch
+    ) -> list[Tensor]:
         if self._is_traceable:
             try:
-                return mean(part)
+                return traced(batch)
             except UntraceableError as error:
                 self._is_traceable = False
                 _logger.warning(
@@ -167,7 +196,7 @@ class TracedNll:
                     type(self._model.network).__name__,
                     str(error).splitlines()[0],
                 )
-        return plain(part)
+        return plain(batch)
 
     def _loss(self, shared_names: tuple[str, ...], leaves: Sequence[Tensor]) -> "TracedLoss":
         key = (shared_names, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves), _autocast_state())
@@ -180,7 +209,7 @@ class TracedNll:
                 return self._model.nll(weights, dict(zip(shared_names, point[1:], strict=True)), batch).mean()
 
             layout = channels_last if self.is_convolutional else _as_it_is
-            losses = (partial(mean_nll, layout), partial(mean_nll, _as_it_is))
+            losses = (functools.partial(mean_nll, layout), functools.partial(mean_nll, _as_it_is))
             self._losses[key] = TracedLoss(losses, 1 + len(shared_names), self._keep, self._finish)
         return self._losses[key]
 

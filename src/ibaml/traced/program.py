@@ -12,6 +12,7 @@ or captured in a CUDA graph:
 """
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -28,6 +29,14 @@ Loss: TypeAlias = Callable[[list[Tensor], list[Tensor]], Tensor]
 Program: TypeAlias = Callable[..., list[Tensor]]
 """A straight-line program on tensors."""
 
+
+_aten: Any = torch.ops.aten
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_LINEAR = {
+    getattr(_aten, name).default
+    for name in ("alias", "clone", "detach", "expand", "neg", "permute", "t", "view", "_to_copy", "_unsafe_view")
+}
+_BILINEAR = {_aten.mm.default, _aten.bmm.default, _aten.mul.Tensor}
 
 _logger = logging.getLogger(__name__)
 
@@ -138,23 +147,47 @@ def _write_down(function: Program, leaves: Sequence[Tensor], num_axes: int) -> f
 def _drop_copies(graph: fx.Graph) -> None:
     """Takes tangents as they are: forward differentiation copies them to the strides of the value they belong to."""
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten.copy_.default:
+        if node.target is _aten.copy_.default:
             target, source = node.args[:2]
-            if target.target is torch.ops.aten._new_zeros_with_same_feature_meta.default and len(target.users) == 1:
+            if target.target is _aten._new_zeros_with_same_feature_meta.default and len(target.users) == 1:
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
 
 
 def _drop_zeros(graph: fx.Graph) -> None:
-    """Takes a sum with zeros as its other summand: a derivative begins with zeros wherever it may have many parts."""
+    """Leaves out what is zero whatever the inputs are: the tangent of a constant, and the first summand of many a sum.
+
+    What follows from zeros is zero by rules that hold for finite numbers.
+    """
+    zeros: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+        if node.op != "call_function":
             continue
-        for zeros, other in (node.args, node.args[::-1]):
-            if getattr(zeros, "target", None) is torch.ops.aten.zeros_like.default and _same_kind(node, other):
-                node.replace_all_uses_with(other)
-                graph.erase_node(node)
-                break
+        if _is_zero(node, zeros):
+            zeros.add(node)
+        elif node.target is _aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+            for one, other in (node.args, node.args[::-1]):
+                if one in zeros and _same_kind(node, other):
+                    node.replace_all_uses_with(other)
+                    graph.erase_node(node)
+                    break
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    target, args = node.target, node.args
+    if target in _ZEROS:
+        return True
+    if target in _LINEAR:
+        return args[0] in zeros
+    if target in _BILINEAR:
+        return args[0] in zeros or args[1] in zeros
+    if target is _aten.convolution.default:
+        return args[2] is None and (args[0] in zeros or args[1] in zeros)
+    if target is operator.getitem and getattr(args[0], "target", None) is _aten.convolution_backward.default:
+        gradient, x, weight = cast(fx.Node, args[0]).args[:3]
+        # The first result is the pullback of the gradient to x, the second that to the weights.
+        return gradient in zeros or {0: weight, 1: x}.get(cast(int, args[1])) in zeros
+    return False
 
 
 def _same_kind(node: fx.Node, other: Any) -> bool:
