@@ -75,7 +75,7 @@ test: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-enable --benchmark-columns=min,median,rounds
 	$(BIN)/python -m benchmarks.accuracy_per_cost --update-readme
-	$(BIN)/python -m benchmarks.run --max-minutes 8 --update-readme $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.run --max-minutes 7 --update-readme $(BENCH_ARGS)
 
 static: $(VENV)/.dev
 	$(BIN)/ruff format --check .

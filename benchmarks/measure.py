@@ -123,11 +123,13 @@ def measure_case(
     for turn in range(max_repeats):
         if turn >= min_repeats and time.perf_counter() - start > max_seconds:
             break
-        for name, step in steps.items():
-            allocator.use(kept=name in KEEPS_MEMORY)
-            step()  # Not timed: the pages that the allocator gave back, and those it now keeps.
-            seconds[name].append(_seconds_of(step, device) / case.num_tasks)
-        allocator.use(kept=True)
+        for kept in (False, True):
+            group = [name for name in steps if (name in KEEPS_MEMORY) == kept]
+            allocator.use(kept=kept)
+            # Not timed: the first step after the change gets its pages anew.
+            steps[group[0]]()
+            for name in group:
+                seconds[name].append(_seconds_of(steps[name], device) / case.num_tasks)
         for name, step in plain.items():
             seconds[name].append(min(_seconds_of(step, device) for _ in range(_PLAIN_PER_TURN)))
     best = {
