@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import tyro
 
-from benchmarks.conv_reference import build_conv_problem, gradient_at, inner_loss
+from benchmarks.conv_reference import build_conv_problem
 from benchmarks.report import replace_between_markers
 from benchmarks.settings import AccuracySettings
 from ibaml import inner, objectives, tree
@@ -27,10 +27,9 @@ from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.fig1 import Fig1Settings
 from ibaml.experiments.fig2 import describe_device
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.linear_solve import cg
 from ibaml.runs import write_text
-from ibaml.types import InnerSolution, InnerSolver, Loss, PyTree
+from ibaml.types import InnerSolver, PyTree
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN = "gradient descent + CG"
@@ -131,7 +130,15 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
         )
 
     def two_rates(rate: float, num_steps: int) -> InnerSolver:
-        return two_rate_descent(rate * problem.learning_rate, rate, num_steps, problem.kl_weight)
+        mean_rate = rate * problem.learning_rate
+        factor = _relative_log_var_rate(rate) * 2 / problem.kl_weight / mean_rate
+        return partial(
+            inner.preconditioned_gradient_descent,
+            num_steps=num_steps,
+            learning_rate=mean_rate,
+            preconditioner=objectives.two_rates(factor),
+            momentum=0.3,
+        )
 
     def adam(rate: float, num_steps: int) -> InnerSolver:
         return partial(inner.adam, num_steps=num_steps, learning_rate=rate)
@@ -155,36 +162,9 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
     return compare(f"Fig. 1, condition number {fig1.shown_condition_number:g}", methods, exact, many)
 
 
-def two_rate_descent(mean_rate: float, relative_rate: float, num_steps: int, kl_weight: float) -> InnerSolver:
-    """Returns gradient descent with momentum that moves mean and log-variance at rates of their own.
-
-    The curvature of the mean is that of the data, that of the log-variance about half the KL weight, thousands of times
-    smaller: one rate cannot serve both. In a stretched log-variance ``rho / stretch`` one rate does.
-
-    Args:
-        mean_rate: Learning rate of the mean.
-        relative_rate: The same rate in units of the inverse largest curvature. A quarter of it, at most 0.4, is the
-            rate of the log-variance in units of its own inverse curvature ``2 / kl_weight``.
-        num_steps: K.
-        kl_weight: Weight of the KL divergence in the inner loss.
-    """
-    stretch = math.sqrt(min(0.4, relative_rate / 4) * (2 / kl_weight) / mean_rate)
-
-    def solve(loss: Loss, init: DiagonalGaussian, /, **options: Any) -> InnerSolution:
-        def unstretched(value: DiagonalGaussian) -> DiagonalGaussian:
-            return value._replace(log_var=tree.scale(stretch, value.log_var))
-
-        solution = inner.gradient_descent(
-            lambda value: loss(unstretched(value)),
-            init._replace(log_var=tree.scale(1 / stretch, init.log_var)),
-            num_steps=num_steps,
-            learning_rate=mean_rate,
-            momentum=0.3,
-            **options,
-        )
-        return solution._replace(value=unstretched(solution.value))
-
-    return solve
+def _relative_log_var_rate(rate: float) -> float:
+    """Returns the rate of the log-variances that goes with one of the means; both in units of the inverse curvature."""
+    return min(0.4, rate / 4)
 
 
 def conv_tasks(
@@ -208,15 +188,8 @@ def conv_tasks(
         return problem.estimate(num_steps, num_products, tasks, **changes)
 
     def two_rates(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
-        weight = objectives.kl_weight(len(problem.episodes[0].support.y), problem.algorithm.temperature)
-        solver = two_rate_descent(rate / problem.largest_curvature, rate, num_steps, weight)
-        linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
-        found: list[PyTree] = []
-        for task in tasks:
-            episode, noise = problem.episodes[task], problem.noises[task]
-            posterior = solver(partial(inner_loss, problem, episode, noise, weight), problem.meta.prior).value
-            found.append(gradient_at(problem, episode, noise, posterior, linear_solver)[0])
-        return found
+        changes = {"inner_momentum": 0.3, "relative_log_var_rate": _relative_log_var_rate(rate)}
+        return descent(num_steps, num_products, rate, tasks, precondition=True, **changes)
 
     methods: dict[str, Estimate] = {
         PLAIN: descent,

@@ -182,6 +182,12 @@ def test_presets_are_the_cells_of_the_grid() -> None:
         ({"inner_momentum": 1.0}, "inner_momentum must be in [0, 1), but is 1.0."),
         ({"linear_rtol": -0.1}, "linear_rtol must be in [0, 1), but is -0.1."),
         ({"inner_momentum": 0.9, "inner_optimizer": "adam"}, "inner_momentum belongs to gradient_descent, but"),
+        ({"relative_log_var_rate": 0.0}, "relative_log_var_rate must be positive or None, but is 0.0."),
+        (
+            {"relative_log_var_rate": 0.1, "inner_optimizer": "adam"},
+            "relative_log_var_rate belongs to gradient_descent on a Gaussian, but inner_optimizer is 'adam' and "
+            "inner_variable is 'gaussian'.",
+        ),
         ({"estimator": "unrolled", "truncation": -1}, "truncation must be at least 0 or None, but is -1."),
         ({"proximal_strength": 1.0}, "proximal_strength belongs to inner_variable='weights'"),
         (
@@ -375,6 +381,28 @@ def test_fresh_noise_gives_each_inner_step_its_own_draw() -> None:
     assert relative_error(adapted.value, posterior) < 1e-14
     _, info = fresh.hypergradient(model.nll, meta, task, noise)
     assert relative_error(info.inner_params, posterior) < 1e-14
+
+
+def test_log_variances_move_at_a_rate_of_their_own() -> None:
+    algorithm = algorithms.ibaml(**{**WIDE, "num_inner_steps": 2}, inner_momentum=0.3, relative_log_var_rate=0.2)
+    model, meta, task, noise = set_up(algorithm)
+    posterior = meta.prior
+    assert isinstance(posterior, DiagonalGaussian)
+
+    def inner_loss(q: DiagonalGaussian) -> Tensor:
+        nll = objectives.expected_nll(lambda w, b: model.nll(w, meta.shared, b), q, noise.inner, task.support)
+        return nll + kl_divergence(q, meta.prior) / 6
+
+    velocity = tree.zeros_like(posterior)
+    for _ in range(2):
+        velocity = tree.axpy(0.3, velocity, torch.func.grad(inner_loss)(posterior))
+        # The weight of the KL divergence is 1 / 6, and the curvature of a log-variance about half of that.
+        posterior = DiagonalGaussian(
+            tree.axpy(-algorithm.inner_learning_rate, velocity.mean, posterior.mean),
+            tree.axpy(-0.2 * 12, velocity.log_var, posterior.log_var),
+        )
+    adapted = algorithm.adapt(model.nll, meta, task.support, noise)
+    assert relative_error(adapted.value, posterior) < 1e-13
 
 
 def test_fresh_and_fixed_noise_differ_already_after_one_step() -> None:

@@ -265,3 +265,10 @@ def test_hyper_prior_equals_torch_distributions(seed: int, shape: float, rate: f
 def test_hyper_prior_has_the_defaults_of_abml() -> None:
     prior = random_gaussian(0, 4)
     assert objectives.hyper_prior_nll(prior) == objectives.hyper_prior_nll(prior, shape=1.0, rate=0.01)
+
+
+def test_two_rates_scale_the_gradient_of_the_log_variances() -> None:
+    posterior, gradient = random_gaussian(0), random_gaussian(1)
+    found = objectives.two_rates(3.0)(posterior, gradient)
+    assert found.mean is gradient.mean
+    torch.testing.assert_close(found.log_var, tree.scale(3.0, gradient.log_var))

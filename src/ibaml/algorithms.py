@@ -81,6 +81,9 @@ class Algorithm:
         inner_optimizer: ``"gradient_descent"``, ``"adam"``, or ``"natural_gradient"`` (Gaussian only: steps scaled by
             the posterior variance).
         inner_momentum: Momentum of gradient descent.
+        relative_log_var_rate: Gaussian, gradient descent: learning rate of the log-variances in units of the inverse
+            of their curvature, ``2 / lam``; 0.1 to 0.4 suits most problems. None: that of the means, with which the
+            variances hardly move.
         temperature: The KL divergence has weight ``temperature / num_support``. 1 is exact Bayes.
         proximal_strength: Weights algorithms: strength of ``||w - prior||^2 / 2`` in the inner loss (iMAML's lambda).
         num_samples: Weight samples ``S`` in training.
@@ -105,6 +108,7 @@ class Algorithm:
     inner_learning_rate: float = 0.01
     inner_optimizer: Literal["gradient_descent", "adam", "natural_gradient"] = "gradient_descent"
     inner_momentum: float = 0.0
+    relative_log_var_rate: float | None = None
     temperature: float = 1.0
     proximal_strength: float = 0.0
     num_samples: int = 1
@@ -142,6 +146,16 @@ class Algorithm:
             raise ValueError(
                 f"inner_momentum belongs to gradient_descent, but inner_optimizer is {self.inner_optimizer!r}."
             )
+        if self.relative_log_var_rate is not None:
+            if not self.relative_log_var_rate > 0:
+                raise ValueError(
+                    f"relative_log_var_rate must be positive or None, but is {self.relative_log_var_rate}."
+                )
+            if self.inner_optimizer != "gradient_descent" or self.inner_variable != "gaussian":
+                raise ValueError(
+                    "relative_log_var_rate belongs to gradient_descent on a Gaussian, but inner_optimizer is "
+                    f"{self.inner_optimizer!r} and inner_variable is {self.inner_variable!r}."
+                )
         if self.truncation is not None and self.truncation < 0:
             raise ValueError(f"truncation must be at least 0 or None, but is {self.truncation}.")
         if self.antithetic and self.num_samples % 2:
@@ -282,7 +296,12 @@ class Algorithm:
         if self.inner_optimizer == "natural_gradient":
             preconditioner = objectives.natural_gradient(self._kl_weight(support))
             return partial(inner.preconditioned_gradient_descent, preconditioner=preconditioner, **settings)
-        return partial(inner.gradient_descent, momentum=self.inner_momentum, **settings)
+        settings["momentum"] = self.inner_momentum
+        if self.relative_log_var_rate is not None:
+            rate = self.relative_log_var_rate * 2 / self._kl_weight(support)
+            preconditioner = objectives.two_rates(rate / self.inner_learning_rate)
+            return partial(inner.preconditioned_gradient_descent, preconditioner=preconditioner, **settings)
+        return partial(inner.gradient_descent, **settings)
 
     def _linear_solver(self) -> LinearSolver:
         return partial(LINEAR_SOLVERS[self.linear_solver], max_steps=self.num_linear_steps, rtol=self.linear_rtol)

@@ -56,19 +56,16 @@ def gradient_descent(
         >>> solution.value
         tensor([3.])
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), but is {momentum}.")
-
-    def update(velocity: PyTree, gradient: PyTree, value: PyTree, step: int) -> tuple[PyTree, PyTree]:
-        del step
-        if momentum == 0:
-            return tree.axpy(-learning_rate, gradient, value), ()
-        velocity = tree.axpy(momentum, velocity, gradient)
-        return tree.axpy(-learning_rate, velocity, value), velocity
-
-    start = tree.zeros_like(init) if momentum else ()
-    return _iterate(
-        loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm
+    return preconditioned_gradient_descent(
+        loss,
+        init,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        preconditioner=lambda _, gradient: gradient,
+        momentum=momentum,
+        loss_at=loss_at,
+        num_differentiable_steps=num_differentiable_steps,
+        with_grad_norm=with_grad_norm,
     )
 
 
@@ -137,11 +134,12 @@ def preconditioned_gradient_descent(
     num_steps: int,
     learning_rate: float | Tensor,
     preconditioner: Callable[[PyTree, PyTree], PyTree],
+    momentum: float = 0.0,
     loss_at: Callable[[int], Loss] | None = None,
     num_differentiable_steps: int | None = None,
     with_grad_norm: bool = True,
 ) -> InnerSolution:
-    """Runs ``x <- x - learning_rate * P(x, grad)``.
+    """Runs ``u <- momentum * u + grad``, ``x <- x - learning_rate * P(x, u)``.
 
     With ``ibaml.objectives.natural_gradient`` as the preconditioner this is natural-gradient variational inference: the
     mean moves in units of the posterior variance, the log-variance in its own.
@@ -152,6 +150,7 @@ def preconditioned_gradient_descent(
         num_steps: Number of steps, at least 0.
         learning_rate: Positive; about 1 is a Newton-like step when ``P`` approximates the inverse Hessian.
         preconditioner: ``P``: maps the current value and the gradient to a direction of ascent.
+        momentum: In ``[0, 1)``.
         loss_at: As in ``gradient_descent``.
         num_differentiable_steps: As in ``gradient_descent``.
         with_grad_norm: As in ``gradient_descent``.
@@ -162,12 +161,20 @@ def preconditioned_gradient_descent(
     Cost:
         ``num_steps + 1`` gradients.
     """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), but is {momentum}.")
 
-    def update(state: PyTree, gradient: PyTree, value: PyTree, step: int) -> tuple[PyTree, PyTree]:
+    def update(velocity: PyTree, gradient: PyTree, value: PyTree, step: int) -> tuple[PyTree, PyTree]:
         del step
-        return tree.axpy(-learning_rate, preconditioner(value, gradient), value), state
+        if momentum == 0:
+            return tree.axpy(-learning_rate, preconditioner(value, gradient), value), ()
+        velocity = tree.axpy(momentum, velocity, gradient)
+        return tree.axpy(-learning_rate, preconditioner(value, velocity), value), velocity
 
-    return _iterate(loss, init, update, (), num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm)
+    start = tree.zeros_like(init) if momentum else ()
+    return _iterate(
+        loss, init, update, start, num_steps, learning_rate, loss_at, num_differentiable_steps, with_grad_norm
+    )
 
 
 def _iterate(

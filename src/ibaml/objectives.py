@@ -148,3 +148,20 @@ def natural_gradient(kl_weight: float) -> Callable[[DiagonalGaussian, DiagonalGa
         )
 
     return precondition
+
+
+def two_rates(log_var_factor: float) -> Callable[[DiagonalGaussian, DiagonalGaussian], DiagonalGaussian]:
+    """Returns the map that multiplies the gradient in the log-variances by a factor and leaves that in the means.
+
+    The curvature of the negative ELBO in a mean is that of the data, in a log-variance it is about half the KL weight,
+    often thousands of times smaller: one learning rate cannot serve both. For ``preconditioned_gradient_descent``.
+
+    Args:
+        log_var_factor: Positive factor.
+    """
+
+    def precondition(posterior: DiagonalGaussian, gradient: DiagonalGaussian) -> DiagonalGaussian:
+        del posterior
+        return gradient._replace(log_var=tree.scale(log_var_factor, gradient.log_var))
+
+    return precondition

@@ -16,12 +16,9 @@ from benchmarks.accuracy_per_cost import (
     nrmse,
     plain_row,
     summary,
-    two_rate_descent,
 )
 from benchmarks.conv_reference import build_conv_problem
 from benchmarks.settings import AccuracySettings
-
-from ibaml.gaussian import DiagonalGaussian
 
 SMALL = AccuracySettings(
     budgets=((3, 3),), relative_learning_rates=(0.5, 1.0), num_tuning_tasks=1, num_tasks=1, num_channels=2, image_size=8
@@ -76,15 +73,6 @@ def test_preconditioning_halves_the_error_on_fig_1():
     rows = linear_regression(settings)
     best = min(row.nrmse for row in rows if row.method == "natural gradient + preconditioned CG")
     assert best < 0.5 * plain_row(rows, rows[0]).nrmse
-
-
-def test_two_rates_by_hand():
-    # The log-variance: a quarter, times 2 / 0.5, times its gradient 0.25.
-    prior = DiagonalGaussian({"w": torch.zeros(1)}, {"w": torch.zeros(1)})
-    solver = two_rate_descent(0.1, 1.0, 1, 0.5)
-    found = solver(lambda q: 3 * q.mean["w"].sum() + 0.25 * q.log_var["w"].sum(), prior).value
-    torch.testing.assert_close(found.mean["w"], torch.tensor([-0.3]))
-    torch.testing.assert_close(found.log_var["w"], torch.tensor([-0.25]))
 
 
 def test_two_rates_halve_the_error_on_the_conv4():
