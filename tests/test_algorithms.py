@@ -152,7 +152,7 @@ def test_presets_are_the_cells_of_the_grid() -> None:
         ({"outer": "elbo"}, "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
         (
             {"inner_optimizer": "sgd"},
-            "inner_optimizer must be one of gradient_descent, adam, natural_gradient, but is 'sgd'.",
+            "inner_optimizer must be one of gradient_descent, adam, natural_gradient, relative_adam, but is 'sgd'.",
         ),
         ({"linear_solver": "lu"}, "linear_solver must be one of cg, minres, neumann, dense, but is 'lu'."),
         ({"num_inner_steps": 0}, "num_inner_steps must be at least 1, but is 0."),
@@ -403,6 +403,19 @@ def test_log_variances_move_at_a_rate_of_their_own() -> None:
         )
     adapted = algorithm.adapt(model.nll, meta, task.support, noise)
     assert relative_error(adapted.value, posterior) < 1e-13
+
+
+def test_relative_adam_moves_means_in_units_of_the_priors_deviation() -> None:
+    algorithm = algorithms.ibaml(num_inner_steps=1, inner_optimizer="relative_adam", inner_learning_rate=0.2)
+    model, meta, task, noise = set_up(algorithm)
+    assert isinstance(meta.prior, DiagonalGaussian)
+    adapted = algorithm.adapt(model.nll, meta, task.support, noise).value
+    moved = tree.sub(adapted, meta.prior)
+    # The first step of Adam has the size of the learning rate wherever the gradient is not tiny.
+    sizes = tree.map(lambda step, log_var: step.abs() / torch.exp(0.5 * log_var), moved.mean, meta.prior.log_var)
+    for size in [*tree.leaves(sizes), *tree.leaves(tree.map(torch.abs, moved.log_var))]:
+        assert size.max() <= 0.2 + 1e-12
+        assert size.median() == pytest.approx(0.2, rel=1e-2)
 
 
 def test_fresh_and_fixed_noise_differ_already_after_one_step() -> None:

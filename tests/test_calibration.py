@@ -42,3 +42,23 @@ def test_tempering_keeps_the_mean_and_scales_the_deviation():
 def test_nothing_to_calibrate_on():
     with pytest.raises(ValueError, match="calibration needs at least one task"):
         fit_temperature([], [])
+
+
+def test_tempering_sharpens_what_samples_disagree_on() -> None:
+    # Each sample is sure of another class, so that dividing its own logits could not make the average surer.
+    sure = torch.tensor([[[0.98, 0.01, 0.01]], [[0.90, 0.05, 0.05]], [[0.01, 0.98, 0.01]]]).double().log()
+    prediction = ClassPrediction(sure)
+    average = prediction.probs
+    for temperature in (0.25, 2.0):
+        tempered = prediction.tempered(2 * temperature).tempered(0.5)
+        expected = average ** (1 / temperature)
+        torch.testing.assert_close(tempered.probs, expected / expected.sum(-1, keepdim=True), rtol=1e-12, atol=0)
+        torch.testing.assert_close(tempered.samples(), prediction.samples(), rtol=0, atol=0)
+        # Both parts keep their share of the total.
+        total = tempered.total_uncertainty
+        torch.testing.assert_close(tempered.aleatoric + tempered.epistemic, total, rtol=1e-12, atol=0)
+        share = prediction.epistemic / prediction.total_uncertainty
+        torch.testing.assert_close(tempered.epistemic / total, share, rtol=1e-12, atol=0)
+    certain = ClassPrediction(torch.tensor([[[0.0, -torch.inf]]])).tempered(2.0)
+    assert certain.probs.tolist() == [[1.0, 0.0]]
+    assert certain.epistemic.tolist() == [0.0]

@@ -400,6 +400,16 @@ def test_arguments_out_of_range_are_refused(solver: Solver, options: dict[str, A
         solver(quadratic(draw(3)), draw(3), **{"num_steps": 2, "learning_rate": 0.1, **options})
 
 
+def test_scaled_adam_is_adam_in_other_units() -> None:
+    # In z = x / scale, up to epsilon, which is in the units of the gradient.
+    loss, init = quadratic(draw(3)), draw(3)
+    scale = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
+    settings: dict[str, Any] = {"num_steps": 6, "learning_rate": 0.2, "epsilon": 1e-14}
+    scaled = inner.adam(loss, init, scale=scale, **settings)
+    other_units = inner.adam(lambda z: loss(scale * z), init / scale, **settings)
+    torch.testing.assert_close(scaled.value, scale * other_units.value, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
 def test_momentum_out_of_range_is_refused(momentum: float) -> None:
     with pytest.raises(ValueError, match=rf"momentum must be in \[0, 1\), but is {momentum}."):

@@ -190,7 +190,10 @@ def test_an_update_is_adaptation_to_all_data():
     """Bayesian linear regression: at once or in parts, the converged posterior is the closed form of all data."""
     tasks = pairs(regression=True)
     algorithm = dataclasses.replace(
-        table_algorithm("ibaml", (2,)), num_samples=60, num_inner_steps=120, inner_learning_rate=0.06
+        table_algorithm("ibaml", (2,), is_regression=True),
+        num_samples=60,
+        num_inner_steps=120,
+        inner_learning_rate=0.06,
     )
     network = MLP(1, input_shape=2, hidden_sizes=()).double()
     learner = MetaLearner(network, algorithm, "gaussian").fit(

@@ -30,6 +30,7 @@ from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, InnerS
 TaskNll = Callable[[Params, Params, Batch], Tensor]
 """``(adapted, shared, batch) -> nll per example``: ``ibaml.model.Model.nll`` or a ``ibaml.traced.TracedNll``."""
 
+INNER_OPTIMIZERS = ("gradient_descent", "adam", "natural_gradient", "relative_adam")
 LINEAR_SOLVERS: Mapping[str, Callable[..., Any]] = {
     "cg": linear_solve.cg,
     "minres": linear_solve.minres,
@@ -78,8 +79,9 @@ class Algorithm:
         inner_learning_rate: Step size of the inner solver. The KL term alone makes gradient descent on a Gaussian
             diverge above ``2 D / lam``, with ``D`` the smallest prior variance and ``lam`` the KL weight; in
             ``"natural_gradient"`` steps both cancel.
-        inner_optimizer: ``"gradient_descent"``, ``"adam"``, or ``"natural_gradient"`` (Gaussian only: steps scaled by
-            the posterior variance).
+        inner_optimizer: ``"gradient_descent"``, ``"adam"``, and for Gaussians ``"natural_gradient"`` (steps scaled by
+            the posterior variance) and ``"relative_adam"`` (steps of the means in units of the prior's standard
+            deviation: however narrow training makes the prior of a weight, the inner problem stays as easy).
         inner_momentum: Momentum of gradient descent.
         relative_log_var_rate: Gaussian, gradient descent: learning rate of the log-variances in units of the inverse
             of their curvature, ``2 / lam``; 0.1 to 0.4 suits most problems. None: that of the means, with which the
@@ -106,7 +108,7 @@ class Algorithm:
     outer: Literal["expected_nll", "predictive_nll", "abml"] = "expected_nll"
     num_inner_steps: int = 5
     inner_learning_rate: float = 0.01
-    inner_optimizer: Literal["gradient_descent", "adam", "natural_gradient"] = "gradient_descent"
+    inner_optimizer: Literal["gradient_descent", "adam", "natural_gradient", "relative_adam"] = "gradient_descent"
     inner_momentum: float = 0.0
     relative_log_var_rate: float | None = None
     temperature: float = 1.0
@@ -128,7 +130,7 @@ class Algorithm:
         _check_choice("inner_variable", self.inner_variable, ("weights", "gaussian"))
         _check_choice("estimator", self.estimator, ("unrolled", "first_order", "implicit"))
         _check_choice("outer", self.outer, ("expected_nll", "predictive_nll", "abml"))
-        _check_choice("inner_optimizer", self.inner_optimizer, ("gradient_descent", "adam", "natural_gradient"))
+        _check_choice("inner_optimizer", self.inner_optimizer, INNER_OPTIMIZERS)
         _check_choice("linear_solver", self.linear_solver, tuple(LINEAR_SOLVERS))
         for field in ("num_inner_steps", "num_samples", "num_evaluation_samples", "num_linear_steps"):
             if getattr(self, field) < 1:
@@ -172,7 +174,7 @@ class Algorithm:
                     "outer, hyper_prior_weight, fresh_noise and antithetic concern distributions over weights: they "
                     "need inner_variable='gaussian'."
                 )
-            if self.inner_optimizer == "natural_gradient":
+            if self.inner_optimizer in ("natural_gradient", "relative_adam"):
                 raise ValueError("inner_optimizer='natural_gradient' needs variances: set inner_variable='gaussian'.")
             if self.estimator == "implicit" and self.proximal_strength == 0:
                 raise ValueError(
@@ -239,7 +241,7 @@ class Algorithm:
         """
         problem = self._problem(nll, support, noise)
         loss_at = problem.inner_loss_at
-        return self._inner_solver(support)(
+        return self._inner_solver(support, meta)(
             at_fixed(problem.inner_loss, meta),
             meta.prior if start is None else start,
             loss_at=None if loss_at is None else lambda step: at_fixed(loss_at(step), meta),
@@ -264,7 +266,7 @@ class Algorithm:
         goes_back_through_all_steps = self.estimator == "unrolled" and self.truncation is None
         problem = self._problem(nll, episode.support, noise, twice=goes_back_through_all_steps)
         outer_loss = partial(self._outer_loss, nll, episode, noise)
-        solver = self._inner_solver(episode.support)
+        solver = self._inner_solver(episode.support, meta)
         arguments = (problem.inner_loss, outer_loss, lambda theta: theta.prior, meta, solver)
         if self.estimator == "first_order":
             return first_order_hypergradient(*arguments, inner_loss_at=problem.inner_loss_at)
@@ -289,10 +291,16 @@ class Algorithm:
         num_samples = tree.leaves(noise)[0].shape[0]
         return [tree.map(lambda leaf, i=i: leaf[i], draws) for i in range(num_samples)]
 
-    def _inner_solver(self, support: Batch) -> InnerSolver:
+    def _inner_solver(self, support: Batch, meta: MetaParameters) -> InnerSolver:
         settings: dict[str, Any] = {"num_steps": self.num_inner_steps, "learning_rate": self.inner_learning_rate}
         if self.inner_optimizer == "adam":
             return partial(inner.adam, **settings)
+        if self.inner_optimizer == "relative_adam":
+            log_var = cast(DiagonalGaussian, meta.prior).log_var
+            deviation = tree.map(lambda leaf: torch.exp(0.5 * leaf.detach()), log_var)
+            return partial(
+                inner.adam, scale=DiagonalGaussian(deviation, tree.map(torch.ones_like, log_var)), **settings
+            )
         if self.inner_optimizer == "natural_gradient":
             preconditioner = objectives.natural_gradient(self._kl_weight(support))
             return partial(inner.preconditioned_gradient_descent, preconditioner=preconditioner, **settings)

@@ -16,8 +16,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def fit_temperature(predictions: Sequence[ClassPrediction | RegressionPrediction], targets: Sequence[Tensor]) -> float:
     """Returns the temperature with the least mean nll, every task of the same weight.
 
-    It is searched between 1/20 and 20 on the logarithmic scale: a grid finds the valley (a mixture over weight samples
-    may have several) and golden sections its bottom.
+    It is searched between 1/20 and 20 on the logarithmic scale: a grid finds the valley (a mixture of Gaussians over
+    weight samples may have several) and golden sections its bottom.
 
     Args:
         predictions: One prediction per held-out task.

@@ -77,6 +77,7 @@ def adam(
     learning_rate: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
+    scale: PyTree | None = None,
     loss_at: Callable[[int], Loss] | None = None,
     num_differentiable_steps: int | None = None,
     with_grad_norm: bool = True,
@@ -93,6 +94,8 @@ def adam(
         learning_rate: Positive step size.
         betas: Decay of the first and second moment, each in ``[0, 1)``.
         epsilon: Positive; in the units of the gradient.
+        scale: Units of the steps, in the structure of ``init``: a step moves a coordinate by about ``learning_rate``
+            times its entry. None: 1.
         loss_at: As in ``gradient_descent``.
         num_differentiable_steps: As in ``gradient_descent``.
         with_grad_norm: As in ``gradient_descent``.
@@ -119,6 +122,8 @@ def adam(
         direction = tree.map(
             lambda m, v: (m / first_correction) / torch.sqrt(v / second_correction + epsilon**2), first, second
         )
+        if scale is not None:
+            direction = tree.mul(scale, direction)
         return tree.axpy(-learning_rate, direction, value), (first, second)
 
     start = (tree.zeros_like(init), tree.zeros_like(init))

@@ -285,7 +285,8 @@ class MetaLearner:
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
         """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure.
 
-        For classes it divides the logits of every weight sample; for regression it multiplies all standard deviations.
+        For classes it divides the logits of the averaged probabilities; for regression it multiplies all standard
+        deviations.
 
         Args:
             validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
@@ -450,7 +451,11 @@ class MetaLearner:
         shape, algorithm = tasks.input_shape, self._parameters["algorithm"]
         if not is_image:
             self.adapt_patterns = defaults.HEAD if self._parameters["adapt"] == "*" else self._parameters["adapt"]
-            self.algorithm = defaults.table_algorithm(algorithm, shape) if isinstance(algorithm, str) else algorithm
+            self.algorithm = (
+                defaults.table_algorithm(algorithm, shape, is_regression=self.likelihood == "gaussian")
+                if isinstance(algorithm, str)
+                else algorithm
+            )
         network = defaults.default_network(shape, tasks.num_outputs, is_image=is_image, seed=self.seed)
         self._build(network, is_default=True)
 

@@ -18,18 +18,21 @@ class ClassPrediction:
 
     Attributes:
         sample_log_probs: Log-probabilities under each weight sample, ``[num_samples, num_examples, num_classes]``.
+        temperature: Divides the log of the averaged probabilities; positive, above 1 less sure, below 1 surer.
     """
 
     sample_log_probs: Tensor
+    temperature: float = 1.0
 
     @property
     def log_probs(self) -> Tensor:
-        """Log of the averaged probabilities, ``[num_examples, num_classes]``."""
-        return torch.logsumexp(self.sample_log_probs, dim=0) - math.log(self.sample_log_probs.shape[0])
+        """Log of the averaged and tempered probabilities, ``[num_examples, num_classes]``."""
+        averaged = self._averaged_log_probs
+        return averaged if self.temperature == 1 else torch.log_softmax(averaged / self.temperature, dim=-1)
 
     @property
     def probs(self) -> Tensor:
-        """Probabilities averaged over weight samples, ``[num_examples, num_classes]``."""
+        """Probabilities averaged over weight samples and tempered, ``[num_examples, num_classes]``."""
         return self.log_probs.exp()
 
     @property
@@ -39,34 +42,51 @@ class ClassPrediction:
 
     @property
     def total_uncertainty(self) -> Tensor:
-        """Entropy of the averaged probabilities in nats, ``[num_examples]``."""
+        """Entropy of ``probs`` in nats, ``[num_examples]``."""
         return _entropy(self.log_probs)
 
     @property
     def aleatoric(self) -> Tensor:
-        """Mean entropy of the samples' probabilities in nats, ``[num_examples]``: what more data would not remove."""
-        return _entropy(self.sample_log_probs).mean(0)
+        """What more data would not remove, in nats, ``[num_examples]``: the mean entropy of the samples' probabilities.
+
+        With a temperature: the same share of the total as without.
+        """
+        return (self.total_uncertainty - self.epistemic).clamp_min(0)
 
     @property
     def epistemic(self) -> Tensor:
-        """Mutual information of label and weights in nats, ``[num_examples]``: total minus aleatoric, at least 0."""
-        return (self.total_uncertainty - self.aleatoric).clamp_min(0)
+        """Mutual information of label and weights in nats, ``[num_examples]``, at least 0.
+
+        With a temperature: the same share of the total as without.
+        """
+        before = _entropy(self._averaged_log_probs)
+        information = (before - _entropy(self.sample_log_probs).mean(0)).clamp_min(0)
+        if self.temperature == 1:
+            return information
+        return information * self.total_uncertainty / torch.where(before > 0, before, torch.ones_like(before))
 
     def samples(self) -> Tensor:
-        """Returns the probabilities under each weight sample, ``[num_samples, num_examples, num_classes]``."""
+        """Returns the untempered probabilities under each sample, ``[num_samples, num_examples, num_classes]``."""
         return self.sample_log_probs.exp()
+
+    @property
+    def _averaged_log_probs(self) -> Tensor:
+        return torch.logsumexp(self.sample_log_probs, dim=0) - math.log(self.sample_log_probs.shape[0])
 
     def nll(self, targets: Tensor) -> Tensor:
         """Returns ``-log p(target)`` per example in nats."""
         return -self.log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
     def tempered(self, temperature: float) -> "ClassPrediction":
-        """Returns the prediction with every sample's logits divided by a temperature (Guo et al. 2017).
+        """Returns the prediction with the logits of its probabilities divided by a temperature (Guo et al. 2017).
+
+        Those are the probabilities averaged over weight samples: dividing each sample's logits would hardly change
+        what is unsure because the samples disagree.
 
         Args:
             temperature: Positive; above 1 it makes the prediction less sure.
         """
-        return ClassPrediction(torch.log_softmax(self.sample_log_probs / temperature, dim=-1))
+        return dataclasses.replace(self, temperature=self.temperature * temperature)
 
 
 @dataclasses.dataclass(frozen=True)

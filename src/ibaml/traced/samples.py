@@ -1,6 +1,6 @@
 """The mean of a loss over weight samples, with the derivatives of the sampling written out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -40,22 +40,22 @@ class SampledLoss:
     def gradient(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """See ``TwiceDifferentiable``."""
         half_deviation = _half_deviation(leaves[1])
-        results = [
+        results = (
             self._member(noise).gradient(self._leaves_of(leaves, half_deviation, noise))
             for noise in self._noises(leaves)
-        ]
-        return self._value_and_gradient(results, leaves, half_deviation)
+        )
+        return self._averaged(results, leaves, half_deviation, position=1)
 
     def linearize(self, point: Point, leaves: Sequence[Tensor]) -> list[Tensor]:
         """See ``TwiceDifferentiable``."""
         half_deviation = _half_deviation(leaves[1])
         noises = self._noises(leaves)
         point.samples = [Point() for _ in noises]
-        results = [
+        results = (
             self._member(noise).linearize(sample, self._leaves_of(leaves, half_deviation, noise))
             for noise, sample in zip(noises, point.samples, strict=True)
-        ]
-        value_and_gradient = self._value_and_gradient(results, leaves, half_deviation)
+        )
+        value_and_gradient = self._averaged(results, leaves, half_deviation, position=1)
         point.owner, point.residuals = self, [half_deviation, 0.5 * value_and_gradient[2]]
         return value_and_gradient
 
@@ -68,15 +68,15 @@ class SampledLoss:
         half_deviation, half_gradient = point.residuals
         along_mean, along_log_var, *along_others = direction
         scaled = half_deviation * along_log_var
-        results = [
+        results = (
             self._member(noise).product(
                 sample,
                 partial(self._leaves_of, at, half_deviation, noise),
                 [torch.addcmul(along_mean, scaled, noise), *self._each(noise, along_others)],
             )
             for noise, sample in zip(self._noises(at), point.samples, strict=True)
-        ]
-        mean, log_var, *others = self._averaged(results, at, half_deviation)
+        )
+        mean, log_var, *others = self._averaged(results, at, half_deviation, position=0)
         return [mean, torch.addcmul(log_var, half_gradient, along_log_var), *others]
 
     def _noises(self, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -96,34 +96,31 @@ class SampledLoss:
         """Returns the tensors as every sample has them."""
         return [each.expand(len(noise), *each.shape) for each in tensors] if self._at_once else list(tensors)
 
-    def _value_and_gradient(
-        self, results: Sequence[Sequence[Tensor]], leaves: Sequence[Tensor], half_deviation: Tensor
-    ) -> list[Tensor]:
-        averaged = self._averaged([gradient for _, *gradient in results], leaves, half_deviation)
-        return [self._average([value for value, *_ in results]), *averaged]
-
     def _averaged(
-        self, results: Sequence[Sequence[Tensor]], leaves: Sequence[Tensor], half_deviation: Tensor
+        self, results: Iterable[Sequence[Tensor]], leaves: Sequence[Tensor], half_deviation: Tensor, *, position: int
     ) -> list[Tensor]:
-        """Returns the means over samples: of what belongs to the sample itself, times ``a noise_s`` as well."""
-        noises = self._noises(leaves)
-        if self._at_once:
-            with_noise = (noises[0] * results[0][0]).sum(0)
-        else:
-            with_noise = torch.zeros_like(half_deviation)
-            for noise, (by_sample, *_) in zip(noises, results, strict=True):
-                with_noise.addcmul_(noise, by_sample)
-        num_samples = leaves[self.num_point].shape[-2]
-        by_sample, *others = (self._average(parts) for parts in zip(*results, strict=True))
-        return [by_sample, with_noise.mul_(half_deviation).div_(num_samples), *others]
+        """Averages over samples, one after the other, so that no more than one sample's results are alive.
 
-    def _average(self, parts: Sequence[Tensor]) -> Tensor:
-        if self._at_once:
-            return parts[0].mean(0)
-        total = parts[0] / len(parts)
-        for part in parts[1:]:
-            total.add_(part, alpha=1 / len(parts))
-        return total
+        Args:
+            results: What the passes through the network returned.
+            leaves: Where they were made.
+            half_deviation: ``a``.
+            position: Of the gradient in the sample, behind which its average times ``a noise_s`` is put.
+        """
+        num_samples = leaves[self.num_point].shape[-2]
+        averages: list[Tensor] = []
+        with_noise = torch.zeros_like(half_deviation)
+        for noise, result in zip(self._noises(leaves), results, strict=True):
+            if self._at_once:
+                averages = [each.mean(0) for each in result]
+                with_noise = (noise * result[position]).sum(0)
+            else:
+                with_noise.addcmul_(noise, result[position])
+                averages = averages or [torch.zeros_like(each) for each in result]
+                for average, each in zip(averages, result, strict=True):
+                    average.add_(each, alpha=1 / num_samples)
+        with_noise.mul_(half_deviation).div_(num_samples)
+        return [*averages[: position + 1], with_noise, *averages[position + 1 :]]
 
 
 def _half_deviation(log_var: Tensor) -> Tensor:
