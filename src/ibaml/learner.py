@@ -349,7 +349,7 @@ class MetaLearner:
             folder: Created if absent.
 
         Returns:
-            The file of the tensors.
+            The folder, for ``MetaLearner.load``.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
