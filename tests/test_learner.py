@@ -126,7 +126,7 @@ def test_regression_from_end_to_end(tmp_path):
     torch.testing.assert_close(prediction.aleatoric, noise.expand(5, 1))
     assert bool((prediction.epistemic > 0).all())
     report = learner.evaluate(tasks, num_tasks=4)
-    assert report.keys() == {"mse", "nll", "coverage_90"}
+    assert report.keys() == {"mse", "nll", "coverage_90", "quantile_calibration_error"}
     learner.save(tmp_path)
     again = MetaLearner.load(tmp_path).adapt(*episode.support).predict(episode.query.x)
     assert torch.equal(again.samples(), prediction.samples())
