@@ -99,6 +99,17 @@ def test_choosing(few_steps):
     assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == 20
 
 
+@pytest.mark.slow
+def test_gallery(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("gallery.md")
+    assert names["curves"].keys() == {"as trained", "after calibrate"}
+    drawn = {path.name for path in (tmp_path / "images").iterdir()}
+    # Those that the page shows, and the repository has, are those that it draws.
+    assert drawn == {path.name for path in (DOCS / "images").glob("gallery_*.png")}
+    assert drawn == set(re.findall(r"\(images/(gallery_\w+\.png)\)", (DOCS / "gallery.md").read_text()))
+
+
 def test_faq():
     assert run("faq.md")["refused"]
 
