@@ -386,7 +386,7 @@ def test_evaluate_reports_what_it_stores(ibaml, trained):
     with (trained / "b" / "evaluation" / "per_task.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["task"] for row in rows] == ["0", "1", "2", "3", "4"]
-    for name in ("mse", "nll", "coverage_90"):
+    for name in ("mse", "nll", "coverage_90", "quantile_calibration_error"):
         mean = sum(float(row[name]) for row in rows) / 5
         assert report["metrics"][name]["mean"] == pytest.approx(mean, abs=1e-12)
         assert f"{mean:.4f}" in next(line for line in output.splitlines() if line.startswith(name))
@@ -490,17 +490,22 @@ def test_compare_says_which_is_better(ibaml, tmp_path, trained):
         target = tmp_path / name / "evaluation"
         target.mkdir(parents=True)
         report = json.loads((trained / "a" / "evaluation" / "report.json").read_text())
-        del report["metrics"]["coverage_90"], report["metrics"]["mse"]
+        del report["metrics"]["mse"], report["metrics"]["quantile_calibration_error"]
         report["metrics"]["accuracy"] = report["metrics"]["nll"]
+        # "high" is as of an earlier version, which knew fewer metrics.
+        new = ["quantile_calibration_error"] * (name != "high")
+        report["metrics"] |= dict.fromkeys(new, report["metrics"]["nll"])
         (target / "report.json").write_text(json.dumps(report))
         with (target / "per_task.csv").open("w", newline="") as file:
             values = [shift + stretch * value for value in (0.1, -0.2, 0.05, 0.15, -0.1)]
-            csv.writer(file).writerows([["task", "nll", "accuracy"], *([i, v, v] for i, v in enumerate(values))])
+            header = ["task", "nll", "accuracy", "coverage_90", *new]
+            csv.writer(file).writerows([header, *([i] + [v] * (len(header) - 1) for i, v in enumerate(values))])
     code, *_ = ibaml("compare", "low", "high", "noisy", "--out", "out")
     assert code == 0
     with Path("out/comparison.csv").open() as file:
-        nll, accuracy = list(csv.reader(file))[1:]
+        nll, accuracy, coverage = list(csv.reader(file))[1:]
     assert nll[4] == "+1.0000 +- 0.0000 worse" and accuracy[4] == "+1.0000 +- 0.0000 better"
+    assert coverage[4] == "+1.0000 +- 0.0000"
     assert not nll[5].endswith(("worse", "better")) and not accuracy[5].endswith(("worse", "better"))
 
 

@@ -78,6 +78,16 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     assert len(written) == 15
 
 
+def test_how_to_regression(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("howto-regression.md")
+    assert (names["lower"] < names["prediction"].mean).all() and (names["prediction"].mean < names["upper"]).all()
+    assert names["posterior"].num_support == 8 and names["curves"].shape == (50, 101)
+    # What was saved and loaded, and adapted at once, is near what was updated.
+    assert np.corrcoef(names["again"].mean, names["later"].mean)[0, 1] > 0.99
+    assert names["folder"] == Path("cells_model")
+
+
 def test_uncertainty(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("uncertainty.md")
@@ -87,6 +97,17 @@ def test_uncertainty(tmp_path, monkeypatch, few_steps):
 def test_choosing(few_steps):
     names = run("choosing.md")
     assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == 20
+
+
+@pytest.mark.slow
+def test_gallery(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("gallery.md")
+    assert names["curves"].keys() == {"as trained", "after calibrate"}
+    drawn = {path.name for path in (tmp_path / "images").iterdir()}
+    # Those that the page shows, and the repository has, are those that it draws.
+    assert drawn == {path.name for path in (DOCS / "images").glob("gallery_*.png")}
+    assert drawn == set(re.findall(r"\(images/(gallery_\w+\.png)\)", (DOCS / "gallery.md").read_text()))
 
 
 def test_faq():

@@ -99,11 +99,21 @@ def test_classification_report_is_that_of_the_predictions(name):
     right = (probs.argmax(-1) == result.targets).double()
     picked = result.log_probs.gather(-1, result.targets.unsqueeze(-1)).squeeze(-1)
     squared = ((probs - torch.nn.functional.one_hot(result.targets, 3)) ** 2).sum(-1)
+    for task, (p, hit) in enumerate(zip(probs, right, strict=True)):
+        surest = hit[torch.distributions.Categorical(p).entropy().argsort()]
+        area = sum(float(surest[:k].mean()) for k in range(1, 13)) / 12
+        assert float(result.per_task["selective_area"][task]) == pytest.approx(area, abs=1e-10)
     for metric, value in {"accuracy": right, "nll": -picked, "brier": squared}.items():
         torch.testing.assert_close(result.per_task[metric], value.mean(-1), rtol=1e-10, atol=1e-10)
     for metric, value in result.per_task.items():
         assert value.shape == (6,) and value.dtype == torch.float64
         assert result.report[metric] == metrics.estimate(value)
+
+
+def wasserstein(values: torch.Tensor, num_points: int = 200_000) -> float:
+    """Distance of values in [0, 1] from the uniform distribution, by the midpoint rule over the levels."""
+    levels = (torch.arange(num_points, dtype=torch.float64) + 0.5) / num_points
+    return float((torch.searchsorted(values.sort().values, levels, right=True) / len(values) - levels).abs().mean())
 
 
 @pytest.mark.parametrize("name", ["maml", "ibaml"])
@@ -113,8 +123,24 @@ def test_regression_report_is_that_of_the_predictions(name):
     assert result.mean.shape == result.variance.shape == result.targets.shape == (6, 5, 1)
     squared = ((result.mean - result.targets) ** 2).mean((1, 2))
     torch.testing.assert_close(result.per_task["mse"], squared, rtol=1e-10, atol=1e-10)
-    inside = (result.mean - result.targets).abs() <= 1.6448536269514722 * result.variance.sqrt()
-    torch.testing.assert_close(result.per_task["coverage_90"], inside.double().mean((1, 2)))
+    model, algorithm, meta, tasks = set_up("gaussian", name)
+    inside, cdf = [], []
+    for index in range(6):
+        task = tree.map(lambda leaf: leaf[0], draw_tasks(tasks, index, index + 1, seed=0))
+        source = generator(2**40 + index)
+        noise = algorithm.draw_noise(meta, generator=source)
+        evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=source)
+        posterior = algorithm.adapt(model.nll, meta, task.support, noise).value
+        prediction = predict(model, algorithm, meta, posterior, task.query.x, evaluation_noise)
+        low, high = prediction.interval(0.9)
+        inside.append(((low <= task.query.y) & (task.query.y <= high)).double().mean())
+        deviation = prediction.noise_variance.sqrt()
+        of_samples = torch.distributions.Normal(prediction.sample_means, deviation).cdf(task.query.y)
+        cdf.append(of_samples.mean(0).double())
+    torch.testing.assert_close(result.per_task["coverage_90"], torch.stack(inside))
+    torch.testing.assert_close(result.cdf, torch.stack(cdf), rtol=1e-4, atol=1e-5)
+    error = torch.tensor([wasserstein(one) for one in result.cdf.flatten(1)], dtype=torch.float64)
+    torch.testing.assert_close(result.per_task["quantile_calibration_error"], error, rtol=0, atol=1e-5)
     for metric, value in result.per_task.items():
         assert result.report[metric].mean == pytest.approx(value.mean().item(), abs=1e-10)
         assert result.report[metric].num_tasks == 6

@@ -99,9 +99,9 @@ def test_fit_adapt_predict_evaluate_save_load(tmp_path, name):
     assert prediction.probs.shape == (12, 3)
     torch.testing.assert_close(prediction.probs.sum(-1), torch.ones(12))
 
-    file = learner.save(tmp_path / "new" / "folder")
-    assert file == tmp_path / "new" / "folder" / MODEL
-    loaded = MetaLearner.load(tmp_path / "new" / "folder")
+    folder = learner.save(str(tmp_path / "new" / "folder"))
+    assert folder == tmp_path / "new" / "folder"
+    loaded = MetaLearner.load(folder)
     assert loaded.algorithm == learner.algorithm
     again = loaded.adapt(*TASK.support)
     assert again.grad_norm == posterior.grad_norm
@@ -126,7 +126,7 @@ def test_regression_from_end_to_end(tmp_path):
     torch.testing.assert_close(prediction.aleatoric, noise.expand(5, 1))
     assert bool((prediction.epistemic > 0).all())
     report = learner.evaluate(tasks, num_tasks=4)
-    assert report.keys() == {"mse", "nll", "coverage_90"}
+    assert report.keys() == {"mse", "nll", "coverage_90", "quantile_calibration_error"}
     learner.save(tmp_path)
     again = MetaLearner.load(tmp_path).adapt(*episode.support).predict(episode.query.x)
     assert torch.equal(again.samples(), prediction.samples())
@@ -344,7 +344,7 @@ def test_images_through_a_convolutional_network(tmp_path):
 
 
 def test_the_file_is_plain(tmp_path):
-    file = fitted("ibaml").save(tmp_path)
+    file = fitted("ibaml").save(tmp_path) / MODEL
     with safe_open(file, framework="pt") as content:
         assert {name.split("/")[0] for name in content.keys()} == {"prior_mean", "prior_log_var"}  # noqa: SIM118
     _, metadata = load_tensors(file)
@@ -363,7 +363,7 @@ def test_saving_again_replaces(tmp_path):
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*absent"):
         MetaLearner.load(tmp_path / "absent")
-    file = fitted("maml").save(tmp_path)
+    file = fitted("maml").save(tmp_path) / MODEL
     content = file.read_bytes()
     file.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
     with pytest.raises(ValueError, match="is damaged: its checksum does not match"):

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from sklearn.base import clone
 
-from ibaml import MetaLearner, NotFittedError, SplitSettings, tree
+from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
 from ibaml.checkpoint import save_tensors
 from ibaml.data import SinusoidTasks
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.defaults import table_algorithm
 from ibaml.networks import MLP
 from ibaml.saved_model import MODEL, SETTINGS, read_model
+from ibaml.table_evaluation import read_episodes
 from ibaml.task_sources import prepare
 from ibaml.trainer import TrainerSettings
 
@@ -147,12 +148,59 @@ def test_three_classes_and_classes_of_each_task():
         MetaLearner(classes="per_task").fit([(tasks[0][0], ["a"] * 18)], num_steps=1)
 
 
+def predictions_of_half(learner, tasks):
+    """What ``evaluate`` scores, through the public functions: the same splits and seed, in the terms of the data."""
+    episodes = read_episodes(learner.fitted_model, tasks, learner._splits, num_tasks=0, seed=0)
+    for task, episode in zip(tasks, episodes, strict=True):
+        support, query = (
+            [int(np.flatnonzero((np.abs(encoded - row) < 1e-5).all(1))[0]) for row in batch.x.numpy()]
+            for encoded in [learner.fitted_model.encode("x", task[0]).numpy()]
+            for batch in episode
+        )
+        yield learner.adapt(task[0][support], task[1][support]).predict(task[0][query]), task[1][query]
+
+
+def test_evaluation_of_classes_is_that_of_the_predictions(classifier):
+    tasks = pairs(5, seed=7)
+    report = classifier.evaluate(tasks)
+    names = ("accuracy", "nll", "brier", "ece", "mce", "selective_area", "ece_pooled", "mce_pooled")
+    assert report.keys() == {*names}
+    areas, probs, labels = [], [], []
+    for prediction, y in predictions_of_half(classifier, tasks):
+        hits = (prediction.labels == y)[np.argsort(prediction.total_uncertainty, kind="stable")]
+        areas.append(np.mean(np.cumsum(hits) / np.arange(1, len(hits) + 1)))
+        probs.append(prediction.probs)
+        labels.append(np.searchsorted(prediction.classes, y))
+    assert len({len(p) for p in probs}) > 1
+    assert report["selective_area"].mean == pytest.approx(np.mean(areas), abs=1e-6)
+    everything = torch.tensor(np.concatenate(probs))[None], torch.tensor(np.concatenate(labels))[None]
+    assert report["ece_pooled"].mean == pytest.approx(float(metrics.ece(*everything)), abs=1e-5)
+    assert report["mce_pooled"].mean == pytest.approx(float(metrics.mce(*everything)), abs=1e-5)
+    assert report["ece_pooled"].num_tasks == 5 and report == classifier.evaluate(tasks)
+
+
+def test_evaluation_of_targets_is_that_of_the_predictions(regressor):
+    tasks = pairs(5, regression=True, seed=7)
+    report = regressor.evaluate(tasks)
+    covered, errors = [], []
+    for prediction, y in predictions_of_half(regressor, tasks):
+        low, high = prediction.interval(0.9)
+        covered.append(np.mean((low <= y) & (y <= high)))
+        # The quantile below which a share of the targets lies, at the middle of 2000 levels.
+        levels = (np.arange(2000) + 0.5) / 2000
+        below = (prediction.cdf(y)[:, None] <= levels).mean(0)
+        errors.append(np.abs(below - levels).mean())
+    assert report["coverage_90"].mean == pytest.approx(np.mean(covered), abs=1e-9)
+    assert report["quantile_calibration_error"].mean == pytest.approx(np.mean(errors), abs=1e-3)
+
+
 def test_a_long_table_from_end_to_end(tmp_path):
     table = long_table(regression=True)
     learner = MetaLearner(likelihood="gaussian").fit(table, 0.2, task="school", target="score", num_steps=STEPS)
     new = long_table(2, regression=True, seed=3)
     report = learner.evaluate(new)
-    assert report.keys() == {"mse", "nll", "coverage_90"} and report["mse"].num_tasks == 2
+    assert report.keys() == {"mse", "nll", "coverage_90", "quantile_calibration_error"}
+    assert report["mse"].num_tasks == 2
     own = new[new.school == "s0"]
     shuffled = own[["score", "income", "age", "school"]]
     posterior = learner.adapt(own.iloc[:4], own.score.iloc[:4])

@@ -14,6 +14,8 @@ from torchmetrics.functional.classification import binary_auroc, multiclass_cali
 
 from ibaml import metrics
 from ibaml.metrics import Estimate
+from ibaml.quantile_calibration import quantile_calibration_error
+from ibaml.selective import selective_area
 from ibaml.types import Tensor
 
 ALGEBRA = 1e-12
@@ -233,6 +235,28 @@ class TestPooled:
             result, abs=ALGEBRA
         )
 
+    def test_tasks_of_unequal_sizes(self) -> None:
+        tasks = [random_predictions(1, size, 3, seed=size) for size in (3, 40, 11, 1, 25)]
+        probs, labels = [p[0] for p, _ in tasks], [y[0] for _, y in tasks]
+        ece = metrics.pooled_ece(probs, labels, generator=generator(), num_resamples=60)
+        mce = metrics.pooled_mce(probs, labels, generator=generator(), num_resamples=60)
+        assert (ece.mean, mce.mean) == pytest.approx(
+            numpy_calibration(torch.cat(probs), torch.cat(labels), 15), abs=ALGEBRA
+        )
+        draws = torch.randint(5, (60, 5), generator=generator())
+        values = np.array(
+            [numpy_calibration(torch.cat([probs[i] for i in d]), torch.cat([labels[i] for i in d]), 15) for d in draws]
+        )
+        low, high = np.quantile(values, [0.025, 0.975], axis=0)
+        assert (ece.half_width, mce.half_width) == pytest.approx(tuple((high - low) / 2), abs=ALGEBRA)
+        assert ece.num_tasks == 5
+
+    def test_a_sequence_of_equal_tasks_is_the_stack_of_them(self) -> None:
+        probs, labels = random_predictions(6, 20, 5)
+        assert metrics.pooled_ece([*probs], [*labels], generator=generator()) == metrics.pooled_ece(
+            probs, labels, generator=generator()
+        )
+
     def test_a_single_task_has_no_interval(self) -> None:
         result = metrics.pooled_mce(*random_predictions(1, 20, 5), generator=generator())
         assert math.isnan(result.half_width)
@@ -412,7 +436,10 @@ class TestReports:
     def test_classification_report(self) -> None:
         probs, labels = random_predictions(25, 15, 5)
         report = metrics.classification_report(probs.log(), labels)
-        assert list(report) == ["accuracy", "nll", "brier", "ece", "mce", "ece_pooled", "mce_pooled"]
+        assert list(report) == ["accuracy", "nll", "brier", "ece", "mce", "selective_area", "ece_pooled", "mce_pooled"]
+        entropy = torch.distributions.Categorical(probs).entropy()
+        area = selective_area(entropy, probs.argmax(-1) == labels)
+        assert report["selective_area"] == pytest.approx(metrics.estimate(area), abs=ALGEBRA)
         for name, metric in (
             ("accuracy", metrics.accuracy),
             ("brier", metrics.brier),
@@ -438,7 +465,16 @@ class TestReports:
         variance = 0.5 + torch.rand(40, 25, 1, generator=source, dtype=torch.float64)
         targets = mean + variance.sqrt() * torch.randn(40, 25, 1, generator=source, dtype=torch.float64)
         report = metrics.regression_report(mean, variance, targets)
-        assert list(report) == ["mse", "nll", "coverage_90"]
+        assert list(report) == ["mse", "nll", "coverage_90", "quantile_calibration_error"]
+        inside = metrics.coverage(*metrics.central_interval(mean, variance, 0.9), targets)
+        assert report["coverage_90"] == metrics.estimate(inside)
+        cdf = torch.from_numpy(scipy.stats.norm.cdf(targets, mean, variance.sqrt()))
+        error = metrics.estimate(quantile_calibration_error(cdf))
+        assert report["quantile_calibration_error"] == pytest.approx(error, abs=ALGEBRA)
+        given_cdf = metrics.regression_report(mean, variance, targets, cdf=torch.full_like(mean, 0.04))
+        assert given_cdf["coverage_90"].mean == 0
+        # All values at 0.04: the integral of 1 - p above it and of p below.
+        assert given_cdf["quantile_calibration_error"].mean == pytest.approx((0.96**2 + 0.04**2) / 2, abs=ALGEBRA)
         assert report["nll"] == metrics.estimate(metrics.gaussian_nll(mean, variance, targets))
         assert abs(report["coverage_90"].mean - 0.9) < 5 * math.sqrt(0.09 / 1000)
         log_density = torch.full((40, 25), -2.0)
@@ -478,6 +514,26 @@ NAN = torch.full((2, 3), math.nan)
             ValueError,
             "num_resamples is 1; expected at least 2",
         ),
+        (
+            lambda: metrics.pooled_ece([*P], [Y[0]], generator=generator()),
+            ValueError,
+            "probs has 2 tasks and labels 1; expected as many of each, at least one",
+        ),
+        (
+            lambda: metrics.pooled_mce([], [], generator=generator()),
+            ValueError,
+            "probs has 0 tasks and labels 0; expected as many",
+        ),
+        (
+            lambda: metrics.pooled_ece([P[0], 2 * P[1]], [*Y], generator=generator()),
+            ValueError,
+            "task 1 by itself: probs has a row whose sum is off by 1;",
+        ),
+        (
+            lambda: metrics.pooled_ece([*P], [Y[0], R[0]], generator=generator()),
+            TypeError,
+            "task 1 by itself: labels has dtype torch.float32",
+        ),
         (lambda: metrics.mse(R[0], R[0]), ValueError, "targets has shape [3]; expected [num_tasks, num_examples] or"),
         (lambda: metrics.mse(R[:1], R), ValueError, "mean has shape [1, 3]; expected [2, 3], the shape of targets"),
         (lambda: metrics.mse(NAN, R), ValueError, "mean holds 6 values that are not finite"),
@@ -503,6 +559,16 @@ NAN = torch.full((2, 3), math.nan)
             lambda: metrics.regression_report(R, R + 1, R, log_density=R[0]),
             ValueError,
             "log_density has shape [3]; expected [2, 3]",
+        ),
+        (
+            lambda: metrics.regression_report(R, R + 1, R, cdf=R[:1]),
+            ValueError,
+            "cdf has shape [1, 3]; expected [2, 3], the shape of targets",
+        ),
+        (
+            lambda: metrics.regression_report(R, R + 1, R, cdf=R + 2),
+            ValueError,
+            "cdf has 6 values outside [0, 1]",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from ibaml.quantile_calibration import quantile_calibration_error, quantile_curve
+from ibaml.quantile_calibration import central_coverage, quantile_calibration_error, quantile_curve
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -82,10 +82,25 @@ def test_overconfident_and_cautious_models_bend_the_curve_in_opposite_ways():
         (torch.tensor([[0.5, 1.5, torch.nan]]), ValueError, r"cdf has 2 values outside \[0, 1\]"),
     ],
 )
-@pytest.mark.parametrize("function", [quantile_curve, quantile_calibration_error])
+@pytest.mark.parametrize("function", [quantile_curve, quantile_calibration_error, central_coverage])
 def test_bad_input_is_refused(function, cdf, error, message):
     with pytest.raises(error, match=message):
         function(cdf)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_level_out_of_range_is_refused(level):
+    with pytest.raises(ValueError, match=f"level is {level}; expected a probability strictly between 0 and 1"):
+        central_coverage(torch.zeros(1, 2), level=level)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_central_coverage_is_the_share_between_the_quantiles(level):
+    skewed = scipy.stats.gamma(2.0)
+    targets = torch.from_numpy(scipy.stats.norm(2, 2).rvs((3, 50), random_state=0))
+    low, high = skewed.interval(level)
+    found = central_coverage(torch.from_numpy(skewed.cdf(targets.numpy())), level=level)
+    torch.testing.assert_close(found, ((low <= targets) & (targets <= high)).double().mean(1))
 
 
 def test_bad_number_of_levels_is_refused():

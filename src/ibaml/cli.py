@@ -75,7 +75,7 @@ _Experiment: TypeAlias = (
         tyro.conf.subcommand("groups", description="Grouped regression beside mixed-effects models, on eight tables."),
     ]
 )
-_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse")
+_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "quantile_calibration_error")
 
 
 class _Launch(NamedTuple):
@@ -255,12 +255,16 @@ def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None 
 
     table = Table("metric", *names, *(f"{name} - {names[0]}" for name in names[1:]), box=None, pad_edge=False)
     rows: list[list[str]] = []
-    for metric, value in first.per_task.items():
+    # Evaluations stored by an earlier version may lack a metric.
+    common = [metric for metric in first.per_task if all(metric in other.per_task for other in stored.values())]
+    for metric in common:
+        value = first.per_task[metric]
         row = [metric, *(f"{stored[name].report[metric]:.4f}" for name in names)]
         for name in names[1:]:
             difference = paired_difference(stored[name].per_task[metric], value)
             verdict = ""
-            if abs(difference.mean) > difference.half_width:
+            # Of a coverage neither more nor less is better, only nearer to its level.
+            if metric != "coverage_90" and abs(difference.mean) > difference.half_width:
                 better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
                 verdict = " better" if better else " worse"
             row.append(f"{difference:+.4f}{verdict}".replace("+- +", "+- "))

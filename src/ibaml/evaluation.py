@@ -6,7 +6,6 @@ and independent of how many tasks are computed at a time, which is what paired c
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.processes import Processes
+from ibaml.quantile_calibration import central_coverage, quantile_calibration_error
+from ibaml.selective import selective_area
 from ibaml.types import Episode, Params, TaskSampler, Tensor
 
 _SEED_STRIDE = 1_000_003
@@ -35,6 +36,8 @@ class Evaluation:
         log_probs: Predictive log-probabilities, ``[num_tasks, num_query, num_classes]``; None for regression.
         mean: Predictive means; None for classification.
         variance: Predictive variances; None for classification.
+        cdf: Predictive probability of a value at most the target, of the mixture over weight samples; None for
+            classification.
     """
 
     report: Mapping[str, Estimate]
@@ -43,6 +46,7 @@ class Evaluation:
     log_probs: Tensor | None = None
     mean: Tensor | None = None
     variance: Tensor | None = None
+    cdf: Tensor | None = None
 
 
 def task_generator(seed: int, index: int) -> torch.Generator:
@@ -139,12 +143,12 @@ def evaluate(
     values = [torch.stack(value) for value in zip(*(task.values for task in scored), strict=True)]
     if len(values) == 1:
         return _classification(torch.log_softmax(values[0], -1), targets)
-    mean, variance, nll = values
-    return _regression(mean, variance, nll, targets.double())
+    mean, variance, nll, cdf = values
+    return _regression(mean, variance, nll, cdf, targets.double())
 
 
 class _Scored(NamedTuple):
-    """Targets and predictions of one task, on the CPU: log-probabilities, or mean, variance and nll; in float64."""
+    """Targets and predictions of one task, on the CPU: log-probabilities, or mean, variance, nll, cdf; in float64."""
 
     targets: Tensor
     values: tuple[Tensor, ...]
@@ -203,30 +207,32 @@ def _scored(prediction: ClassPrediction | RegressionPrediction, targets: Tensor)
     if isinstance(prediction, ClassPrediction):
         values = (prediction.log_probs,)
     else:
-        values = (prediction.mean, prediction.total_uncertainty, prediction.nll(targets))
+        values = (prediction.mean, prediction.total_uncertainty, prediction.nll(targets), prediction.cdf(targets))
     return _Scored(targets.cpu(), tuple(value.double().cpu() for value in values))
 
 
 def _classification(log_probs: Tensor, labels: Tensor) -> Evaluation:
     probs = log_probs.exp()
+    entropy = torch.special.entr(probs).sum(-1)
     per_task = {
         "accuracy": metrics.accuracy(probs, labels),
         "nll": metrics.nll(log_probs, labels),
         "brier": metrics.brier(probs, labels),
         "ece": metrics.ece(probs, labels),
         "mce": metrics.mce(probs, labels),
+        "selective_area": selective_area(entropy, probs.argmax(-1) == labels),
     }
     return Evaluation(
         report=metrics.classification_report(log_probs, labels), per_task=per_task, targets=labels, log_probs=log_probs
     )
 
 
-def _regression(mean: Tensor, variance: Tensor, nll: Tensor, targets: Tensor) -> Evaluation:
-    central = partial(metrics.central_interval, level=0.9)
+def _regression(mean: Tensor, variance: Tensor, nll: Tensor, cdf: Tensor, targets: Tensor) -> Evaluation:
     per_task = {
         "mse": metrics.mse(mean, targets),
         "nll": nll.mean(-1),
-        "coverage_90": metrics.coverage(*central(mean, variance), targets),
+        "coverage_90": central_coverage(cdf),
+        "quantile_calibration_error": quantile_calibration_error(cdf),
     }
-    report = metrics.regression_report(mean, variance, targets, log_density=-nll)
-    return Evaluation(report=report, per_task=per_task, targets=targets, mean=mean, variance=variance)
+    report = metrics.regression_report(mean, variance, targets, log_density=-nll, cdf=cdf)
+    return Evaluation(report=report, per_task=per_task, targets=targets, mean=mean, variance=variance, cdf=cdf)

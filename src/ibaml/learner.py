@@ -316,8 +316,9 @@ class MetaLearner:
             seed: Names the fixed set of tasks, or the splits.
 
         Returns:
-            ``accuracy``, ``nll``, ``brier``, ``ece``, ``mce`` and, for a sampler or Episodes, pooled calibration
-            errors; or ``mse``, ``nll`` and ``coverage_90``, in the targets' units.
+            For classes ``accuracy``, ``nll``, ``brier``, ``ece``, ``mce``, ``selective_area`` and, of the examples of
+            all tasks together, ``ece_pooled`` and ``mce_pooled``. For regression ``mse`` and ``nll`` in the targets'
+            units, ``coverage_90`` of the exact 90% interval, and ``quantile_calibration_error``.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
@@ -350,7 +351,7 @@ class MetaLearner:
             folder: Created if absent.
 
         Returns:
-            The file of the tensors.
+            The folder, for ``MetaLearner.load``.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.

@@ -9,6 +9,7 @@ probability of ``1 + 1e-7`` changes the calibration error of the whole task, and
 """
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from torchmetrics.functional.classification import multiclass_stat_scores
 from torchmetrics.functional.regression import mean_squared_error
 
+from ibaml.quantile_calibration import central_coverage, quantile_calibration_error
+from ibaml.selective import selective_area
 from ibaml.types import Tensor
 
 _NORMAL_975 = NormalDist().inv_cdf(0.975)
@@ -458,7 +461,12 @@ def reliability_curve(probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reli
 
 
 def pooled_ece(
-    probs: Tensor, labels: Tensor, *, generator: torch.Generator, num_bins: int = 15, num_resamples: int = 1000
+    probs: Tensor | Sequence[Tensor],
+    labels: Tensor | Sequence[Tensor],
+    *,
+    generator: torch.Generator,
+    num_bins: int = 15,
+    num_resamples: int = 1000,
 ) -> Estimate:
     """Expected calibration error of the examples of all tasks together, with a bootstrap interval over tasks.
 
@@ -472,8 +480,9 @@ def pooled_ece(
         0.100 +- 0.000
 
     Args:
-        probs: Predictive probabilities, shape ``[num_tasks, num_examples, num_classes]``; rows sum to one.
-        labels: Class indices in ``[0, num_classes)``, shape ``[num_tasks, num_examples]``.
+        probs: Predictive probabilities, shape ``[num_tasks, num_examples, num_classes]``; rows sum to one. Tasks of
+            unequal sizes as a sequence of tensors, ``[num_examples, num_classes]`` each.
+        labels: Class indices in ``[0, num_classes)``, shape ``[num_tasks, num_examples]``, or a sequence likewise.
         generator: Source of the resamples, on the CPU.
         num_bins: Number of bins, at least 1.
         num_resamples: Number of bootstrap resamples, at least 2.
@@ -482,16 +491,20 @@ def pooled_ece(
         The estimate, in ``[0, 1]``.
 
     Raises:
-        ValueError: If a shape does not fit, a label is out of range, the rows of ``probs`` are no distributions,
-            ``num_bins`` is below 1 or ``num_resamples`` below 2.
+        ValueError: If a shape does not fit, a label is out of range, the rows of ``probs`` are no distributions, the
+            numbers of tasks differ or are 0, ``num_bins`` is below 1 or ``num_resamples`` below 2.
         TypeError: If ``probs`` is not floating point or ``labels`` not integer.
     """
-    sums = _bin_sums(*_checked_probs(probs, labels), num_bins)
-    return _pooled_calibration(sums, generator, num_resamples)[0]
+    return _pooled_calibration(_sums_of_tasks(probs, labels, num_bins), generator, num_resamples)[0]
 
 
 def pooled_mce(
-    probs: Tensor, labels: Tensor, *, generator: torch.Generator, num_bins: int = 15, num_resamples: int = 1000
+    probs: Tensor | Sequence[Tensor],
+    labels: Tensor | Sequence[Tensor],
+    *,
+    generator: torch.Generator,
+    num_bins: int = 15,
+    num_resamples: int = 1000,
 ) -> Estimate:
     """Maximum calibration error of the examples of all tasks together, with a bootstrap interval as ``pooled_ece``.
 
@@ -501,8 +514,9 @@ def pooled_mce(
         0.100 +- 0.000
 
     Args:
-        probs: Predictive probabilities, shape ``[num_tasks, num_examples, num_classes]``; rows sum to one.
-        labels: Class indices in ``[0, num_classes)``, shape ``[num_tasks, num_examples]``.
+        probs: Predictive probabilities, shape ``[num_tasks, num_examples, num_classes]``; rows sum to one. Tasks of
+            unequal sizes as a sequence of tensors, ``[num_examples, num_classes]`` each.
+        labels: Class indices in ``[0, num_classes)``, shape ``[num_tasks, num_examples]``, or a sequence likewise.
         generator: Source of the resamples, on the CPU.
         num_bins: Number of bins, at least 1.
         num_resamples: Number of bootstrap resamples, at least 2.
@@ -511,12 +525,11 @@ def pooled_mce(
         The estimate, in ``[0, 1]``.
 
     Raises:
-        ValueError: If a shape does not fit, a label is out of range, the rows of ``probs`` are no distributions,
-            ``num_bins`` is below 1 or ``num_resamples`` below 2.
+        ValueError: If a shape does not fit, a label is out of range, the rows of ``probs`` are no distributions, the
+            numbers of tasks differ or are 0, ``num_bins`` is below 1 or ``num_resamples`` below 2.
         TypeError: If ``probs`` is not floating point or ``labels`` not integer.
     """
-    sums = _bin_sums(*_checked_probs(probs, labels), num_bins)
-    return _pooled_calibration(sums, generator, num_resamples)[1]
+    return _pooled_calibration(_sums_of_tasks(probs, labels, num_bins), generator, num_resamples)[1]
 
 
 def ood_auroc(uncertainty_in: Tensor, uncertainty_out: Tensor) -> Estimate:
@@ -601,8 +614,9 @@ def classification_report(
             report is a function of its inputs.
 
     Returns:
-        ``accuracy``, ``nll`` (nats), ``brier``, ``ece``, ``mce``: means of the per-task values; ``ece_pooled``,
-        ``mce_pooled``: the examples of all tasks in one set of bins.
+        ``accuracy``, ``nll`` (nats), ``brier``, ``ece``, ``mce``, ``selective_area`` (by the entropy of the
+        prediction): means of the per-task values; ``ece_pooled``, ``mce_pooled``: the examples of all tasks in one set
+        of bins.
 
     Raises:
         ValueError: If a shape does not fit, a label is out of range, the rows of ``log_probs`` are no distributions,
@@ -621,6 +635,7 @@ def classification_report(
         "brier": estimate(_brier(probs, labels)),
         "ece": estimate(task_ece),
         "mce": estimate(task_mce),
+        "selective_area": estimate(_selective_area(probs, labels)),
         "ece_pooled": ece_pooled,
         "mce_pooled": mce_pooled,
     }
@@ -633,11 +648,12 @@ def regression_report(
     *,
     log_density: Tensor | None = None,
     interval: tuple[Tensor, Tensor] | None = None,
+    cdf: Tensor | None = None,
 ) -> dict[str, Estimate]:
     """All regression metrics with 95% intervals over tasks.
 
-    Without ``log_density`` and ``interval`` the prediction is taken to be Gaussian with the given moments, an
-    approximation if it is a mixture over weight samples.
+    Without ``log_density`` and ``cdf`` the prediction is taken to be Gaussian with the given moments, an approximation
+    if it is a mixture over weight samples.
 
     Examples:
         >>> report = regression_report(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([[0.0, 1.0, 2.0]] * 2))
@@ -649,15 +665,16 @@ def regression_report(
         variance: Total predictive variances (noise included) in the target's unit squared, same shape, positive.
         targets: Targets, same shape.
         log_density: Log predictive density at each target, joint over outputs, shape ``[num_tasks, num_examples]``.
-        interval: The 5% and 95% predictive quantiles, each of the shape of ``mean``.
+        interval: The 5% and 95% predictive quantiles, each of the shape of ``mean``. None: those that ``cdf`` implies.
+        cdf: Predictive distribution function at the targets, in ``[0, 1]``, shape of ``mean``.
 
     Returns:
         ``mse`` (target's unit squared), ``nll`` (nats per example), ``coverage_90`` (fraction inside the central 90%
-        interval; 0.9 is ideal).
+        interval; 0.9 is ideal), ``quantile_calibration_error``.
 
     Raises:
-        ValueError: If a shape does not fit, a value is not finite, a variance is not positive, or an upper end lies
-            below the lower one.
+        ValueError: If a shape does not fit, a value is not finite, a variance is not positive, a value of ``cdf`` is
+            outside ``[0, 1]``, or an upper end lies below the lower one.
         TypeError: If an argument is not floating point.
     """
     targets = _checked_targets("targets", targets)
@@ -668,12 +685,18 @@ def regression_report(
             f"log_density has shape {list(log_density.shape)}; expected {list(targets.shape[:2])}, "
             "[num_tasks, num_examples] as in targets: sum independent outputs first."
         )
-    lower, upper = central_interval(mean, variance, 0.9) if interval is None else interval
+    cdf = (
+        torch.special.ndtr((targets - mean) / variance.sqrt())
+        if cdf is None
+        else _checked_targets("cdf", cdf, like=("targets", targets))
+    )
+    covered = central_coverage(cdf) if interval is None else coverage(*interval, targets)
     task_nll = gaussian_nll(mean, variance, targets) if log_density is None else density_nll(log_density)
     return {
         "mse": estimate(_mse(mean, targets)),
         "nll": estimate(task_nll),
-        "coverage_90": estimate(coverage(lower, upper, targets)),
+        "coverage_90": estimate(covered),
+        "quantile_calibration_error": estimate(quantile_calibration_error(cdf)),
     }
 
 
@@ -697,6 +720,10 @@ def _nll(log_probs: Tensor, labels: Tensor) -> Tensor:
 def _brier(probs: Tensor, labels: Tensor) -> Tensor:
     one_hot = torch.nn.functional.one_hot(labels, probs.shape[-1])
     return ((probs - one_hot) ** 2).sum(-1).mean(-1)
+
+
+def _selective_area(probs: Tensor, labels: Tensor) -> Tensor:
+    return selective_area(torch.special.entr(probs).sum(-1), probs.argmax(-1) == labels)
 
 
 def _mse(mean: Tensor, targets: Tensor) -> Tensor:
@@ -724,6 +751,23 @@ def _bin_sums(probs: Tensor, labels: Tensor, num_bins: int) -> _BinSums:
         confidence=zeros.scatter_add(1, index, confidence),
         correct=zeros.scatter_add(1, index, correct),
     )
+
+
+def _sums_of_tasks(probs: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor], num_bins: int) -> _BinSums:
+    if isinstance(probs, torch.Tensor) and isinstance(labels, torch.Tensor):
+        return _bin_sums(*_checked_probs(probs, labels), num_bins)
+    if len(probs) != len(labels) or len(probs) == 0:
+        raise ValueError(
+            f"probs has {len(probs)} tasks and labels {len(labels)}; expected as many of each, at least one."
+        )
+    of_tasks: list[_BinSums] = []
+    for index, (task_probs, task_labels) in enumerate(zip(probs, labels, strict=True)):
+        try:
+            checked = _checked_probs(task_probs.unsqueeze(0), task_labels.unsqueeze(0))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"task {index} by itself: {error}") from error
+        of_tasks.append(_bin_sums(*checked, num_bins))
+    return _BinSums(*(torch.cat(field) for field in zip(*of_tasks, strict=True)))
 
 
 def _calibration_errors(gap_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

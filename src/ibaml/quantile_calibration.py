@@ -80,6 +80,33 @@ def quantile_calibration_error(cdf: Tensor) -> Tensor:
     return ((after * after.abs() - before * before.abs()) / 2).sum(-1)
 
 
+def central_coverage(cdf: Tensor, *, level: float = 0.9) -> Tensor:
+    """Fraction of targets inside their central predictive interval, of each task: ``|F(y) - 1/2| <= level / 2``.
+
+    The interval is that of the predictive distribution itself, whatever its shape: its ends are the quantiles at
+    ``(1 - level) / 2`` and ``(1 + level) / 2``, which need not be computed.
+
+    Examples:
+        >>> central_coverage(torch.tensor([[0.01, 0.3, 0.5, 0.94]]))
+        tensor([0.7500], dtype=torch.float64)
+
+    Args:
+        cdf: Predictive distribution function at the targets, in ``[0, 1]``, shape ``[num_tasks, num_examples]`` or
+            ``[num_tasks, num_examples, num_outputs]``.
+        level: Probability inside the interval, in ``(0, 1)``.
+
+    Returns:
+        Fraction of each task's examples and outputs, in ``[0, 1]``, float64 of shape ``[num_tasks]``.
+
+    Raises:
+        ValueError: If the shape does not fit, a value is outside ``[0, 1]``, or ``level`` is out of range.
+        TypeError: If ``cdf`` is not floating point.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
+    return ((_checked(cdf).flatten(1) - 0.5).abs() <= level / 2).to(torch.float64).mean(-1)
+
+
 def _checked(cdf: Tensor) -> Tensor:
     if not cdf.is_floating_point():
         raise TypeError(f"cdf has dtype {cdf.dtype}; expected a floating-point tensor.")

@@ -27,7 +27,7 @@ _PACKAGES = ("ibaml", "torch", "numpy", "safetensors")
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Path:
-    """Writes a model and returns the file of its tensors.
+    """Writes a model and returns its folder, for ``read_model``.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -44,7 +44,7 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[s
     temporary = folder / f".{SETTINGS}.{os.getpid()}"
     temporary.write_text(_as_text(metadata), encoding="utf-8", newline="\n")
     os.replace(temporary, folder / SETTINGS)
-    return folder / MODEL
+    return folder
 
 
 def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

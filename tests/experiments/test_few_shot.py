@@ -110,7 +110,7 @@ def test_training_and_evaluating(done):
         assert difference.mean == pytest.approx(gap.mean().item(), abs=1e-12)
         # Student's t for three degrees of freedom.
         assert difference.half_width == pytest.approx(3.182446305 * gap.std().item() / 2, rel=1e-8)
-    assert ibaml.differences.keys() == {"accuracy", "nll", "brier", "ece", "mce"}
+    assert ibaml.differences.keys() == {"accuracy", "nll", "brier", "ece", "mce", "selective_area"}
 
 
 def test_all_methods_see_the_same_tasks(done):
@@ -135,6 +135,15 @@ def test_nothing_is_done_twice(copy, calls):
     assert [result.evaluation.report["nll"] for result in again] == [
         runs.read_evaluation(copy / "runs" / name).report["nll"] for name in (MAML, IBAML)
     ]
+
+
+def test_evaluations_of_an_earlier_version_are_compared_by_what_they_have(copy, calls):
+    path = copy / "runs" / MAML / "evaluation" / "per_task.csv"
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert rows[0][-1] == "selective_area"
+    path.write_text("\n".join(",".join(row[:-1]) for row in rows) + "\n")
+    _, ibaml = run_methods(SETTINGS, folder=copy)
+    assert calls == [] and ibaml.differences.keys() == {"accuracy", "nll", "brier", "ece", "mce"}
 
 
 def test_slices_end_with_the_same_bits_as_a_single_run(done, tmp_path, calls):

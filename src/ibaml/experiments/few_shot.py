@@ -248,7 +248,10 @@ def run_recipes(
         differences: dict[str, Estimate] = {}
         if evaluation is not None and base is not None and method != reference:
             differences = {
-                name: paired_difference(value, base.per_task[name]) for name, value in evaluation.per_task.items()
+                name: paired_difference(value, base.per_task[name])
+                for name, value in evaluation.per_task.items()
+                # An evaluation stored by an earlier version may lack a metric.
+                if name in base.per_task
             }
         known = devices.get(recipe.name, ("unknown",))
         results.append(RunResult(method, recipe, folders[method], num_steps, seconds, known, evaluation, differences))
