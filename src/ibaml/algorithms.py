@@ -30,6 +30,8 @@ from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, InnerS
 TaskNll = Callable[[Params, Params, Batch], Tensor]
 """``(adapted, shared, batch) -> nll per example``: ``ibaml.model.Model.nll`` or a ``ibaml.traced.TracedNll``."""
 
+# In relative Adam: examples lower a log-variance by several nats, and move a mean by a deviation or two.
+_LOG_VAR_SPEED = 2.5
 INNER_OPTIMIZERS = ("gradient_descent", "adam", "natural_gradient", "relative_adam")
 LINEAR_SOLVERS: Mapping[str, Callable[..., Any]] = {
     "cg": linear_solve.cg,
@@ -81,7 +83,8 @@ class Algorithm:
             ``"natural_gradient"`` steps both cancel.
         inner_optimizer: ``"gradient_descent"``, ``"adam"``, and for Gaussians ``"natural_gradient"`` (steps scaled by
             the posterior variance) and ``"relative_adam"`` (steps of the means in units of the prior's standard
-            deviation: however narrow training makes the prior of a weight, the inner problem stays as easy).
+            deviation: however narrow training makes the prior of a weight, the inner problem stays as easy; those of
+            the log-variances are 2.5 times as large).
         inner_momentum: Momentum of gradient descent.
         relative_log_var_rate: Gaussian, gradient descent: learning rate of the log-variances in units of the inverse
             of their curvature, ``2 / lam``; 0.1 to 0.4 suits most problems. None: that of the means, with which the
@@ -298,9 +301,8 @@ class Algorithm:
         if self.inner_optimizer == "relative_adam":
             log_var = cast(DiagonalGaussian, meta.prior).log_var
             deviation = tree.map(lambda leaf: torch.exp(0.5 * leaf.detach()), log_var)
-            return partial(
-                inner.adam, scale=DiagonalGaussian(deviation, tree.map(torch.ones_like, log_var)), **settings
-            )
+            speed = tree.map(lambda leaf: torch.full_like(leaf, _LOG_VAR_SPEED), log_var)
+            return partial(inner.adam, scale=DiagonalGaussian(deviation, speed), **settings)
         if self.inner_optimizer == "natural_gradient":
             preconditioner = objectives.natural_gradient(self._kl_weight(support))
             return partial(inner.preconditioned_gradient_descent, preconditioner=preconditioner, **settings)
