@@ -180,9 +180,12 @@ def test_a_loss_may_bring_its_own_gradient() -> None:
     def only_gradient(p: Params, factor: Tensor) -> Params:
         return value_and_gradient(p, factor)[1]
 
+    def only_value(p: Params, factor: Tensor) -> Tensor:
+        return factor * loss(p)
+
     point, factor = parameters(seed=0), torch.tensor(2.0, dtype=torch.float64)
-    double = at_fixed(DifferentiatedLoss(value_and_gradient, only_gradient), factor)
-    plain = at_fixed(lambda p, factor: factor * loss(p), factor)
+    double = at_fixed(DifferentiatedLoss(value_and_gradient, only_gradient, only_value), factor)
+    plain = at_fixed(only_value, factor)
     assert isinstance(double, DifferentiatedLoss) and not isinstance(plain, DifferentiatedLoss)
     vector = parameters(seed=1)
     for mine, theirs in (

@@ -413,8 +413,11 @@ def _penalised_nll(nll: TaskNll, support: Batch, strength: float, *, twice: bool
     def penalised(mean: Tensor, weights: Params, theta: MetaParameters) -> Tensor:
         return mean + objectives.proximal_penalty(weights, cast(Params, theta.prior), strength) if strength else mean
 
+    def value(weights: Params, theta: MetaParameters) -> Tensor:
+        return penalised(_mean_nll(nll, weights, theta.shared, support), weights, theta)
+
     if not isinstance(nll, TracedNll):
-        return lambda weights, theta: penalised(_mean_nll(nll, weights, theta.shared, support), weights, theta)
+        return value
 
     def value_and_gradient(weights: Params, theta: MetaParameters) -> tuple[Tensor, Params]:
         mean, gradient = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)
@@ -427,7 +430,7 @@ def _penalised_nll(nll: TaskNll, support: Batch, strength: float, *, twice: bool
         of_nll = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)[1]
         return with_penalty(of_nll, weights, theta)
 
-    return DifferentiatedLoss(value_and_gradient, gradient)
+    return DifferentiatedLoss(value_and_gradient, gradient, value)
 
 
 def _expected_nll(nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
@@ -440,7 +443,11 @@ def _expected_nll(nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = Fa
     def value_and_gradient(posterior: DiagonalGaussian, shared: Params) -> tuple[Tensor, DiagonalGaussian]:
         return nll.expected_and_gradient(posterior, shared, draws, batch, twice=twice)
 
-    return DifferentiatedLoss(value_and_gradient, lambda *arguments: value_and_gradient(*arguments)[1])
+    return DifferentiatedLoss(
+        value_and_gradient,
+        lambda *arguments: value_and_gradient(*arguments)[1],
+        lambda posterior, shared: nll.expected(posterior, shared, draws, batch),
+    )
 
 
 def _negative_elbo(expected_nll: Callable[..., Tensor], weight: float) -> Callable[..., Tensor]:
@@ -449,8 +456,11 @@ def _negative_elbo(expected_nll: Callable[..., Tensor], weight: float) -> Callab
     def with_divergence(expected: Tensor, posterior: DiagonalGaussian, theta: MetaParameters) -> Tensor:
         return objectives.negative_elbo(expected, posterior, cast(DiagonalGaussian, theta.prior), weight)
 
+    def value(posterior: DiagonalGaussian, theta: MetaParameters) -> Tensor:
+        return with_divergence(expected_nll(posterior, theta.shared), posterior, theta)
+
     if not isinstance(expected_nll, DifferentiatedLoss):
-        return lambda posterior, theta: with_divergence(expected_nll(posterior, theta.shared), posterior, theta)
+        return value
 
     def value_and_gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> tuple[Tensor, DiagonalGaussian]:
         expected, of_nll = expected_nll.value_and_gradient(posterior, theta.shared)
@@ -464,7 +474,7 @@ def _negative_elbo(expected_nll: Callable[..., Tensor], weight: float) -> Callab
     def gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> DiagonalGaussian:
         return with_gradient_of_divergence(expected_nll.gradient(posterior, theta.shared), posterior, theta)
 
-    return DifferentiatedLoss(value_and_gradient, gradient)
+    return DifferentiatedLoss(value_and_gradient, gradient, value)
 
 
 def maml(**settings: Any) -> Algorithm:

@@ -17,14 +17,16 @@ class DifferentiatedLoss:
     Attributes:
         value_and_gradient: The value and the gradient in the first argument; both differentiable.
         gradient: The gradient alone.
+        value: The value alone.
     """
 
     value_and_gradient: Callable[..., tuple[Tensor, PyTree]]
     gradient: Callable[..., PyTree]
+    value: Callable[..., Tensor]
 
     def __call__(self, *arguments: PyTree) -> Tensor:
         """Returns the value."""
-        return self.value_and_gradient(*arguments)[0]
+        return self.value(*arguments)
 
 
 def gradient(function: Callable[..., Tensor]) -> Callable[..., PyTree]:
@@ -41,7 +43,9 @@ def at_fixed(function: Callable[..., Tensor], *rest: PyTree) -> Loss:
     """
     if isinstance(function, DifferentiatedLoss):
         return DifferentiatedLoss(
-            lambda point: function.value_and_gradient(point, *rest), lambda point: function.gradient(point, *rest)
+            lambda point: function.value_and_gradient(point, *rest),
+            lambda point: function.gradient(point, *rest),
+            lambda point: function.value(point, *rest),
         )
     return lambda point: function(point, *rest)
 

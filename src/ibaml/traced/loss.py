@@ -132,30 +132,48 @@ class TracedNll:
         mean, gradient, *_ = self._over_parts(functools.partial(self._mean, adapted, shared, twice), plain, batch)
         return mean, {FLAT: gradient}
 
-    def expected_and_gradient(
-        self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch, *, twice: bool = False
-    ) -> tuple[Tensor, DiagonalGaussian]:
-        """Returns the mean nll over examples and weight samples and its gradient in the posterior, both differentiable.
+    def expected(self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch) -> Tensor:
+        """Returns the mean nll over examples and weight samples, twice differentiable in ``posterior`` and ``shared``.
 
         Args:
             posterior: Distribution of the flat adapted parameters.
             shared: Shared parameters.
             noise: Standard normal values, with a leading axis of samples.
             batch: Examples.
+        """
+
+        def plain(part: Batch) -> list[Tensor]:
+            return [self._plain_expected(shared, noise, part, posterior)]
+
+        traced = functools.partial(self._expected, posterior, shared, noise, False)
+        return self._over_parts(traced, plain, batch)[0]
+
+    def expected_and_gradient(
+        self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch, *, twice: bool = False
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """Returns what ``expected`` returns and its gradient in the posterior, both differentiable.
+
+        Args:
+            posterior: As in ``expected``.
+            shared: As in ``expected``.
+            noise: As in ``expected``.
+            batch: As in ``expected``.
             twice: As in ``mean_and_gradient``.
         """
 
         def plain(part: Batch) -> list[Tensor]:
-            def expected(at: DiagonalGaussian) -> Tensor:
-                return expected_nll(
-                    lambda weights, examples: self(weights, shared, examples), at, noise, part, vectorize=self.is_small
-                )
-
+            expected = functools.partial(self._plain_expected, shared, noise, part)
             gradient, mean = torch.func.grad_and_value(expected)(posterior)
             return [mean, gradient.mean[FLAT], gradient.log_var[FLAT]]
 
-        results = self._over_parts(functools.partial(self._expected, posterior, shared, noise, twice), plain, batch)
+        traced = functools.partial(self._expected, posterior, shared, noise, twice)
+        results = self._over_parts(traced, plain, batch)
         return results[0], DiagonalGaussian({FLAT: results[1]}, {FLAT: results[2]})
+
+    def _plain_expected(self, shared: Params, noise: Params, batch: Batch, posterior: DiagonalGaussian) -> Tensor:
+        return expected_nll(
+            lambda weights, examples: self(weights, shared, examples), posterior, noise, batch, vectorize=self.is_small
+        )
 
     def _mean(self, adapted: Params, shared: Params, twice: bool, batch: Batch) -> list[Tensor]:
         leaves = (adapted[FLAT], *shared.values(), batch.x, batch.y)
