@@ -20,7 +20,7 @@ def is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 
 
-def set_thresholds(*, mmap: int = 2**30, trim: int = 2**31 - 1) -> bool:
+def set_thresholds(*, mmap: int = 2**28, trim: int = 2**31 - 1) -> bool:
     """Sets glibc's thresholds, in bytes: of blocks with a mapping of their own, and of free memory to be given back.
 
     Returns:
@@ -34,8 +34,10 @@ def set_thresholds(*, mmap: int = 2**30, trim: int = 2**31 - 1) -> bool:
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory of the process for reuse; elsewhere, nothing happens.
 
-    The process then keeps what it needed at its peak. It is left alone where the environment sets these thresholds
-    (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``). CUDA memory is not concerned.
+    The process then keeps what it needed at its peak, but for blocks above 256 MiB, which go back at once: kept ones
+    would leave gaps that the next cannot use, and at a hundred million weights memory ran out. It is left alone where
+    the environment sets these thresholds (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``). CUDA memory is not
+    concerned.
 
     Returns:
         Whether it was done.
