@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image
 
-from ibaml import MetaLearner, SplitSettings
+from ibaml import MetaLearner, SplitSettings, tree
 from ibaml.data import ClassImages, EpisodeSampler, load_class_folder, load_glyphs, load_omniglot
 from ibaml.evaluation import draw_tasks
 from ibaml.metrics import Estimate, estimate
@@ -92,9 +92,7 @@ def baseline(folder: Path, how: str, num_tasks: int) -> Estimate:
         images, num_ways=_SPLITS.num_ways, num_shots=_SPLITS.num_shots, num_queries=_SPLITS.num_query_images
     )
     tasks = draw_tasks(sampler, 0, num_tasks, seed=0)
-    accuracies = [
-        classify(Episode(*(type(part)(part.x[i], part.y[i]) for part in tasks)), how) for i in range(num_tasks)
-    ]
+    accuracies = [classify(tree.map(lambda leaf, i=i: leaf[i], tasks), how) for i in range(num_tasks)]
     return estimate(torch.stack(accuracies))
 
 
