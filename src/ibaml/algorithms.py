@@ -11,24 +11,30 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 
 from ibaml import inner, linear_solve, objectives, tree
-from ibaml.curvature import DifferentiatedLoss, at_fixed
-from ibaml.gaussian import DiagonalGaussian, kl_divergence_gradient, sample_noise
+from ibaml.curvature import at_fixed
+from ibaml.gaussian import DiagonalGaussian, sample_noise
 from ibaml.hypergradient import (
     first_order_hypergradient,
     gaussian_implicit_hypergradient,
     implicit_hypergradient,
     unrolled_hypergradient,
 )
-from ibaml.traced import TracedNll
+from ibaml.inner_problem import (
+    InnerProblem,
+    MetaParameters,
+    TaskNll,
+    TaskNoise,
+    expected_nll,
+    mean_nll,
+    negative_elbo,
+    penalised_nll,
+)
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, InnerSolver, LinearSolver, Params, Tensor
-
-TaskNll = Callable[[Params, Params, Batch], Tensor]
-"""``(adapted, shared, batch) -> nll per example``: ``ibaml.model.Model.nll`` or a ``ibaml.traced.TracedNll``."""
 
 # In relative Adam: examples lower a log-variance by several nats, and move a mean by a deviation or two.
 _LOG_VAR_SPEED = 2.5
@@ -39,32 +45,6 @@ LINEAR_SOLVERS: Mapping[str, Callable[..., Any]] = {
     "neumann": linear_solve.neumann,
     "dense": linear_solve.dense,
 }
-
-
-class MetaParameters(NamedTuple):
-    """All that is learned over tasks.
-
-    Attributes:
-        prior: Initial weights (weights algorithms) or the prior over weights (Gaussian algorithms) of what is adapted.
-        shared: Parameters that are the same for all tasks.
-    """
-
-    prior: Params | DiagonalGaussian
-    shared: Params
-
-
-class TaskNoise(NamedTuple):
-    """Standard normal noise of one task; empty dicts for weights algorithms.
-
-    Attributes:
-        inner: For the expected nll of the support set, leading axis ``num_samples``.
-        outer: For the outer loss, leading axis ``num_samples``.
-        steps: For each inner step with fresh noise, leading axes ``num_inner_steps, num_samples``; else empty.
-    """
-
-    inner: Params
-    outer: Params
-    steps: Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,20 +299,18 @@ class Algorithm:
     def _kl_weight(self, support: Batch) -> float:
         return objectives.kl_weight(support.y.shape[0], self.temperature)
 
-    def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise, *, twice: bool = False) -> "_InnerProblem":
+    def _problem(self, nll: TaskNll, support: Batch, noise: TaskNoise, *, twice: bool = False) -> InnerProblem:
         """Returns the inner problem; ``twice`` announces that its losses will be differentiated twice."""
         if not self.is_bayesian:
-            return _InnerProblem(None, _penalised_nll(nll, support, self.proximal_strength, twice=twice), None)
+            return InnerProblem(None, penalised_nll(nll, support, self.proximal_strength, twice=twice), None)
         weight = self._kl_weight(support)
-        expected_nll = _expected_nll(nll, support, noise.inner, twice=twice)
+        expected = expected_nll(nll, support, noise.inner, twice=twice)
 
         def with_noise_of(step: int) -> Callable[..., Tensor]:
             draws = tree.map(lambda leaf: leaf[step], noise.steps)
-            return _negative_elbo(_expected_nll(nll, support, draws, twice=twice), weight)
+            return negative_elbo(expected_nll(nll, support, draws, twice=twice), weight)
 
-        return _InnerProblem(
-            expected_nll, _negative_elbo(expected_nll, weight), with_noise_of if self.fresh_noise else None
-        )
+        return InnerProblem(expected, negative_elbo(expected, weight), with_noise_of if self.fresh_noise else None)
 
     def _outer_loss(
         self,
@@ -346,17 +324,17 @@ class Algorithm:
     ) -> Tensor:
         """Returns the outer loss; without the support set's nll of ABML if ``with_support`` is False."""
         if not self.is_bayesian:
-            return _mean_nll(nll, posterior, theta.shared, episode.query)
+            return mean_nll(nll, posterior, theta.shared, episode.query)
         if self.outer == "predictive_nll":
             loss = objectives.predictive_nll(
                 lambda w, batch: nll(w, theta.shared, batch), posterior, noise.outer, episode.query
             )
         else:
-            loss = _expected_nll(nll, episode.query, noise.outer)(posterior, theta.shared)
+            loss = expected_nll(nll, episode.query, noise.outer)(posterior, theta.shared)
         if self.outer == "abml":
             loss = (1 - self._support_share(episode)) * loss
             if with_support:
-                support_loss = _expected_nll(nll, episode.support, noise.inner)(posterior, theta.shared)
+                support_loss = expected_nll(nll, episode.support, noise.inner)(posterior, theta.shared)
                 loss = loss + self._support_share(episode) * support_loss
             weight = objectives.kl_weight(episode.support.y.shape[0] + episode.query.y.shape[0], self.temperature)
             loss = objectives.negative_elbo(loss, posterior, cast(DiagonalGaussian, theta.prior), weight)
@@ -392,89 +370,6 @@ class Algorithm:
             outer_nll_weight=self._support_share(episode) if reuses_support else 0.0,
         )
         return MetaParameters(prior_gradient, shared_gradient), info
-
-
-class _InnerProblem(NamedTuple):
-    """The inner problem of one task as functions of the inner variable and the meta-parameters."""
-
-    expected_nll: Callable[..., Tensor] | None
-    inner_loss: Callable[..., Tensor]
-    inner_loss_at: Callable[[int], Callable[..., Tensor]] | None
-
-
-def _mean_nll(nll: TaskNll, weights: Params, shared: Params, batch: Batch) -> Tensor:
-    """Returns the mean nll over a batch, by programs if there are any."""
-    return nll.mean(weights, shared, batch) if isinstance(nll, TracedNll) else nll(weights, shared, batch).mean()
-
-
-def _penalised_nll(nll: TaskNll, support: Batch, strength: float, *, twice: bool) -> Callable[..., Tensor]:
-    """Returns the inner loss of weights, ``(weights, theta) -> scalar``, with its gradient if there are programs."""
-
-    def penalised(mean: Tensor, weights: Params, theta: MetaParameters) -> Tensor:
-        return mean + objectives.proximal_penalty(weights, cast(Params, theta.prior), strength) if strength else mean
-
-    def value(weights: Params, theta: MetaParameters) -> Tensor:
-        return penalised(_mean_nll(nll, weights, theta.shared, support), weights, theta)
-
-    if not isinstance(nll, TracedNll):
-        return value
-
-    def value_and_gradient(weights: Params, theta: MetaParameters) -> tuple[Tensor, Params]:
-        mean, gradient = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)
-        return penalised(mean, weights, theta), with_penalty(gradient, weights, theta)
-
-    def with_penalty(gradient: Params, weights: Params, theta: MetaParameters) -> Params:
-        return tree.axpy(strength, tree.sub(weights, theta.prior), gradient) if strength else gradient
-
-    def gradient(weights: Params, theta: MetaParameters) -> Params:
-        of_nll = nll.mean_and_gradient(weights, theta.shared, support, twice=twice)[1]
-        return with_penalty(of_nll, weights, theta)
-
-    return DifferentiatedLoss(value_and_gradient, gradient, value)
-
-
-def _expected_nll(nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
-    """Returns the expected nll, ``(posterior, shared) -> scalar``, with the gradient that programs bring along."""
-    if not isinstance(nll, TracedNll):
-        return lambda posterior, shared: objectives.expected_nll(
-            lambda weights, examples: nll(weights, shared, examples), posterior, draws, batch
-        )
-
-    def value_and_gradient(posterior: DiagonalGaussian, shared: Params) -> tuple[Tensor, DiagonalGaussian]:
-        return nll.expected_and_gradient(posterior, shared, draws, batch, twice=twice)
-
-    return DifferentiatedLoss(
-        value_and_gradient,
-        lambda *arguments: value_and_gradient(*arguments)[1],
-        lambda posterior, shared: nll.expected(posterior, shared, draws, batch),
-    )
-
-
-def _negative_elbo(expected_nll: Callable[..., Tensor], weight: float) -> Callable[..., Tensor]:
-    """Returns the inner loss of a Gaussian, ``(posterior, theta) -> scalar``."""
-
-    def with_divergence(expected: Tensor, posterior: DiagonalGaussian, theta: MetaParameters) -> Tensor:
-        return objectives.negative_elbo(expected, posterior, cast(DiagonalGaussian, theta.prior), weight)
-
-    def value(posterior: DiagonalGaussian, theta: MetaParameters) -> Tensor:
-        return with_divergence(expected_nll(posterior, theta.shared), posterior, theta)
-
-    if not isinstance(expected_nll, DifferentiatedLoss):
-        return value
-
-    def value_and_gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> tuple[Tensor, DiagonalGaussian]:
-        expected, of_nll = expected_nll.value_and_gradient(posterior, theta.shared)
-        return with_divergence(expected, posterior, theta), with_gradient_of_divergence(of_nll, posterior, theta)
-
-    def with_gradient_of_divergence(
-        of_nll: DiagonalGaussian, posterior: DiagonalGaussian, theta: MetaParameters
-    ) -> DiagonalGaussian:
-        return tree.axpy(weight, kl_divergence_gradient(posterior, cast(DiagonalGaussian, theta.prior)), of_nll)
-
-    def gradient(posterior: DiagonalGaussian, theta: MetaParameters) -> DiagonalGaussian:
-        return with_gradient_of_divergence(expected_nll.gradient(posterior, theta.shared), posterior, theta)
-
-    return DifferentiatedLoss(value_and_gradient, gradient, value)
 
 
 def maml(**settings: Any) -> Algorithm:

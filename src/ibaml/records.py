@@ -1,0 +1,80 @@
+"""Frozen dataclass records as JSON and back.
+
+A record becomes an object with the name of its class under ``"type"`` and its fields beside it, records within records
+likewise: ``{"type": "GradientDescent", "num_steps": 5, "learning_rate": 0.01, "momentum": 0.0}``. Records hold tuples
+and no lists, so that every list of the JSON is read as a tuple.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+TYPE = "type"
+"""Key of the name of the record's class."""
+
+
+def to_json(value: Any) -> Any:
+    """Returns a record, or plain values with records in them, as JSON values.
+
+    Args:
+        value: A dataclass instance, mapping, tuple, list, string, number, bool or None.
+
+    Raises:
+        TypeError: If a value is none of these.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Size:
+        ...     sides: tuple[int, int]
+        >>> to_json(Size((2, 3)))
+        {'type': 'Size', 'sides': [2, 3]}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {TYPE: type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(
+        f"a setting is a {type(value).__name__} ({value!r}), which JSON cannot hold: use a frozen dataclass."
+    )
+
+
+def from_json(value: Any, records: Iterable[type]) -> Any:
+    """Returns what ``to_json`` was given.
+
+    Args:
+        value: JSON values.
+        records: The classes that may occur; none other is ever called.
+
+    Raises:
+        ValueError: If a class is not among them, or has no field of a name, or refuses a value.
+    """
+    return _read(value, {record.__name__: record for record in records})
+
+
+def _read(value: Any, known: Mapping[str, type]) -> Any:
+    if isinstance(value, list):
+        return tuple(_read(item, known) for item in value)
+    if not isinstance(value, dict):
+        return value
+    items = {key: _read(item, known) for key, item in value.items() if key != TYPE}
+    if TYPE not in value:
+        return items
+    name = value[TYPE]
+    if name not in known:
+        raise ValueError(f"there is no record of type {name!r}; there are {', '.join(sorted(known))}.")
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    for key in items:
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(f"{name} has no setting {key!r}{hint}")
+    try:
+        return known[name](**items)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built from {items}: {error}") from error
