@@ -14,12 +14,10 @@ from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.meta_step import MetaGradient
-from ibaml.metrics import Estimate
+from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.processes import Processes
-from ibaml.quantile_calibration import central_coverage, quantile_calibration_error
-from ibaml.selective import selective_area
 from ibaml.types import Episode, Params, TaskSampler, Tensor
 
 _SEED_STRIDE = 1_000_003

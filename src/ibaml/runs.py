@@ -359,7 +359,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
 
 def describe_environment() -> dict[str, Any]:
     """Returns versions, hardware and command, for the record of a result."""
-    packages = ("ibaml", "torch", "numpy", "torchmetrics", "safetensors")
+    packages = ("ibaml", "torch", "numpy", "scipy", "safetensors")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

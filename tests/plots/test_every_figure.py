@@ -8,9 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from ibaml import plots
-from ibaml.metrics import ReliabilityCurve
-from ibaml.quantile_calibration import quantile_curve
-from ibaml.selective import selective_curve
+from ibaml.metrics import ReliabilityCurve, quantile_curve, selective_curve
 from ibaml.types import Batch, Episode, Tensor
 
 

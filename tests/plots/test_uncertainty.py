@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from ibaml import plots
-from ibaml.quantile_calibration import quantile_curve
-from ibaml.selective import selective_curve
+from ibaml.metrics import quantile_curve, selective_curve
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:

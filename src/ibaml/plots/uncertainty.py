@@ -6,9 +6,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ibaml.metrics import QuantileCurve, SelectiveCurve
 from ibaml.plots.style import COLORS, GREY, MARKERS, STYLE, new_figure
-from ibaml.quantile_calibration import QuantileCurve
-from ibaml.selective import SelectiveCurve
 
 
 def selective_curves(curves: Mapping[str, SelectiveCurve], *, title: str = "Does it know when it is right?") -> Figure:

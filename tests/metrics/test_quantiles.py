@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from ibaml.quantile_calibration import central_coverage, quantile_calibration_error, quantile_curve
+from ibaml.metrics import central_coverage, quantile_calibration_error, quantile_curve
 
 
 def draws(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ibaml.selective import selective_accuracy, selective_area, selective_curve
+from ibaml.metrics import selective_accuracy, selective_area, selective_curve
 
 
 def examples(num_tasks: int = 3, num_examples: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

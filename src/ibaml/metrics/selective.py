@@ -1,8 +1,11 @@
 """Selective prediction: how accurate is a model on the share of examples that it is surest of?
 
 A model that knows what it does not know is the more accurate the more of its unsure predictions are left to somebody
-else. Only the order of the uncertainties counts, not their scale. Computed in float64 on the CPU, as in
-``ibaml.metrics``.
+else. Only the order of the uncertainties counts, not their scale.
+
+``uncertainty`` is any measure that is large where the prediction is unsure, such as ``prediction.total_uncertainty`` or
+``1 - probs.amax(-1)``; ``correct`` (bool) says whether the prediction was right. Both have shape ``[num_tasks,
+num_examples]``.
 """
 
 import math
@@ -10,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ibaml.metrics import checked
 from ibaml.types import Tensor
 
 
@@ -41,9 +45,8 @@ def selective_curve(uncertainty: Tensor, correct: Tensor) -> SelectiveCurve:
         [1.0, 1.0, 0.666..., 0.5]
 
     Args:
-        uncertainty: Any measure that is large where the prediction is unsure, such as ``prediction.total_uncertainty``
-            or ``1 - probs.amax(-1)``, shape ``[num_tasks, num_examples]``.
-        correct: Whether the prediction was right, bool, same shape.
+        uncertainty: Uncertainty of each prediction.
+        correct: Whether it was right.
 
     Returns:
         The curve; its property ``area`` is the mean over coverages.
@@ -68,11 +71,11 @@ def selective_area(uncertainty: Tensor, correct: Tensor) -> Tensor:
         tensor([0.7500], dtype=torch.float64)
 
     Args:
-        uncertainty: As in ``selective_curve``, shape ``[num_tasks, num_examples]``.
-        correct: Whether the prediction was right, bool, same shape.
+        uncertainty: Uncertainty of each prediction.
+        correct: Whether it was right.
 
     Returns:
-        Area of each task in ``[0, 1]``, float64 of shape ``[num_tasks]``; ``ibaml.metrics.estimate`` gives its mean.
+        Area of each task, in ``[0, 1]``.
 
     Raises:
         ValueError: If a shape does not fit or an uncertainty is nan.
@@ -90,12 +93,12 @@ def selective_accuracy(uncertainty: Tensor, correct: Tensor, *, coverage: float)
         tensor([1.], dtype=torch.float64)
 
     Args:
-        uncertainty: As in ``selective_curve``, shape ``[num_tasks, num_examples]``.
-        correct: Whether the prediction was right, bool, same shape.
+        uncertainty: Uncertainty of each prediction.
+        correct: Whether it was right.
         coverage: Share of the examples to answer, in ``(0, 1]``; rounded up to a whole number of examples.
 
     Returns:
-        Accuracy of each task in ``[0, 1]``, float64 of shape ``[num_tasks]``.
+        Accuracy of each task, in ``[0, 1]``.
 
     Raises:
         ValueError: If a shape does not fit, an uncertainty is nan, or ``coverage`` is out of range.
@@ -122,20 +125,15 @@ def _accuracy_of_surest(uncertainty: Tensor, hits: Tensor) -> Tensor:
 
 
 def _checked(uncertainty: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    if not uncertainty.is_floating_point():
-        raise TypeError(f"uncertainty has dtype {uncertainty.dtype}; expected a floating-point tensor.")
+    values = checked.floating("uncertainty", uncertainty, "[num_tasks, num_examples]", (2,))
     if correct.dtype != torch.bool:
         raise TypeError(f"correct has dtype {correct.dtype}; expected bool: pass predicted == labels.")
-    if uncertainty.ndim != 2 or uncertainty.numel() == 0:
+    if correct.shape != values.shape:
         raise ValueError(
-            f"uncertainty has shape {list(uncertainty.shape)}; expected [num_tasks, num_examples], none of them zero."
+            f"correct has shape {list(correct.shape)}; expected {list(values.shape)}, the shape of uncertainty."
         )
-    if correct.shape != uncertainty.shape:
+    if values.isnan().any():
         raise ValueError(
-            f"correct has shape {list(correct.shape)}; expected {list(uncertainty.shape)}, the shape of uncertainty."
+            f"uncertainty holds {int(values.isnan().sum())} nan; expected an uncertainty for every example."
         )
-    if uncertainty.isnan().any():
-        raise ValueError(
-            f"uncertainty holds {int(uncertainty.isnan().sum())} nan; expected an uncertainty for every example."
-        )
-    return uncertainty.detach().cpu().to(torch.float64), correct.detach().cpu().to(torch.float64)
+    return values, checked.float64(correct)
