@@ -94,7 +94,7 @@ def test_fast_gradients_equal_plain_ones(problem: Any, name: str) -> None:
     model, episodes = problem()
     algorithm = make_algorithm(ALGORITHMS[name][0], num_inner_steps=3, **ALGORITHMS[name][1])
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
     plain = MetaGradient(model, algorithm, fast=False)(meta, episodes, noises)
     assert float(tree.norm(plain.total)) > 1e-3
     # Conjugate gradients magnify rounding, as does Adam's division by small gradients.
@@ -118,17 +118,17 @@ def test_other_networks(network: nn.Module, size: int) -> None:
     model, episodes = image_problem(network, size)
     algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
     assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("tasks_per_chunk", [1, 2, NUM_TASKS])
-@pytest.mark.parametrize("fast", [True, False])
-def test_chunks_do_not_matter(tasks_per_chunk: int, fast: bool) -> None:
+@pytest.mark.parametrize("programs", [True, False])
+def test_chunks_do_not_matter(tasks_per_chunk: int, programs: bool) -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", num_inner_steps=3, **BAYESIAN)
     meta, noises = start(model, algorithm)
-    chunked = MetaGradient(model, algorithm, tasks_per_chunk=tasks_per_chunk, fast=fast)(meta, episodes, noises)
+    chunked = MetaGradient(model, algorithm, tasks_per_chunk=tasks_per_chunk, programs=programs)(meta, episodes, noises)
     assert_equal(chunked, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
@@ -137,7 +137,7 @@ def test_scores_can_be_left_out(fast: bool) -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
     meta, noises = start(model, algorithm)
-    compute = MetaGradient(model, algorithm, fast=fast)
+    compute = MetaGradient(model, algorithm, fast=fast, programs=True)
     without = compute(meta, episodes, noises, with_scores=False)
     assert without.scores.isnan().all() and without.scores.shape == (NUM_TASKS,)
     torch.testing.assert_close(without.total, compute(meta, episodes, noises).total, rtol=1e-12, atol=1e-14)
@@ -151,7 +151,8 @@ def test_outputs_of_adapted_networks_are_the_same() -> None:
         generator = torch.Generator().manual_seed(3)
         draws = [algorithm.draw_evaluation_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
         fast, plain = (
-            MetaGradient(model, algorithm, fast=fast).outputs(meta, episodes, noises, draws) for fast in (True, False)
+            MetaGradient(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)
+            for fast in (True, False)
         )
         assert fast.shape == (NUM_TASKS, 3, *model_outputs(episodes, plain))
         torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
@@ -159,6 +160,23 @@ def test_outputs_of_adapted_networks_are_the_same() -> None:
 
 def model_outputs(episodes: Episode, outputs: Tensor) -> tuple[int, int]:
     return episodes.query.y.shape[1], outputs.shape[-1]
+
+
+@pytest.mark.parametrize(("problem", "num_written"), [(regression_problem, 0), (conv_problem, 1)])
+def test_programs_are_written_for_convolutions_only(
+    problem: Any, num_written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ibaml.traced import derivatives
+
+    written: list[Any] = []
+    write = derivatives.trace_gradient
+    monkeypatch.setattr(derivatives, "trace_gradient", lambda *a, **k: written.append(a) or write(*a, **k))
+    model, episodes = problem()
+    algorithm = make_algorithm("fomaml")
+    meta, noises = start(model, algorithm)
+    for programs in (False, None):
+        MetaGradient(model, algorithm, programs=programs)(meta, episodes, noises)
+        assert len(written) == (num_written if programs is None else 0)
 
 
 class Branching(nn.Module):
@@ -181,7 +199,7 @@ def test_a_network_that_cannot_be_traced_is_differentiated_all_the_same(caplog: 
     algorithm = make_algorithm("maml", num_inner_steps=2)
     meta, noises = start(model, algorithm)
     with caplog.at_level(logging.WARNING):
-        fast = MetaGradient(model, algorithm)(meta, Episode(batch, batch), noises[:1])
+        fast = MetaGradient(model, algorithm, programs=True)(meta, Episode(batch, batch), noises[:1])
     assert "Branching is differentiated step by step" in caplog.text
     assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, Episode(batch, batch), noises[:1]))
 
@@ -192,7 +210,7 @@ def test_shared_network_parameters_are_learned_all_the_same() -> None:
     model = build_model(network, Categorical(), adapt="head.*")
     algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm)(meta, episodes, noises)
+    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
     assert float(tree.norm(fast.total.shared)) > 1e-3
     assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
@@ -222,5 +240,5 @@ def test_compiled_programs_give_the_same_gradients() -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", num_inner_steps=2, **BAYESIAN)
     meta, noises = start(model, algorithm)
-    compiled = MetaGradient(model, algorithm, compile=True)(meta, episodes, noises)
+    compiled = MetaGradient(model, algorithm, programs=True, compile=True)(meta, episodes, noises)
     assert_equal(compiled, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)

@@ -13,7 +13,7 @@ import torch
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.gaussian import DiagonalGaussian
-from ibaml.meta_step import MetaGradient
+from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
@@ -128,7 +128,8 @@ def evaluate(
 
     def own_share() -> list[_Scored]:
         share = processes.share(num_tasks)
-        computing = passes or MetaGradient(model, algorithm)
+        programs = None if num_tasks >= NUM_CALLS_THAT_PAY else False
+        computing = passes or MetaGradient(model, algorithm, programs=programs)
         return _score_tasks(model, algorithm, meta, sampler, share, seed, tasks_per_chunk, computing, on_progress)
 
     scored = [task for share in processes.gather(own_share) for task in share]

@@ -2,10 +2,9 @@
 
 Without any setting:
 
-- adapted parameters are one flat vector, so that a solver's step is one operation;
-- the network's gradients and Hessian-vector products are programs (``ibaml.traced``);
 - small networks without convolutions compute all tasks at once by ``torch.func.vmap``, others task after task;
-- the memory of one step is kept for the next (``ibaml.allocator``);
+- gradients and Hessian-vector products of networks with convolutions are programs (``ibaml.traced``), in flat adapted
+  parameters, so that a solver's step is one operation;
 - on CUDA the whole step is captured once as a CUDA graph and replayed.
 
 ``fast=False`` switches all of it off. Both ways agree up to rounding, which the tests check for every algorithm.
@@ -20,12 +19,14 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
-from ibaml.allocator import keep_freed_memory
 from ibaml.cuda_graph import replayed
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
-from ibaml.traced import TracedNll, channels_last, flatten, unflatten
+from ibaml.traced import TracedNll, channels_last, flatten, is_convolutional, is_small, unflatten
 from ibaml.types import Episode, HypergradientInfo, Params, Tensor
+
+NUM_CALLS_THAT_PAY = 50
+"""Steps of training, or tasks of an evaluation, from which on writing programs is worth its time."""
 
 
 class TaskGradients(NamedTuple):
@@ -51,6 +52,8 @@ class MetaGradient:
         tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``. None: one if ``fast`` and the network is
             large or has convolutions, else all. 1: a plain loop.
         fast: False differentiates the network by ``torch.func`` and nothing else.
+        programs: With ``fast``: whether programs are written. None: if the network has convolutions; others gain less
+            than writing takes.
         compile: With ``fast``: fuse the programs' elementwise operations by TorchInductor.
         max_examples_per_pass: With ``fast``: pass at most so many examples through the network at a time and add up
             gradients and products, so that a support or query set may be larger than memory. The predictive nll as
@@ -72,6 +75,7 @@ class MetaGradient:
         *,
         tasks_per_chunk: int | None = None,
         fast: bool = True,
+        programs: bool | None = None,
         compile: bool = False,  # noqa: A002 - torch's word
         max_examples_per_pass: int | None = None,
     ) -> None:
@@ -80,8 +84,7 @@ class MetaGradient:
         self._model = model
         self._algorithm = algorithm
         self._traced = None
-        if fast:
-            keep_freed_memory()
+        if fast and (max_examples_per_pass or (is_convolutional(model) if programs is None else programs)):
             self._traced = TracedNll(
                 model,
                 # A limit on examples is a limit on memory.
@@ -89,7 +92,7 @@ class MetaGradient:
                 compile=compile,
                 max_examples=max_examples_per_pass,
             )
-        if tasks_per_chunk is None and self._traced is not None and not self._traced.is_small:
+        if tasks_per_chunk is None and fast and not is_small(model):
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk
         without_scores = partial(self._gradients_of, with_scores=False)

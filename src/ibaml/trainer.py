@@ -23,10 +23,11 @@ from rich.console import Console
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.allocator import keep_freed_memory
 from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 from ibaml.evaluation import draw_tasks, evaluate, task_generator
 from ibaml.gaussian import DiagonalGaussian
-from ibaml.meta_step import MetaGradient
+from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
 from ibaml.training_log import TrainingBar, TrainingLog
@@ -173,7 +174,11 @@ class Trainer:
         # The optimiser holds copies: it changes them in place, while the model's initial values are the user's.
         self._meta = tree.map(lambda leaf: leaf.clone(), self._meta)
         self._meta_gradient = MetaGradient(
-            self.model, algorithm, **{name: getattr(settings, name) for name in _ONLY_HOW}
+            self.model,
+            algorithm,
+            # Writing programs takes seconds, which a short training never gets back.
+            programs=None if settings.num_steps >= NUM_CALLS_THAT_PAY else False,
+            **{name: getattr(settings, name) for name in _ONLY_HOW},
         )
         self._optimizer = torch.optim.Adam(self._parameter_groups())
         self._step = 0
@@ -229,6 +234,8 @@ class Trainer:
         if self.processes.size > 1:
             self._require_equal_starts()
 
+        if self.settings.fast:
+            keep_freed_memory()
         start, start_seconds = time.monotonic(), self._seconds
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         stop_reason: StopReason = "completed"

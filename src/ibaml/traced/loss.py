@@ -91,9 +91,8 @@ class TracedNll:
         self._sampled_losses: dict[TracedLoss, SampledLoss] = {}
         self._kept: list[weakref.ref[Point]] = []
         self._is_traceable = not model.shared_names
-        self.is_convolutional = any(isinstance(each, _CONVOLUTIONS) for each in model.network.modules())
-        num_weights = sum(value.numel() for value in model.adapted.values())
-        self.is_small = not self.is_convolutional and num_weights <= _LARGEST_SMALL
+        self.is_convolutional = is_convolutional(model)
+        self.is_small = is_small(model)
 
     def __call__(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
         """Returns the nll per example, ``[num_examples]``, without programs."""
@@ -254,6 +253,17 @@ def _check_max_examples(max_examples: int, network: nn.Module) -> None:
             )
 
 
+def is_convolutional(model: Model) -> bool:
+    """Whether the network has convolutions, for which programs pay and passing several tasks at once does not."""
+    return any(isinstance(each, _CONVOLUTIONS) for each in model.network.modules())
+
+
+def is_small(model: Model) -> bool:
+    """Whether several tasks or weight samples at once are faster than one after the other (on a CPU)."""
+    num_weights = sum(value.numel() for value in model.adapted.values())
+    return num_weights <= _LARGEST_SMALL and not is_convolutional(model)
+
+
 def channels_last(leaf: Tensor) -> Tensor:
     """Stores images and filters with channels last: convolutions and pooling are up to twice as fast.
 
@@ -269,7 +279,7 @@ def _as_it_is(leaf: Tensor) -> Tensor:
     return leaf
 
 
-# Weights of a network for which several tasks or weight samples at once are faster than one after the other (CPU).
+# Weights; measured.
 _LARGEST_SMALL = 50_000
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
