@@ -28,7 +28,7 @@ from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
 from ibaml.processes import Processes, connect, launch, num_launched
-from ibaml.trainer import Trainer, TrainerSettings
+from ibaml.train.trainer import Trainer, TrainerSettings
 from ibaml.types import TaskSampler
 
 IBAML = make_algorithm(

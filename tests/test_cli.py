@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ibaml import runs
-from ibaml.checkpoint import load_tensors
 from ibaml.cli import main
 from ibaml.metrics import paired_difference
 from ibaml.recipes import RECIPES
-from ibaml.trainer import BEST, CHECKPOINT
-from ibaml.training_log import METRICS, read_metrics
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.trainer import BEST, CHECKPOINT
 
 SINUSOID = "sinusoid_5shot_maml"
 SMALL = (

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibaml import cli, processes, tree
-from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import evaluate
 from ibaml.processes import Processes, ProcessLostError, is_told_by_first, placed, require_devices
-from ibaml.trainer import BEST, CHECKPOINT
-from ibaml.training_log import METRICS, read_metrics
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.trainer import BEST, CHECKPOINT
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 _spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)

@@ -14,7 +14,7 @@ from ibaml.algorithms import ALGORITHMS
 from ibaml.data import ClassImages, EpisodeSampler, LinearRegressionTasks, SinusoidTasks
 from ibaml.evaluation import evaluate
 from ibaml.recipes import RECIPES, SOURCES, DataSettings, Recipe, get_recipe
-from ibaml.trainer import Trainer
+from ibaml.train.trainer import Trainer
 
 # FS-Mol has support sizes rather than shots; tests/experiments/test_fsmol.py trains on its layout.
 OF_SHOTS = [name for name in RECIPES if not name.startswith("fsmol_")]

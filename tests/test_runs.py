@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from ibaml import runs
-from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.recipes import Recipe, get_recipe
-from ibaml.trainer import BEST, CHECKPOINT, Trainer
-from ibaml.training_log import METRICS
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.log import METRICS
+from ibaml.train.trainer import BEST, CHECKPOINT, Trainer
 
 CHANGES = {
     "trainer.num_steps": "2",

@@ -22,7 +22,7 @@ from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
 from ibaml.networks import MLP
 from ibaml.processes import Processes, ProcessLostError
-from ibaml.trainer import Trainer, TrainerSettings, TrainingResult
+from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode
 
 ALGORITHMS = {

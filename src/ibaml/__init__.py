@@ -34,7 +34,7 @@ from ibaml.inner import adam, gradient_descent, preconditioned_gradient_descent 
 from ibaml.learner import MetaLearner, NotFittedError, TaskPosterior  # noqa: E402
 from ibaml.linear_solve import cg, dense, minres, neumann  # noqa: E402
 from ibaml.task_sources import SplitSettings  # noqa: E402
-from ibaml.trainer import Trainer, TrainerSettings, TrainingDivergedError  # noqa: E402
+from ibaml.train.trainer import Trainer, TrainerSettings, TrainingDivergedError  # noqa: E402
 from ibaml.types import (  # noqa: E402
     Batch,
     Episode,

@@ -36,8 +36,8 @@ from ibaml.processes import (
 from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
 from ibaml.reproduce import experiment_name
 from ibaml.reproduce import reproduce as run_experiment
-from ibaml.trainer import TrainingDivergedError, TrainingResult
-from ibaml.training_log import METRICS, read_metrics
+from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.trainer import TrainingDivergedError, TrainingResult
 from ibaml.types import Batch, Episode
 
 _console = Console(stderr=True)

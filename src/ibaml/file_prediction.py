@@ -12,10 +12,10 @@ import torch
 from ibaml.data.image_folder import load_class_folder, load_images
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner import MetaLearner
+from ibaml.learner.folder import MODEL
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.preprocessing import Preprocessing
 from ibaml.runs import RECIPE, load_best, read_recipe
-from ibaml.saved_model import MODEL
 from ibaml.standardize import Standardizer
 
 _TABLES = (".csv", ".parquet")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ibaml import plots, runs
 from ibaml.experiments import fig1, fig2, fig3, fsmol, groups, sinusoid, table1
-from ibaml.trainer import require_writable
+from ibaml.train.trainer import require_writable
 
 Settings = (
     fig1.Fig1Settings

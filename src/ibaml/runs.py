@@ -27,13 +27,13 @@ import torch
 from rich.console import Console
 
 from ibaml.algorithms import MetaParameters
-from ibaml.checkpoint import load_tensors, meta_from_tensors, save_tensors
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.processes import Processes
 from ibaml.recipes import Recipe
-from ibaml.trainer import BEST, CHECKPOINT, Trainer, TrainingResult, first_difference
+from ibaml.train.checkpoint import load_tensors, meta_from_tensors, save_tensors
+from ibaml.train.trainer import BEST, CHECKPOINT, Trainer, TrainingResult, first_difference
 from ibaml.types import TaskSampler, Tensor
 
 RECIPE = "recipe.json"

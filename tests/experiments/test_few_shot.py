@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 
 from ibaml import runs
-from ibaml.checkpoint import load_tensors
 from ibaml.data import ClassImages
 from ibaml.experiments import few_shot
 from ibaml.experiments.few_shot import FewShotSettings, run_methods, run_recipes
 from ibaml.recipes import Recipe, get_recipe
-from ibaml.trainer import BEST, CHECKPOINT, TrainingResult
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.trainer import BEST, CHECKPOINT, TrainingResult
 
 CPU = torch.device("cpu")
 # The smallest network and tasks that the pipeline takes.

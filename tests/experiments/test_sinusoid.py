@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from ibaml import runs
-from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import draw_tasks
 from ibaml.experiments import sinusoid
 from ibaml.experiments.sinusoid import LEVELS, REFERENCE, SinusoidResult, SinusoidRun, SinusoidSettings
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.recipes import Recipe, get_recipe
+from ibaml.train.checkpoint import load_tensors
 from ibaml.types import Batch
 
 # Short inner problems and validations; what a recipe's own settings find is no matter for a test.

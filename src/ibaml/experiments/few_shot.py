@@ -26,12 +26,12 @@ import torch
 from rich.console import Console
 
 from ibaml import runs
-from ibaml.checkpoint import load_tensors
 from ibaml.metrics import Estimate, paired_difference
 from ibaml.recipes import Recipe, get_recipe
 from ibaml.recipes.few_shot import METHODS, Scale, recipe_name
 from ibaml.runs import StoredEvaluation
-from ibaml.trainer import BEST, CHECKPOINT
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.trainer import BEST, CHECKPOINT
 
 Source = Literal["tiny_imagenet", "mini_imagenet"]
 Stage = Literal["both", "train", "evaluate"]

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from ibaml import metrics, runs
-from ibaml.checkpoint import load_tensors
 from ibaml.experiments.few_shot import REFERENCE, FewShotSettings, RunResult, display_name, notes, run_methods
 from ibaml.metrics import Estimate, ReliabilityCurve
+from ibaml.train.checkpoint import load_tensors
 from ibaml.types import Tensor
 
 NUM_BINS = 15

@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 
 from ibaml import metrics, runs
-from ibaml.checkpoint import load_tensors
 from ibaml.data import Assays, AssayTasks, load_assays
 from ibaml.evaluation import predict, task_generator
 from ibaml.experiments import assay_baselines
 from ibaml.metrics import Estimate, estimate, paired_difference
 from ibaml.prediction import ClassPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe
-from ibaml.trainer import CHECKPOINT
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.trainer import CHECKPOINT
 from ibaml.types import Batch, Tensor
 
 PUBLISHED: Mapping[str, tuple[float, float]] = {

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 
 from ibaml import runs, tree
-from ibaml.checkpoint import load_tensors
 from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
 from ibaml.prediction import RegressionPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe
-from ibaml.trainer import CHECKPOINT
+from ibaml.train.checkpoint import load_tensors
+from ibaml.train.trainer import CHECKPOINT
 from ibaml.types import Batch, Episode, Params, Tensor
 
 REFERENCE: Mapping[int, Mapping[int, float]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.networks import NetworkSettings
 from ibaml.recipes.settings import DataSettings, Recipe
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 
 # An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
 # steps or a weaker prior these runs ended where the inner loss was too sharp for gradient descent, with fewer steps

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.networks import NetworkSettings
 from ibaml.recipes.settings import DataSettings, Recipe
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 
 Scale = Literal["paper", "laptop"]
 METHODS: Mapping[str, tuple[str, int]] = {

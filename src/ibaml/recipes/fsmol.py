@@ -11,7 +11,7 @@ from typing import Any
 from ibaml.algorithms import make_algorithm
 from ibaml.networks import NetworkSettings
 from ibaml.recipes.settings import DataSettings, Recipe
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 
 # The step is stable for features of norm about 7, which layer normalisation and tanh give.
 _INNER: Mapping[str, Any] = {"inner_learning_rate": 0.1, "inner_momentum": 0.5, "num_inner_steps": 8}

@@ -27,7 +27,7 @@ from ibaml.data import (
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import NetworkSettings
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 from ibaml.types import TaskSampler
 
 Split = Literal["train", "validation", "test"]

@@ -12,7 +12,7 @@ from typing import Any
 from ibaml.algorithms import make_algorithm
 from ibaml.networks import NetworkSettings
 from ibaml.recipes.settings import DataSettings, Recipe
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 
 _ALGORITHMS: Mapping[str, dict[str, Any]] = {
     "maml": {"inner_learning_rate": 0.02, "num_inner_steps": 1},

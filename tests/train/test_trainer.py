@@ -16,15 +16,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibaml import evaluation, trainer, tree
+from ibaml import evaluation, tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
-from ibaml.checkpoint import load_tensors, save_tensors
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
-from ibaml.trainer import (
+from ibaml.train import trainer
+from ibaml.train.checkpoint import load_tensors, save_tensors
+from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.trainer import (
     BEST,
     CHECKPOINT,
     Trainer,
@@ -32,7 +34,6 @@ from ibaml.trainer import (
     TrainingDivergedError,
     TrainingResult,
 )
-from ibaml.training_log import METRICS, read_metrics
 from ibaml.types import Batch, Episode, TaskSampler, Tensor
 
 TIMINGS = ("seconds", "tasks_per_second")
@@ -50,6 +51,7 @@ SMALL = TrainerSettings(
     num_validation_tasks=3,
     checkpoint_every=1,
     log_every=1,
+    fast=False,  # networks of a few weights are not worth tracing
 )
 
 
@@ -248,7 +250,7 @@ from ibaml.data import SinusoidTasks
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
 from ibaml.networks import MLP
-from ibaml.trainer import Trainer, TrainerSettings
+from ibaml.train.trainer import Trainer, TrainerSettings
 
 torch.set_num_threads({num_threads})
 network = MLP(1, input_shape=1, hidden_sizes=(8, 8), activation="tanh", generator=torch.Generator().manual_seed(0))

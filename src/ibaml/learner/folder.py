@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ibaml.checkpoint import digest, load_tensors, save_tensors
+from ibaml.train.checkpoint import digest, load_tensors, save_tensors
 from ibaml.types import Tensor
 
 MODEL = "model.safetensors"

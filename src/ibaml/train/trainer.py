@@ -24,13 +24,14 @@ from rich.console import Console
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.allocator import keep_freed_memory
-from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 from ibaml.evaluation import draw_tasks, evaluate, task_generator
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
-from ibaml.training_log import TrainingBar, TrainingLog
+from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
+from ibaml.train.log import TrainingBar, TrainingLog
+from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -41,74 +42,6 @@ StopReason = Literal["completed", "time limit", "interrupted"]
 
 class TrainingDivergedError(RuntimeError):
     """A loss or gradient was not finite. The state before the step is in the checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """Settings of the outer loop.
-
-    Attributes:
-        num_steps: Number of meta-steps.
-        tasks_per_step: Tasks whose hypergradients are averaged in a step.
-        learning_rate: Adam's learning rate for means, weights and shared parameters.
-        log_var_learning_rate: Adam's learning rate for the prior's log-variances (None: ``learning_rate``).
-        schedule: ``"constant"``, or ``"cosine"``: half a cosine from the learning rate to zero over ``num_steps``.
-        gradient_clip: Largest Euclidean norm of the averaged hypergradient; longer ones are shortened. None: no limit.
-        validate_every: Steps between validations.
-        num_validation_tasks: Tasks of a validation; always the same ones.
-        checkpoint_every: Steps between checkpoints (validations also write one).
-        log_every: Steps that one row of ``metrics.csv`` averages.
-        tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``; 1: a plain loop. None: one if the network has
-            convolutions, which gain nothing from more, else all of a step.
-        fast: False switches off all that ``ibaml.meta_step`` does for speed; results agree up to rounding.
-        compile: Compile the network's passes as well: on CUDA 1.5 times faster each, after a minute of compiling.
-        max_examples_per_pass: Pass at most so many examples of a task through the network at a time, for support sets
-            larger than memory; not with batch normalisation.
-        draws: None: a step's tasks and noise come one after the other from one generator, and of several processes each
-            draws all of them. ``"per_task"``: each task has a generator of its own, seeded from that one, and a process
-            draws only its share, which many processes need (docs/scaling.md); other tasks than with None.
-        seed: Seed of the training tasks and noise.
-    """
-
-    num_steps: int = 1000
-    tasks_per_step: int = 4
-    learning_rate: float = 1e-3
-    log_var_learning_rate: float | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
-    gradient_clip: float | None = 10.0
-    validate_every: int = 250
-    num_validation_tasks: int = 100
-    checkpoint_every: int = 250
-    log_every: int = 10
-    tasks_per_chunk: int | None = None
-    fast: bool = True
-    compile: bool = False
-    max_examples_per_pass: int | None = None
-    draws: Literal["per_task"] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses values out of range."""
-        counts = (
-            "num_steps",
-            "tasks_per_step",
-            "validate_every",
-            "num_validation_tasks",
-            "checkpoint_every",
-            "log_every",
-        )
-        for field in (*counts, "tasks_per_chunk", "max_examples_per_pass"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, but is {value}.")
-        for field in ("learning_rate", "log_var_learning_rate", "gradient_clip"):
-            value = getattr(self, field)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field} must be positive and finite, but is {value}.")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be 'constant' or 'cosine', but is {self.schedule!r}.")
-        if self.draws not in ("per_task", None):
-            raise ValueError(f"draws must be 'per_task' or None, but is {self.draws!r}.")
 
 
 class TrainingResult(NamedTuple):
@@ -178,7 +111,7 @@ class Trainer:
             algorithm,
             # Writing programs takes seconds, which a short training never gets back.
             programs=None if settings.num_steps >= NUM_CALLS_THAT_PAY else False,
-            **{name: getattr(settings, name) for name in _ONLY_HOW},
+            **{name: getattr(settings, name) for name in ONLY_HOW},
         )
         self._optimizer = torch.optim.Adam(self._parameter_groups())
         self._step = 0
@@ -590,10 +523,6 @@ def _group(parameters: list[Tensor], learning_rate: float) -> dict[str, Any]:
     return {"params": parameters, "lr": learning_rate, "initial_lr": learning_rate}
 
 
-_ONLY_HOW = ("fast", "compile", "tasks_per_chunk", "max_examples_per_pass")
-"""Settings of how the same numbers are computed."""
-
-
 def _plain(value: Any) -> Any:
     """Returns the value as JSON would return it: tuples become lists."""
     if isinstance(value, Mapping):
@@ -609,7 +538,7 @@ def first_difference(saved: Any, current: Any, path: str = "") -> str | None:
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             is_longer = key == "num_steps" and saved.get("schedule") == "constant"
-            if not (path == "trainer" and (is_longer or key in _ONLY_HOW)):
+            if not (path == "trainer" and (is_longer or key in ONLY_HOW)):
                 found = first_difference(saved.get(key), current.get(key), f"{path}.{key}".lstrip("."))
                 if found is not None:
                     return found

@@ -12,15 +12,15 @@ from PIL import Image
 from sklearn.base import clone
 
 from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
-from ibaml.checkpoint import save_tensors
 from ibaml.data import SinusoidTasks
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
-from ibaml.defaults import table_algorithm
+from ibaml.learner.defaults import table_algorithm
+from ibaml.learner.folder import MODEL, SETTINGS, read_model
 from ibaml.networks import MLP
-from ibaml.saved_model import MODEL, SETTINGS, read_model
 from ibaml.table_evaluation import read_episodes
 from ibaml.task_sources import prepare
-from ibaml.trainer import TrainerSettings
+from ibaml.train.checkpoint import save_tensors
+from ibaml.train.trainer import TrainerSettings
 
 STEPS = 3
 

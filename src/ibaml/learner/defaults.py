@@ -15,7 +15,7 @@ from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.networks import MLP, Conv4
-from ibaml.trainer import TrainerSettings
+from ibaml.train.trainer import TrainerSettings
 
 HEAD = "head.*"
 """Parameters that a task adapts in a default network for tables."""

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ibaml import checkpoint, tree
+from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
-from ibaml.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical, GaussianNoise
 from ibaml.model import build_model
 from ibaml.networks import MLP
+from ibaml.train import checkpoint
+from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 
 DTYPES = (
     torch.float64,

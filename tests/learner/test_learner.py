@@ -11,12 +11,12 @@ from torch import nn
 import ibaml
 from ibaml import MetaLearner, NotFittedError, TaskPosterior, metrics, tree
 from ibaml.algorithms import make_algorithm
-from ibaml.checkpoint import load_tensors, save_tensors
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.gaussian import DiagonalGaussian
-from ibaml.learner import MODEL
+from ibaml.learner.folder import MODEL
 from ibaml.networks import MLP, Conv4
-from ibaml.trainer import TrainerSettings
+from ibaml.train.checkpoint import load_tensors, save_tensors
+from ibaml.train.trainer import TrainerSettings
 from ibaml.types import Batch, Episode
 
 SETTINGS = TrainerSettings(num_steps=3, tasks_per_step=2, num_validation_tasks=2, validate_every=2)

@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibaml import __version__, defaults, tree
+from ibaml import __version__, tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.calibration import fit_temperature
-from ibaml.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.evaluation import Evaluation, evaluate
+from ibaml.learner import defaults
+from ibaml.learner.folder import MODEL, read_model, write_model
 from ibaml.likelihoods import GaussianNoise, make_likelihood
 from ibaml.metrics import Estimate
 from ibaml.model import Model, build_model
@@ -22,10 +23,10 @@ from ibaml.networks import NetworkSettings, network_settings
 from ibaml.posterior import FittedModel, TaskPosterior, TemperedLikelihood
 from ibaml.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.processes import Processes
-from ibaml.saved_model import MODEL, read_model, write_model
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
 from ibaml.task_sources import SplitSettings, image_sampler, is_folder, is_raw, prepare
-from ibaml.trainer import Trainer, TrainerSettings, TrainingResult
+from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
+from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode, TaskSampler, Tensor
 
 __all__ = ["MODEL", "MetaLearner", "NotFittedError", "TaskPosterior"]
@@ -43,10 +44,10 @@ class MetaLearner:
 
     Args:
         network: Any ``nn.Module`` without running statistics whose forward takes a batch of inputs. None: one that
-            suits the data that ``fit`` gets (``ibaml.defaults``).
+            suits the data that ``fit`` gets (``ibaml.learner.defaults``).
         algorithm: Name of an algorithm (``"ibaml"``, ``"maml"``, ``"fomaml"``, ``"imaml"``, ``"abml"``,
             ``"vampire"``) or an ``Algorithm`` with settings of its own. A name stands for the settings of the
-            publication, or, for a default network on tables, for those of ``ibaml.defaults``.
+            publication, or, for a default network on tables, for those of ``ibaml.learner.defaults``.
         likelihood: ``"categorical"`` or ``"gaussian"`` (regression, noise variance learned).
         adapt: Name patterns of the parameters that each task adapts; the others are meta-learned directly. With a
             default network on tables, ``"*"`` stands for its head.
