@@ -192,7 +192,7 @@ INTERNAL = {
     "ibaml.linear_solve.arguments",
     "ibaml.networks.arguments",
     "ibaml.networks.initialization",
-    "ibaml.data.sinusoid.require_range",
+    "ibaml.data.sources.sinusoid.require_range",
     "ibaml.networks.normalization.check_norm",
 }
 

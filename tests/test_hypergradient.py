@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibaml import objectives, tree
-from ibaml.data.bayesian_linear_regression import closed_form_posterior
+from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.gaussian import DiagonalGaussian, kl_divergence, sample_noise
 from ibaml.hypergradient import (
     first_order_hypergradient,

@@ -11,9 +11,10 @@ from PIL import Image
 
 from ibaml import tree
 from ibaml.algorithms import ALGORITHMS
-from ibaml.data import ClassImages, EpisodeSampler, LinearRegressionTasks, SinusoidTasks
+from ibaml.data import ClassImages
+from ibaml.data.sources import ImageFolder
 from ibaml.evaluation import evaluate
-from ibaml.recipes import RECIPES, SOURCES, DataSettings, Recipe, get_recipe
+from ibaml.recipes import RECIPES, Recipe, get_recipe
 from ibaml.train.trainer import Trainer
 
 # FS-Mol has support sizes rather than shots; tests/experiments/test_fsmol.py trains on its layout.
@@ -47,7 +48,7 @@ def fake_sources(monkeypatch):
         return call
 
     for source in ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet"):
-        monkeypatch.setattr(f"ibaml.recipes.settings.load_{source}", load(source))
+        monkeypatch.setattr(f"ibaml.data.sources.{source}.load_{source}", load(source))
     return asked
 
 
@@ -79,7 +80,7 @@ def test_a_recipe_is_what_its_name_says(name):
     source, _, algorithm, inner_steps = re.fullmatch(
         r"([a-z_]+?)_(\d+way_)?\d+shot_([a-z]+)(?:_k(\d+))?(?:_laptop)?", name
     ).groups()
-    assert recipe.data.source == source
+    assert recipe.data.name == source
     if inner_steps is not None:
         assert recipe.algorithm.num_inner_steps == int(inner_steps)
         assert f"K={inner_steps}," in recipe.description
@@ -113,7 +114,7 @@ def test_a_recipe_builds(name, fake_sources):
     recipe = get_recipe(name)
     model = recipe.build_model()
     for split in ("train", "validation", "test"):
-        tasks = recipe.data.build(split)
+        tasks = recipe.data.sampler(split)
         episode = tree.map(lambda leaf: leaf[0], tasks.sample(1, generator=generator()))
         assert model.check_task(episode) == tasks.num_outputs
         num_classes = recipe.data.num_ways if recipe.likelihood == "categorical" else 1
@@ -186,32 +187,6 @@ def test_the_laptop_scale_differs_in_size_and_speed_alone():
             assert laptop.num_test_tasks == paper.num_test_tasks
 
 
-@pytest.mark.parametrize("source", ["mini_imagenet", "tiny_imagenet"])
-def test_imagenet_arguments(source, fake_sources, tmp_path):
-    data = get_recipe(f"{source}_5way_1shot_maml_k5").data
-    for split in ("train", "validation", "test"):
-        data.build(split, data=tmp_path)
-        assert fake_sources[-1] == (source, split, {"root": tmp_path, "image_size": 84})
-
-
-def test_omniglot_arguments(fake_sources, tmp_path):
-    data = DataSettings(source="omniglot", protocol="official", image_size=20)
-    for split in ("train", "validation", "test"):
-        data.build(split, data=tmp_path)
-    assert [(split, arguments["rotations"]) for _, split, arguments in fake_sources] == [
-        ("train", True),
-        ("validation", False),
-        ("test", False),
-    ]
-    for _, _, arguments in fake_sources:
-        assert (arguments["root"], arguments["protocol"], arguments["image_size"]) == (tmp_path, "official", 20)
-    dataclasses.replace(data, rotations=False).build("train")
-    assert fake_sources[-1][2]["rotations"] is False and fake_sources[-1][2]["root"] is None
-
-
-# Sources
-
-
 def image_folder(path, channels="RGB") -> None:
     for split in ("train", "validation", "test"):
         for name in ("cat", "dog", "owl"):
@@ -222,34 +197,11 @@ def image_folder(path, channels="RGB") -> None:
                 Image.new(channels, (6, 5), (shade, 40, 200)).save(folder / f"{index}.png")
 
 
-def test_image_folder(tmp_path):
-    image_folder(tmp_path / "data" / "animals")
-    data = DataSettings(
-        source="image_folder", path="animals", image_size=8, num_ways=2, num_shots=1, num_queries=2, num_test_queries=3
-    )
-    for split, queries in (("train", 4), ("validation", 6), ("test", 6)):
-        tasks = data.build(split, data=tmp_path / "data")
-        assert isinstance(tasks, EpisodeSampler)
-        assert tasks.images.class_names == ("cat", "dog", "owl")
-        episode = tasks.sample(1, generator=generator())
-        assert episode.support.x.shape == (1, 2, 3, 8, 8) and episode.query.x.shape == (1, queries, 3, 8, 8)
-    # Without --data the path is taken as it is.
-    whole = dataclasses.replace(data, path=str(tmp_path / "data" / "animals"))
-    assert whole.build("test").num_outputs == 2
-
-
 def test_a_recipe_of_ones_own_images_trains(tmp_path):
     image_folder(tmp_path / "animals")
     recipe = get_recipe("glyphs_5way_5shot_ibaml").override(
         {
             "name": "animals",
-            "data.source": "image_folder",
-            "data.path": "animals",
-            "data.image_size": "16",
-            "data.num_ways": "2",
-            "data.num_shots": "1",
-            "data.num_queries": "1",
-            "data.num_test_queries": "2",
             "network.arguments.num_outputs": "2",
             "network.arguments.channels": "3",
             "network.arguments.in_channels": "3",
@@ -259,40 +211,14 @@ def test_a_recipe_of_ones_own_images_trains(tmp_path):
             "trainer.schedule": "constant",
         }
     )
+    images = ImageFolder(path="animals", image_size=16, num_ways=2, num_shots=1, num_queries=1, num_test_queries=2)
+    recipe = dataclasses.replace(recipe, data=images)
     assert Recipe.from_json(recipe.to_json()) == recipe
     model = recipe.build_model()
-    result = Trainer(model, recipe.algorithm, recipe.trainer).fit(recipe.data.build("train", data=tmp_path))
-    tasks = recipe.data.build("test", data=tmp_path)
+    result = Trainer(model, recipe.algorithm, recipe.trainer).fit(recipe.data.sampler("train", data=tmp_path))
+    tasks = recipe.data.sampler("test", data=tmp_path)
     report = evaluate(model, recipe.algorithm, result.meta, tasks, num_tasks=2, seed=0).report
     assert 0 <= report["accuracy"].mean <= 1
-
-
-def test_regression_sources():
-    sinusoid = DataSettings(source="sinusoid", num_shots=3, num_queries=4, num_test_queries=9, noise_std=0.2)
-    train, test = sinusoid.build("train"), sinusoid.build("test")
-    assert isinstance(train, SinusoidTasks) and (train.num_queries, test.num_queries) == (4, 9)
-    assert train.noise_std == 0.2
-    linear = DataSettings(source="bayesian_linear_regression", num_features=3, num_shots=6, num_queries=2)
-    tasks = linear.build("train")
-    assert isinstance(tasks, LinearRegressionTasks)
-    episode = tasks.sample(2, generator=generator())
-    assert episode.support.x.shape == (2, 6, 3) and episode.query.y.shape == (2, 2, 1)
-    # The same prior for every recipe of so many features.
-    torch.testing.assert_close(tasks.prior_mean, torch.tensor([-1.0, 0.0, 1.0]))
-    assert tasks.noise_variance == pytest.approx(0.01)
-
-
-def test_refused_data_settings(tmp_path):
-    message = f"source must be one of {', '.join(SOURCES)}, but is 'imagenet'."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        DataSettings(source="imagenet")
-    with pytest.raises(ValueError, match="path is not set: source 'image_folder' needs the folder or zip with split/"):
-        DataSettings(source="image_folder").build("train")
-    with pytest.raises(FileNotFoundError, match="absent"):
-        DataSettings(source="image_folder", path="absent").build("train", data=tmp_path)
-    image_folder(tmp_path / "animals")
-    with pytest.raises(ValueError, match="num_ways=5 needs at least 5 classes, got 3"):
-        DataSettings(source="image_folder", path="animals", image_size=8).build("train", data=tmp_path)
 
 
 # Changing settings
@@ -312,7 +238,6 @@ def test_override():
             "algorithm.truncation": "null",
             "network.arguments.hidden_sizes": "[3, 4]",
             "network.arguments.activation": "tanh",
-            "data.path": "2024",
             "adapt": "head.*",
             "freeze": '["features.0.*", "features.3.*"]',
             "num_test_tasks": "7",
@@ -323,7 +248,6 @@ def test_override():
     assert changed.trainer.draws == "per_task" and changed.override({"trainer.draws": "null"}).trainer.draws is None
     assert changed.algorithm.fresh_noise is True and changed.algorithm.initial_log_var == (-5, -4.5)
     assert changed.network.arguments["hidden_sizes"] == (3, 4) and changed.network.arguments["activation"] == "tanh"
-    assert changed.data.path == "2024"
     assert (changed.adapt, changed.freeze) == (("head.*",), ("features.0.*", "features.3.*"))
     assert changed.num_test_tasks == 7
     assert Recipe.from_json(changed.to_json()) == changed
@@ -343,7 +267,7 @@ def test_a_whole_number_is_a_number():
         ("trainr.num_steps", "3", "no setting 'trainr.num_steps'; did you mean 'trainer.num_steps'?"),
         ("trainer.num_step", "3", "no setting 'trainer.num_step'; did you mean 'trainer.num_steps'?"),
         # The misspelt part alone is replaced, even where the other parts contain it.
-        ("data.dat", "3", "no setting 'data.dat'; did you mean 'data.path'?"),
+        ("data.num_way", "3", "no setting 'data.num_way'; did you mean 'data.num_ways'?"),
         ("algorithm", "maml", "setting 'algorithm' is a group; set one of its members: name, inner_variable,"),
         ("likelihood.name", "x", "setting 'likelihood.name': likelihood is a plain value ('categorical') without set"),
         ("network.arguments.channels.x", "3", "channels is a plain value without settings of its own."),
@@ -354,14 +278,13 @@ def test_a_whole_number_is_a_number():
         ("trainer.num_steps", "true", "setting 'trainer.num_steps' must be a whole number, but is 'true'."),
         ("trainer.num_steps", "0", "num_steps must be at least 1, but is 0."),
         ("trainer.gradient_clip", "no", "setting 'trainer.gradient_clip' must be a number or null, but is 'no'."),
-        ("data.rotations", "no", "setting 'data.rotations' must be true or false, but is 'no'."),
-        ("data.rotations", "1", "setting 'data.rotations' must be true or false, but is '1'."),
+        ("trainer.fast", "no", "setting 'trainer.fast' must be true or false, but is 'no'."),
+        ("trainer.fast", "1", "setting 'trainer.fast' must be true or false, but is '1'."),
         ("algorithm.initial_log_var", "[1,2,3]", "must be a JSON list such as [-7, -7], but is '[1,2,3]'."),
         ("algorithm.initial_log_var", "-7", "must be a JSON list such as [-7, -7], but is '-7'."),
         ("adapt", "[1]", None),
         ("algorithm.outer", "elbo", "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
         ("algorithm.num_inner_steps", "-1", "num_inner_steps must be at least 1, but is -1."),
-        ("data.source", "mnist", "source must be one of glyphs, omniglot, mini_imagenet, tiny_imagenet, image_folder"),
     ],
 )
 def test_refused_changes(key, value, message):

@@ -32,7 +32,7 @@ def trained(tmp_path):
     folder = tmp_path / "run"
     runs.open_run(folder, RECIPE)
     model = RECIPE.build_model()
-    tasks = RECIPE.data.build("train")
+    tasks = RECIPE.data.sampler("train")
     result = Trainer(model, RECIPE.algorithm, RECIPE.trainer, run_folder=folder).fit(tasks, tasks)
     return folder, result, model
 
@@ -40,7 +40,7 @@ def trained(tmp_path):
 def evaluation(num_tasks: int = 3) -> tuple[Recipe, Evaluation]:
     model = RECIPE.build_model()
     meta = RECIPE.algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(0))
-    return RECIPE, evaluate(model, RECIPE.algorithm, meta, RECIPE.data.build("test"), num_tasks=num_tasks, seed=4)
+    return RECIPE, evaluate(model, RECIPE.algorithm, meta, RECIPE.data.sampler("test"), num_tasks=num_tasks, seed=4)
 
 
 # Opening

@@ -9,7 +9,7 @@ from torch import nn
 
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
-from ibaml.data.bayesian_linear_regression import LinearRegressionTasks
+from ibaml.data.linear_regression import LinearRegressionTasks
 from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import GaussianNoise
 from ibaml.model import build_model

@@ -33,7 +33,7 @@ from ibaml.processes import (
     num_launched,
     require_devices,
 )
-from ibaml.recipes import IMAGE_SOURCES, RECIPES, Recipe, get_recipe
+from ibaml.recipes import RECIPES, Recipe, get_recipe
 from ibaml.reproduce import experiment_name
 from ibaml.reproduce import reproduce as run_experiment
 from ibaml.train.log import METRICS, read_metrics
@@ -387,7 +387,7 @@ def _draw_evaluation(recipe: Recipe, result: Evaluation, first: Episode, target:
         return
     curve = reliability_curve(result.log_probs.exp(), result.targets)
     plots.save(plots.reliability_diagram({recipe.name: curve}), target / "reliability.png")
-    if recipe.data.source in IMAGE_SOURCES:
+    if recipe.data.is_image:
         figure = plots.example_task(episode, result.log_probs[0].exp(), title=f"{recipe.name}: one test task")
         plots.save(figure, target / "example_task.png")
 

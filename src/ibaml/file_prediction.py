@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ibaml.data.image_folder import load_class_folder, load_images
+from ibaml.data.sources import ImageFolder, MiniImagenet, TinyImagenet
+from ibaml.data.sources.image_folder import load_class_folder, load_images
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner import MetaLearner
 from ibaml.learner.folder import MODEL
@@ -20,7 +21,7 @@ from ibaml.standardize import Standardizer
 
 _TABLES = (".csv", ".parquet")
 # Other sources turn their images in ways (inverted, thinned, rendered) that a user's own images have not gone through.
-_PLAIN_IMAGES = ("image_folder", "mini_imagenet", "tiny_imagenet")
+_PLAIN_IMAGES = (ImageFolder, MiniImagenet, TinyImagenet)
 
 
 def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
@@ -35,18 +36,19 @@ def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
     if not (folder / RECIPE).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model ({MODEL}) and no run ({RECIPE}).")
     recipe = read_recipe(folder)
-    if recipe.data.source not in _PLAIN_IMAGES:
+    source = recipe.data
+    if not isinstance(source, _PLAIN_IMAGES):
         raise ValueError(
-            f"{folder} is a run of {recipe.data.source!r}, whose inputs are prepared by its own loader; predict takes "
-            f"saved models and runs of {', '.join(_PLAIN_IMAGES)}."
+            f"{folder} is a run of {source.name!r}, whose inputs are prepared by its own loader; predict takes "
+            f"saved models and runs of {', '.join(plain.name for plain in _PLAIN_IMAGES)}."
         )
     model = recipe.build_model().to(device)
     meta, _ = load_best(folder, recipe, model)
-    side, channels = recipe.data.image_size, int(recipe.network.arguments.get("in_channels", 3))
+    side, channels = source.image_size, int(recipe.network.arguments.get("in_channels", 3))
     preprocessing = Preprocessing(
         inputs=Standardizer(torch.zeros(channels, 1, 1).double(), torch.tensor(1 / 255).double()),
         input_shape=(channels, side, side),
-        num_outputs=recipe.data.num_ways,
+        num_outputs=source.num_ways,
         image_size=(side, side),
     )
     return FittedModel(model=model, algorithm=recipe.algorithm, meta=meta, preprocessing=preprocessing, device=device)

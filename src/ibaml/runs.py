@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from ibaml import records
 from ibaml.algorithms import MetaParameters
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.metrics import Estimate
@@ -111,7 +112,7 @@ def train_run(
     """
     processes = processes or Processes()
     train_tasks, validation_tasks = processes.first_then_others(
-        lambda: tuple(recipe.data.build(split, data=data, device=device) for split in ("train", "validation"))
+        lambda: tuple(recipe.data.sampler(split, data=data, device=device) for split in ("train", "validation"))
     )
     trainer = processes.together(
         lambda: Trainer(
@@ -167,7 +168,7 @@ def evaluate_run(
     recipe = read_recipe(folder).override(changes or {})
     model = recipe.build_model().to(device)
     meta, step = load_best(folder, recipe, model)
-    sampler = recipe.data.build("test", data=data, device=device)
+    sampler = recipe.data.sampler("test", data=data, device=device)
     evaluation = evaluate(
         model,
         recipe.algorithm,
@@ -372,7 +373,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _task_key(recipe: Recipe, *, seed: int, num_tasks: int) -> dict[str, Any]:
-    return {"data": dataclasses.asdict(recipe.data), "seed": seed, "num_tasks": num_tasks}
+    return {"data": records.to_json(recipe.data), "seed": seed, "num_tasks": num_tasks}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ibaml.data.episodes import ClassImages, EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
-from ibaml.data.image_folder import load_class_folder
+from ibaml.data.sources.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.data.task_sampler import TaskSplits, row_groups
 from ibaml.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing

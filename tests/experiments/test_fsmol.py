@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ibaml import plots
-from ibaml.data.fsmol import FILE_NAME
+from ibaml.data.sources.fsmol import FILE_NAME
 from ibaml.experiments import fsmol
 from ibaml.experiments.fsmol import BASELINES, FsmolSettings
 from ibaml.recipes import get_recipe

@@ -128,7 +128,7 @@ def test_examples_are_the_first_test_tasks_before_and_after_adaptation(result: S
     one = bayesian_run(result)
     model = one.recipe.build_model()
     meta, _ = runs.load_best(one.folder, one.recipe, model)
-    sampler = one.recipe.data.build("test")
+    sampler = one.recipe.data.sampler("test")
     tasks = draw_tasks(sampler, 0, 2, seed=0)
     assert len(one.examples) == 2
     noise_variance = meta.shared["likelihood.log_noise_variance"].exp()
@@ -224,7 +224,7 @@ def test_maml_has_the_settings_of_its_publication(num_shots: int) -> None:
         "head.bias": (1,),
     }
     # The paper's inner step is one of size 0.01 on the mean squared error.
-    task = draw_tasks(recipe.data.build("train"), 0, 1, seed=0)
+    task = draw_tasks(recipe.data.sampler("train"), 0, 1, seed=0)
     support = Batch(task.support.x[0], task.support.y[0])
     assert len(support.x) == num_shots
 

@@ -1,6 +1,7 @@
 """`ibaml predict` from files to files."""
 
 import csv
+import dataclasses
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ibaml import MetaLearner, SplitSettings, file_prediction
 from ibaml.cli import main
+from ibaml.data.sources import ImageFolder
 from ibaml.file_prediction import load_fitted, predict_files, read_table
 from ibaml.recipes import get_recipe
 from ibaml.runs import train_run
@@ -114,12 +116,6 @@ def test_images_of_a_saved_model_and_of_a_run(tmp_path):
     MetaLearner(algorithm="maml").fit(tmp_path / "train", splits=splits, num_steps=1).save(tmp_path / "model")
     recipe = get_recipe("glyphs_5way_5shot_maml").override(
         {
-            "data.source": "image_folder",
-            "data.path": str(tmp_path),
-            "data.image_size": "16",
-            "data.num_shots": "1",
-            "data.num_queries": "1",
-            "data.num_test_queries": "1",
             "network.arguments.in_channels": "3",
             "network.arguments.image_size": "16",
             "network.arguments.channels": "4",
@@ -127,7 +123,8 @@ def test_images_of_a_saved_model_and_of_a_run(tmp_path):
             "trainer.num_validation_tasks": "1",
         }
     )
-    train_run(recipe, tmp_path / "run")
+    images = ImageFolder(path=str(tmp_path), image_size=16, num_shots=1, num_queries=1, num_test_queries=1)
+    train_run(dataclasses.replace(recipe, data=images), tmp_path / "run")
     for folder in ("model", "run"):
         out = tmp_path / f"{folder}.csv"
         predict_files(load_fitted(tmp_path / folder, device=CPU), tmp_path / "new", tmp_path / "query", out)

@@ -1,23 +1,24 @@
 """Tasks and the sources they are drawn from.
 
-Image sources return ClassImages, which an EpisodeSampler turns into few-shot classification tasks; regression sources
-are samplers themselves. Every sampler is a ``ibaml.types.TaskSampler``.
+Loaders of images return ClassImages, which an EpisodeSampler turns into few-shot classification tasks; other tasks have
+samplers of their own. Every sampler is a ``ibaml.types.TaskSampler``. ``ibaml.data.sources`` has the records that
+recipes hold: which data, in which sizes of tasks.
 """
 
-from ibaml.data.bayesian_linear_regression import LinearRegressionTasks, closed_form_posterior
 from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
 from ibaml.data.fixed_episodes import FixedEpisodes
-from ibaml.data.fsmol import Assays, AssayTasks, hold_out, load_assays
-from ibaml.data.glyphs import load_glyphs
 from ibaml.data.groups import GroupedTasks
-from ibaml.data.image_folder import load_class_folder, load_image_folder
+from ibaml.data.linear_regression import LinearRegressionTasks, closed_form_posterior
 from ibaml.data.locate import find_data_file
-from ibaml.data.mini_imagenet import load_mini_imagenet
-from ibaml.data.omniglot import load_omniglot
 from ibaml.data.restricted_pickle import load_arrays
-from ibaml.data.sinusoid import SinusoidTasks
+from ibaml.data.sources.fsmol import Assays, AssayTasks, hold_out, load_assays
+from ibaml.data.sources.glyphs import load_glyphs
+from ibaml.data.sources.image_folder import load_class_folder, load_image_folder
+from ibaml.data.sources.mini_imagenet import load_mini_imagenet
+from ibaml.data.sources.omniglot import load_omniglot
+from ibaml.data.sources.sinusoid import SinusoidTasks
+from ibaml.data.sources.tiny_imagenet import load_tiny_imagenet
 from ibaml.data.task_sampler import TaskSplits
-from ibaml.data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
     "AssayTasks",

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from ibaml import runs
+from ibaml.data.sources import ImageSource
 from ibaml.metrics import Estimate, paired_difference
 from ibaml.recipes import Recipe, get_recipe
 from ibaml.recipes.few_shot import METHODS, Scale, recipe_name
@@ -267,17 +268,19 @@ def display_name(recipe: Recipe) -> str:
 def notes(settings: FewShotSettings, results: Sequence[RunResult]) -> list[str]:
     """Returns the sentences that belong below every table: tasks, choice of state, settings, how far training went."""
     recipe = results[0].recipe
+    data = recipe.data
+    assert isinstance(data, ImageSource)
     bayesian = next((result.recipe.algorithm for result in results if result.recipe.algorithm.is_bayesian), None)
     norm = recipe.network.arguments.get("norm", "batch")
     transductive = " statistics of the queries classified together (transductive)" if norm == "batch" else ""
     lines = [
         f"Data and scale: {settings.label}.",
         f"{settings.num_tasks:,} test tasks, the same for every method (seed {settings.seed}), "
-        f"{recipe.data.num_ways}-way {recipe.data.num_shots}-shot with {recipe.data.num_test_queries} query images a "
+        f"{data.num_ways}-way {data.num_shots}-shot with {data.num_test_queries} query images a "
         "class; intervals are 95% over tasks, differences are paired by task.",
         "State: the lowest nll on validation tasks.",
         f"{recipe.network.name}, {recipe.network.arguments['channels']} channels, "
-        f"{recipe.data.image_size} x {recipe.data.image_size} images, normalisation: {norm}{transductive}.",
+        f"{data.image_size} x {data.image_size} images, normalisation: {norm}{transductive}.",
     ]
     if bayesian is not None:
         lines.append(

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from ibaml import objectives
-from ibaml.data.bayesian_linear_regression import closed_form_posterior
+from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.gaussian import DiagonalGaussian, kl_divergence
 from ibaml.hypergradient import gaussian_implicit_hypergradient, unrolled_hypergradient
 from ibaml.inner import gradient_descent, preconditioned_gradient_descent

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from ibaml import runs, tree
+from ibaml.data.sources import Sinusoid
 from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
 from ibaml.prediction import RegressionPrediction
@@ -166,6 +167,7 @@ class SinusoidRun(NamedTuple):
     @property
     def num_shots(self) -> int:
         """Support points of a task."""
+        assert isinstance(self.recipe.data, Sinusoid)
         return self.recipe.data.num_shots
 
     @property
@@ -369,7 +371,7 @@ def _examples(recipe: Recipe, settings: SinusoidSettings, folder: Path) -> tuple
     """Predicts the first test tasks before and after adaptation, on the CPU."""
     model, algorithm = recipe.build_model(), recipe.algorithm
     meta, _ = runs.load_best(folder, recipe, model)
-    sampler = recipe.data.build("test")
+    sampler = recipe.data.sampler("test")
 
     def predicted(posterior: object, x: Tensor, noise: Params) -> tuple[Tensor, Tensor]:
         prediction = predict(model, algorithm, meta, posterior, x, noise)  # pyright: ignore[reportArgumentType]

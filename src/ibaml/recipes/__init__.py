@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Callable, Mapping
 
 from ibaml.recipes import characters, few_shot, fsmol, sinusoid
-from ibaml.recipes.settings import IMAGE_SOURCES, SOURCES, DataSettings, Recipe, Split
+from ibaml.recipes.settings import Recipe
 
-__all__ = ["IMAGE_SOURCES", "RECIPES", "SOURCES", "DataSettings", "Recipe", "Split", "get_recipe"]
+__all__ = ["RECIPES", "Recipe", "get_recipe"]
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     **characters.RECIPES,

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.data.sources import Glyphs, Omniglot
 from ibaml.networks import NetworkSettings
-from ibaml.recipes.settings import DataSettings, Recipe
+from ibaml.recipes.settings import Recipe
 from ibaml.train.trainer import TrainerSettings
 
 # An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
@@ -46,7 +47,7 @@ def _glyphs(algorithm: str) -> Recipe:
     return Recipe(
         name=f"glyphs_5way_5shot_{algorithm}",
         description=f"{algorithm} on rendered characters, 5-way 5-shot; no Georgian or Armenian is seen in training",
-        data=DataSettings(source="glyphs", num_ways=5, num_shots=5, num_queries=5, num_test_queries=15),
+        data=Glyphs(num_ways=5, num_shots=5, num_queries=5, num_test_queries=15),
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": 5, "channels": 32, "downsample": "stride", "zero_head": True}
         ),
@@ -70,9 +71,7 @@ def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
     return Recipe(
         name=f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}",
         description=f"{algorithm} on Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016",
-        data=DataSettings(
-            source="omniglot", num_ways=num_ways, num_shots=num_shots, num_queries=num_shots, num_test_queries=15
-        ),
+        data=Omniglot(num_ways=num_ways, num_shots=num_shots, num_queries=num_shots, num_test_queries=15),
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": num_ways, "channels": 64, "downsample": "stride", "zero_head": True}
         ),

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.data.sources import MiniImagenet, TinyImagenet
 from ibaml.networks import NetworkSettings
-from ibaml.recipes.settings import DataSettings, Recipe
+from ibaml.recipes.settings import Recipe
 from ibaml.train.trainer import TrainerSettings
 
 Scale = Literal["paper", "laptop"]
@@ -24,7 +25,7 @@ METHODS: Mapping[str, tuple[str, int]] = {
 }
 """The rows of Table 1: algorithm and number of inner steps."""
 
-_SOURCES = {"mini_imagenet": "miniImageNet", "tiny_imagenet": "Tiny-ImageNet"}
+_SOURCES = {"mini_imagenet": (MiniImagenet, "miniImageNet"), "tiny_imagenet": (TinyImagenet, "Tiny-ImageNet")}
 _NUM_WAYS = 5
 _NUM_QUERIES = 15
 _TEMPERATURE = 0.01
@@ -89,14 +90,14 @@ def recipe_name(source: str, num_shots: int, method: str, scale: Scale) -> str:
 
 
 def _few_shot(source: str, num_shots: int, method: str, scale: Scale) -> Recipe:
+    source_class, display_name = _SOURCES[source]
     size = _SIZES[scale]
     what = "the paper's settings" if scale == "paper" else "LAPTOP SCALE, not the paper's network and steps"
     algorithm, num_inner_steps = METHODS[method]
     return Recipe(
         name=recipe_name(source, num_shots, method, scale),
-        description=f"{algorithm}, K={num_inner_steps}, on {_SOURCES[source]}, 5-way {num_shots}-shot; {what}",
-        data=DataSettings(
-            source=source,
+        description=f"{algorithm}, K={num_inner_steps}, on {display_name}, 5-way {num_shots}-shot; {what}",
+        data=source_class(
             num_ways=_NUM_WAYS,
             num_shots=num_shots,
             num_queries=_NUM_QUERIES,

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ibaml.algorithms import make_algorithm
+from ibaml.data.sources import FSMol
 from ibaml.networks import NetworkSettings
-from ibaml.recipes.settings import DataSettings, Recipe
+from ibaml.recipes.settings import Recipe
 from ibaml.train.trainer import TrainerSettings
 
 # The step is stable for features of norm about 7, which layer normalisation and tanh give.
@@ -49,7 +50,7 @@ def _fsmol(name: str) -> Recipe:
     return Recipe(
         name=f"fsmol_{name}",
         description=f"{algorithm} on FS-Mol, {'all layers' if all_layers else 'last layer'} adapted",
-        data=DataSettings(source="fsmol", num_queries=64, num_test_queries=64),
+        data=FSMol(num_queries=64, num_test_queries=64),
         network=NetworkSettings(
             name="MLP",
             arguments={

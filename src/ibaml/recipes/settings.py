@@ -5,134 +5,20 @@ import difflib
 import json
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from ibaml import records
 from ibaml.algorithms import Algorithm
-from ibaml.data import (
-    AssayTasks,
-    EpisodeSampler,
-    LinearRegressionTasks,
-    SinusoidTasks,
-    hold_out,
-    load_assays,
-    load_glyphs,
-    load_image_folder,
-    load_mini_imagenet,
-    load_omniglot,
-    load_tiny_imagenet,
-)
+from ibaml.data.sources import SOURCES, TaskSource
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import NetworkSettings
 from ibaml.train.trainer import TrainerSettings
-from ibaml.types import TaskSampler
 
-Split = Literal["train", "validation", "test"]
 # Before Python 3.14, ``Literal["a"] | None`` is of the second kind.
 _UNIONS = (types.UnionType, Union)
-IMAGE_SOURCES = ("glyphs", "omniglot", "mini_imagenet", "tiny_imagenet", "image_folder")
-"""Sources of image classification tasks."""
-SOURCES = (*IMAGE_SOURCES, "sinusoid", "bayesian_linear_regression", "fsmol")
-"""All sources of tasks."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which tasks.
-
-    Attributes:
-        source: One of ``SOURCES``.
-        num_ways: Classes per task (image sources).
-        num_shots: Support examples per class, or per task in regression; not used by ``fsmol``.
-        num_queries: Query examples per class, or per task in regression and ``fsmol`` (there at most so many).
-        num_test_queries: The same in validation and test tasks.
-        image_size: Height and width in pixels (image sources).
-        path: Folder or zip of ``image_folder``, relative to the data folder.
-        protocol: Split of Omniglot.
-        rotations: Omniglot: rotated training characters count as further classes.
-        num_features: Inputs of ``bayesian_linear_regression``.
-        noise_std: Noise of the regression sources.
-        support_sizes: Support sizes of ``fsmol``: each draw takes one of them.
-    """
-
-    source: str
-    num_ways: int = 5
-    num_shots: int = 1
-    num_queries: int = 15
-    num_test_queries: int = 15
-    image_size: int = 28
-    path: str | None = None
-    protocol: Literal["vinyals", "official"] = "vinyals"
-    rotations: bool = True
-    num_features: int = 4
-    noise_std: float = 0.0
-    support_sizes: tuple[int, ...] = (16, 32, 64)
-
-    def __post_init__(self) -> None:
-        """Refuses unknown sources."""
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, but is {self.source!r}.")
-
-    def build(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> TaskSampler:
-        """Loads the data of a split and returns its task sampler.
-
-        Args:
-            split: ``"train"``, ``"validation"`` or ``"test"``.
-            data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
-            device: Where images are kept, as uint8; tasks made of them need no transfer.
-
-        Raises:
-            FileNotFoundError: If a data file is not found.
-            ValueError: If a data file is damaged, or holds too few classes or images.
-        """
-        num_queries = self.num_queries if split == "train" else self.num_test_queries
-        if self.source == "sinusoid":
-            return SinusoidTasks(num_shots=self.num_shots, num_queries=num_queries, noise_std=self.noise_std)
-        if self.source == "bayesian_linear_regression":
-            return LinearRegressionTasks(
-                prior_mean=torch.linspace(-1, 1, self.num_features),
-                prior_variance=torch.logspace(-1, 0, self.num_features),
-                noise_variance=max(self.noise_std, 0.1) ** 2,
-                num_shots=self.num_shots,
-                num_queries=num_queries,
-            )
-        if self.source == "fsmol":
-            return self._assay_tasks(split, num_queries, data)
-        if self.source == "glyphs":
-            images = load_glyphs(split, image_size=self.image_size)
-        elif self.source == "omniglot":
-            rotations = self.rotations and split == "train"
-            images = load_omniglot(
-                split, root=data, protocol=self.protocol, image_size=self.image_size, rotations=rotations
-            )
-        elif self.source == "mini_imagenet":
-            images = load_mini_imagenet(split, root=data, image_size=self.image_size)
-        elif self.source == "tiny_imagenet":
-            images = load_tiny_imagenet(split, root=data, image_size=self.image_size)
-        else:
-            if self.path is None:
-                raise ValueError(
-                    "path is not set: source 'image_folder' needs the folder or zip with split/class/image."
-                )
-            path = Path(self.path) if data is None else data / self.path
-            images = load_image_folder(path, split, image_size=self.image_size)
-        return EpisodeSampler(
-            images.to(device), num_ways=self.num_ways, num_shots=self.num_shots, num_queries=num_queries
-        )
-
-    def _assay_tasks(self, split: Split, num_queries: int, data: Path | None) -> AssayTasks:
-        """Training and validation tasks both come from FS-Mol's training assays; its validation assays are the test."""
-        if split == "test":
-            assays = load_assays("valid", root=data)
-        else:
-            learn, held_out = hold_out(load_assays("train", root=data))
-            assays = learn if split == "train" else held_out
-        # Half of the training assays have fewer than 50 rows.
-        min_queries = min(16, num_queries) if split == "train" else None
-        return AssayTasks(assays, support_sizes=self.support_sizes, num_queries=num_queries, min_queries=min_queries)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +28,7 @@ class Recipe:
     Attributes:
         name: Name on the command line.
         description: One sentence for a reader.
-        data: Which tasks.
+        data: Which tasks: one of ``ibaml.data.sources``.
         network: Which network.
         algorithm: Which algorithm, with all settings.
         trainer: Settings of the outer loop.
@@ -154,7 +40,7 @@ class Recipe:
 
     name: str
     description: str
-    data: DataSettings
+    data: TaskSource
     network: NetworkSettings
     algorithm: Algorithm
     trainer: TrainerSettings
@@ -172,7 +58,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """Returns the recipe as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(self) | {"data": records.to_json(self.data)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -188,7 +74,7 @@ class Recipe:
             return cls(
                 **values
                 | {
-                    "data": DataSettings(**_with_tuples(values["data"])),
+                    "data": records.from_json(values["data"], SOURCES.values()),
                     "network": NetworkSettings(**values["network"] | {"arguments": arguments}),
                     "algorithm": Algorithm(**algorithm),
                     "trainer": TrainerSettings(**values["trainer"]),

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ibaml.algorithms import make_algorithm
+from ibaml.data.sources import Sinusoid
 from ibaml.networks import NetworkSettings
-from ibaml.recipes.settings import DataSettings, Recipe
+from ibaml.recipes.settings import Recipe
 from ibaml.train.trainer import TrainerSettings
 
 _ALGORITHMS: Mapping[str, dict[str, Any]] = {
@@ -54,7 +55,7 @@ def _sinusoid(num_shots: int, algorithm: str) -> Recipe:
     return Recipe(
         name=f"sinusoid_{num_shots}shot_{algorithm}",
         description=f"{algorithm} on sinusoid regression, {num_shots}-shot",
-        data=DataSettings(source="sinusoid", num_shots=num_shots, num_queries=10, num_test_queries=100),
+        data=Sinusoid(num_shots=num_shots, num_queries=10, num_test_queries=100),
         network=NetworkSettings(name="MLP", arguments={"num_outputs": 1, "input_shape": 1, "hidden_sizes": (40, 40)}),
         algorithm=make_algorithm(algorithm, **settings),
         trainer=_BAYESIAN_TRAINER if bayesian else _MAML_TRAINER,

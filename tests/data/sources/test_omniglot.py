@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml.data import load_omniglot, omniglot
+from ibaml.data import load_omniglot
+from ibaml.data.sources import omniglot
 
 BACKGROUND = {"Greek": 2, "Hebrew": 1, "Latin": 1}
 EVALUATION = {"Tengwar": 2}

@@ -1,6 +1,7 @@
 """Omniglot (Lake, Salakhutdinov, Tenenbaum 2015): 1,623 handwritten characters of 50 alphabets, 20 drawings each."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import os
@@ -8,7 +9,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from ibaml.data.arguments import require_positive_int
 from ibaml.data.cache import read_class_images, write_class_images
 from ibaml.data.episodes import ClassImages, with_rotations
 from ibaml.data.locate import cache_folders, find_data_file
+from ibaml.data.sources.base import ImageSource, Split
 
-Split = Literal["train", "validation", "test"]
 Protocol = Literal["vinyals", "official"]
 
 BACKGROUND_ARCHIVE = "images_background.zip"
@@ -36,6 +37,38 @@ They are the ones that validate in the split of Vinyals et al. 2016, so that one
 _CSV_SPLITS: dict[str, Split] = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _MEMBER = re.compile(r"(?:.*/)?(?P<alphabet>[^/]+)/(?P<character>character\d+)/(?P<file>[^/]+\.png)")
 _DECODING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Omniglot(ImageSource):
+    """Handwritten characters of 50 alphabets.
+
+    Attributes:
+        protocol: Which split; see ``load_omniglot``.
+        rotations: Whether turned training characters count as further classes.
+
+    Raises:
+        ValueError: If the protocol is none of the two.
+    """
+
+    protocol: Protocol = "vinyals"
+    rotations: bool = True
+    name: ClassVar[str] = "omniglot"
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        super().__post_init__()
+        _check_protocol(self.protocol)
+
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Loads the characters of a split."""
+        return load_omniglot(
+            split,
+            root=data,
+            protocol=self.protocol,
+            image_size=self.image_size,
+            rotations=self.rotations and split == "train",
+        )
 
 
 def load_omniglot(
@@ -77,8 +110,7 @@ def load_omniglot(
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol must be one of {get_args(Protocol)}, got {protocol!r}.")
+    _check_protocol(protocol)
     require_positive_int("image_size", image_size)
 
     if protocol == "official":
@@ -110,6 +142,11 @@ def load_omniglot(
             )
         images = _concatenate(pieces)
     return with_rotations(images) if rotations else images
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {get_args(Protocol)}, got {protocol!r}.")
 
 
 def _load_archive(path: Path, image_size: int, cache_dir: str | os.PathLike[str] | None) -> ClassImages:

@@ -4,13 +4,14 @@ The faces play the part that the writers play in Omniglot. No script occurs in t
 like one of an earlier split (Greek capital Alpha, Armenian Oh) is left out of the later one.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import ClassVar, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,7 @@ from ibaml.data.arguments import require_positive_int
 from ibaml.data.cache import read_class_images, write_class_images
 from ibaml.data.episodes import ClassImages
 from ibaml.data.locate import cache_folders
-
-Split = Literal["train", "validation", "test"]
+from ibaml.data.sources.base import ImageSource, Split
 
 SCRIPTS: dict[Split, tuple[str, ...]] = {
     "train": (
@@ -90,6 +90,17 @@ class _Character(NamedTuple):
     code_point: int
     split: Split
     faces: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Glyphs(ImageSource):
+    """Characters rendered from fonts, which need no download; no script occurs in two splits."""
+
+    name: ClassVar[str] = "glyphs"
+
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Renders the characters of a split, or takes them from the cache; ``data`` is not needed."""
+        return load_glyphs(split, image_size=self.image_size)
 
 
 def load_glyphs(split: Split, *, image_size: int = 28, cache_dir: str | os.PathLike[str] | None = None) -> ClassImages:

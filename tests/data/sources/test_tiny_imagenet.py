@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml.data import load_tiny_imagenet, tiny_imagenet
+from ibaml.data import load_tiny_imagenet
+from ibaml.data.sources import tiny_imagenet
 
 CLASSES = {"train": ["n03", "n01", "n02"], "validation": ["n05", "n04"], "test": ["n06"]}
 NUM_IMAGES = {"train": 3, "validation": 2, "test": 2}

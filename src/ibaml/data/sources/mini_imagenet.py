@@ -1,6 +1,7 @@
 """miniImageNet (Vinyals et al. 2016) in the split of Ravi and Larochelle 2017: 64 / 16 / 20 classes of 600 images."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import os
@@ -9,7 +10,7 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import ClassVar, NamedTuple, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,11 @@ from PIL import Image
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.cache import read_class_images, write_class_images
 from ibaml.data.episodes import ClassImages
-from ibaml.data.image_folder import open_archive
 from ibaml.data.locate import ENVIRONMENT_VARIABLE, cache_folders, search_folders
 from ibaml.data.restricted_pickle import load_arrays
+from ibaml.data.sources.base import ImageSource, Split
+from ibaml.data.sources.image_folder import open_archive
 
-Split = Literal["train", "validation", "test"]
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 NUM_CLASSES: dict[Split, int] = {"train": 64, "validation": 16, "test": 20}
@@ -44,6 +45,18 @@ CATEGORY_FILES: dict[Split, str] = {
 }
 
 _DECODING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniImagenet(ImageSource):
+    """miniImageNet, from whichever of its layouts is at hand."""
+
+    image_size: int = 84
+    name: ClassVar[str] = "mini_imagenet"
+
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Loads the images of a split."""
+        return load_mini_imagenet(split, root=data, image_size=self.image_size)
 
 
 def load_mini_imagenet(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ibaml.data import load_class_folder, load_image_folder
-from ibaml.data.image_folder import load_images
+from ibaml.data.sources.image_folder import load_images
 
 
 def picture(value: int, suffix: str = "png", size: tuple[int, int] = (6, 4), mode: str = "RGB") -> bytes:

@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
 from ibaml.data.locate import find_data_file
+from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
 
 FILE_NAME = "fsmol_train_valid.npz"
@@ -26,6 +27,48 @@ _ARRAYS = ("task_name", "task_split", "row_task", "row_mol", "label", "fp_ptr", 
 
 Fingerprints = Literal["log_counts", "counts", "binary"]
 """How counts become network inputs: ``log(1 + count)``, the counts themselves, or whether there are any."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FSMol:
+    """Activity of molecules in assays.
+
+    Training and validation tasks both come from FS-Mol's training assays (see ``hold_out``); its validation assays are
+    the test.
+
+    Attributes:
+        support_sizes: Support sizes: each draw takes one of them.
+        num_queries: Largest query set of a training task.
+        num_test_queries: Query set of a validation or test task.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a count is below one, or there is no support size or one below two.
+    """
+
+    support_sizes: tuple[int, ...] = (16, 32, 64)
+    num_queries: int = 64
+    num_test_queries: int = 64
+    name: ClassVar[str] = "fsmol"
+    is_image: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        _check_support_sizes(self.support_sizes)
+        require_positive_int("num_queries", self.num_queries)
+        require_positive_int("num_test_queries", self.num_test_queries)
+
+    def sampler(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> "AssayTasks":
+        """Loads the assays of a split and returns their sampler; see ``TaskSource.sampler``."""
+        if split == "test":
+            assays = load_assays("valid", root=data)
+        else:
+            learn, held_out = hold_out(load_assays("train", root=data))
+            assays = learn if split == "train" else held_out
+        num_queries = queries_in(self, split)
+        # Half of the training assays have fewer than 50 rows.
+        min_queries = min(16, num_queries) if split == "train" else None
+        return AssayTasks(assays, support_sizes=self.support_sizes, num_queries=num_queries, min_queries=min_queries)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,11 +250,7 @@ class AssayTasks:
         fingerprints: Fingerprints = "log_counts",
     ) -> None:
         """Checks the arguments; see the class."""
-        if not support_sizes:
-            raise ValueError("support_sizes is empty; expected at least one support size.")
-        self.support_sizes = tuple(require_positive_int("support_sizes", size) for size in support_sizes)
-        if min(self.support_sizes) < 2:
-            raise ValueError(f"support_sizes must be at least 2, one row of each class, got {self.support_sizes}.")
+        self.support_sizes = _check_support_sizes(support_sizes)
         self.num_queries = require_positive_int("num_queries", num_queries)
         self.min_queries = num_queries if min_queries is None else require_positive_int("min_queries", min_queries)
         if self.min_queries > num_queries:
@@ -291,6 +330,15 @@ class AssayTasks:
     ) -> Batch:
         x = self.assays.fingerprints(rows[chosen], self.fingerprints)
         return Batch(x, torch.from_numpy(labels[chosen]))
+
+
+def _check_support_sizes(support_sizes: Sequence[int]) -> tuple[int, ...]:
+    if not support_sizes:
+        raise ValueError("support_sizes is empty; expected at least one support size.")
+    sizes = tuple(require_positive_int("support_sizes", size) for size in support_sizes)
+    if min(sizes) < 2:
+        raise ValueError(f"support_sizes must be at least 2, one row of each class, got {sizes}.")
+    return sizes
 
 
 def stratified_split(

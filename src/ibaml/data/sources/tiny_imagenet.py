@@ -1,24 +1,36 @@
 """Stand-in for miniImageNet: 100 classes of Tiny-ImageNet, 64 x 64, split 64/16/20 for few-shot classification."""
 
+import dataclasses
 import hashlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, get_args
 
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.cache import read_class_images, write_class_images
 from ibaml.data.episodes import ClassImages
-from ibaml.data.image_folder import load_image_folder
 from ibaml.data.locate import cache_folders, find_data_file
-
-Split = Literal["train", "validation", "test"]
+from ibaml.data.sources.base import ImageSource, Split
+from ibaml.data.sources.image_folder import load_image_folder
 
 ARCHIVE = "tiny_imagenet_fewshot.zip"
 NUM_CLASSES: dict[Split, int] = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS: dict[Split, int] = {"train": 200, "validation": 100, "test": 100}
 
 _DECODING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyImagenet(ImageSource):
+    """The stand-in for miniImageNet, which its results must not be called."""
+
+    image_size: int = 64
+    name: ClassVar[str] = "tiny_imagenet"
+
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Loads the images of a split."""
+        return load_tiny_imagenet(split, root=data, image_size=self.image_size)
 
 
 def load_tiny_imagenet(

@@ -6,8 +6,9 @@ import pooch
 import pytest
 import torch
 
-from ibaml.data import EpisodeSampler, glyphs, load_glyphs
+from ibaml.data import EpisodeSampler, load_glyphs
 from ibaml.data.cache import read_class_images
+from ibaml.data.sources import glyphs
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml.data import load_mini_imagenet, mini_imagenet
+from ibaml.data import load_mini_imagenet
+from ibaml.data.sources import mini_imagenet
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}
 CATEGORY_SPLITS = {"train": "train_phase_train", "validation": "val", "test": "test"}

@@ -1,11 +1,48 @@
 """Sinusoid regression, the toy problem of Finn et al. 2017, section 5.1."""
 
+import dataclasses
 import math
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoid:
+    """Sinusoids of random amplitude and phase.
+
+    Attributes:
+        num_shots: Support points of a task.
+        num_queries: Query points of a training task.
+        num_test_queries: Query points of a validation or test task.
+        noise_std: Standard deviation of the noise on the targets.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a count is below one or ``noise_std`` is negative.
+    """
+
+    num_shots: int
+    num_queries: int = 10
+    num_test_queries: int = 100
+    noise_std: float = 0.0
+    name: ClassVar[str] = "sinusoid"
+    is_image: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks the settings; the sampler refuses what it cannot have."""
+        require_positive_int("num_test_queries", self.num_test_queries)
+        self.sampler("train")
+
+    def sampler(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> "SinusoidTasks":
+        """Returns the sampler of a split, which differs in the number of queries alone; see ``TaskSource.sampler``."""
+        num_queries = queries_in(self, split)
+        return SinusoidTasks(num_shots=self.num_shots, num_queries=num_queries, noise_std=self.noise_std)
 
 
 def require_range(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Labelled images of one's own: a folder or zip archive laid out as ``split/class/image``."""
 
+import dataclasses
 import io
 import os
 import zipfile
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.episodes import ClassImages
+from ibaml.data.sources.base import ImageSource, Split
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Files with other suffixes are taken to be notes and passed over."""
@@ -48,6 +50,24 @@ class _Entry(NamedTuple):
     def split(self) -> str:
         """The folder right below the root, or the file's own name if it lies there."""
         return self.parts[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFolder(ImageSource):
+    """Images of one's own, ``split/class/image`` under a folder or in a zip archive.
+
+    Attributes:
+        path: Folder or archive, relative to the data folder.
+    """
+
+    path: str
+    image_size: int = 84
+    name: ClassVar[str] = "image_folder"
+
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Loads the images of a split."""
+        path = Path(self.path) if data is None else data / self.path
+        return load_image_folder(path, split, image_size=self.image_size)
 
 
 def load_image_folder(

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from ibaml.data import AssayTasks, hold_out, load_assays
-from ibaml.data.fsmol import FILE_NAME, stratified_split
+from ibaml.data.sources.fsmol import FILE_NAME, stratified_split
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,0 +1,41 @@
+"""Sources of tasks: one file each, with the loader and a record of its settings.
+
+A source of one's own is a frozen dataclass that satisfies ``TaskSource`` (for images: an ``ImageSource``) and one line
+in ``SOURCES``.
+"""
+
+from collections.abc import Mapping
+
+from ibaml.data.sources.base import ImageSource, Split, TaskSource
+from ibaml.data.sources.fsmol import FSMol
+from ibaml.data.sources.glyphs import Glyphs
+from ibaml.data.sources.image_folder import ImageFolder
+from ibaml.data.sources.mini_imagenet import MiniImagenet
+from ibaml.data.sources.omniglot import Omniglot
+from ibaml.data.sources.sinusoid import Sinusoid
+from ibaml.data.sources.tiny_imagenet import TinyImagenet
+
+__all__ = [
+    "SOURCES",
+    "FSMol",
+    "Glyphs",
+    "ImageFolder",
+    "ImageSource",
+    "MiniImagenet",
+    "Omniglot",
+    "Sinusoid",
+    "Split",
+    "TaskSource",
+    "TinyImagenet",
+]
+
+SOURCES: Mapping[str, type[TaskSource]] = {
+    Glyphs.name: Glyphs,
+    Omniglot.name: Omniglot,
+    MiniImagenet.name: MiniImagenet,
+    TinyImagenet.name: TinyImagenet,
+    ImageFolder.name: ImageFolder,
+    Sinusoid.name: Sinusoid,
+    FSMol.name: FSMol,
+}
+"""All sources by name."""

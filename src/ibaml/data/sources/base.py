@@ -1,0 +1,101 @@
+"""What every source of tasks offers, and what the sources of images share."""
+
+import abc
+import dataclasses
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol, TypeAlias
+
+import torch
+
+from ibaml.data.arguments import require_positive_int
+from ibaml.data.episodes import ClassImages, EpisodeSampler
+from ibaml.types import TaskSampler
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+"""Meta-training tasks, those that choose a checkpoint, and those that results are reported on."""
+
+
+class TaskSource(Protocol):
+    """A record of which tasks: it loads the data of a split and samples tasks from it.
+
+    Sources are frozen dataclasses, so that a recipe which holds one can be stored as JSON.
+
+    Attributes:
+        name: Its name in ``SOURCES``.
+        is_image: Whether inputs are images, ``[channels, height, width]``.
+    """
+
+    name: ClassVar[str]
+    is_image: ClassVar[bool]
+
+    @property
+    def num_queries(self) -> int:
+        """Query examples of a training task: of each class, for images."""
+        ...
+
+    @property
+    def num_test_queries(self) -> int:
+        """The same of a validation or test task."""
+        ...
+
+    def sampler(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> TaskSampler:
+        """Loads the data of a split and returns its task sampler.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+            device: Where images are kept, as uint8; tasks made of them need no transfer.
+
+        Raises:
+            FileNotFoundError: If a data file is not found.
+            ValueError: If a data file is damaged, or holds too few classes or examples.
+        """
+        ...
+
+
+def queries_in(source: TaskSource, split: Split) -> int:
+    """Returns the number of query examples of a task of a split."""
+    return source.num_queries if split == "train" else source.num_test_queries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSource(abc.ABC):
+    """N-way K-shot classification of images; a source of its own has a ``name`` and loads ``images``.
+
+    Attributes:
+        num_ways: Classes of a task.
+        num_shots: Support images of each class.
+        num_queries: Query images of each class in training tasks.
+        num_test_queries: Query images of each class in validation and test tasks.
+        image_size: Height and width in pixels.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a count is below one.
+    """
+
+    num_ways: int = 5
+    num_shots: int = 1
+    num_queries: int = 15
+    num_test_queries: int = 15
+    image_size: int = 28
+    name: ClassVar[str]
+    is_image: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Checks the counts."""
+        for name in ("num_ways", "num_shots", "num_queries", "num_test_queries", "image_size"):
+            require_positive_int(name, getattr(self, name))
+
+    @abc.abstractmethod
+    def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
+        """Loads the classes of a split; see ``TaskSource.sampler``."""
+
+    def sampler(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> EpisodeSampler:
+        """Loads the images of a split and returns their task sampler; see ``TaskSource.sampler``."""
+        return EpisodeSampler(
+            self.images(split, data=data).to(device),
+            num_ways=self.num_ways,
+            num_shots=self.num_shots,
+            num_queries=queries_in(self, split),
+        )

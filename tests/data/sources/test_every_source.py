@@ -1,0 +1,177 @@
+"""Every source is a frozen record that survives JSON, refuses what its sampler would, and asks its loader rightly."""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ibaml import records
+from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
+from ibaml.data.sources import (
+    SOURCES,
+    FSMol,
+    Glyphs,
+    ImageFolder,
+    ImageSource,
+    MiniImagenet,
+    Omniglot,
+    Sinusoid,
+    TinyImagenet,
+)
+from ibaml.data.sources.fsmol import FILE_NAME
+
+SPLITS = ("train", "validation", "test")
+EXAMPLES = {
+    "glyphs": Glyphs(num_shots=5, num_queries=2),
+    "omniglot": Omniglot(num_ways=3, protocol="official", image_size=20),
+    "mini_imagenet": MiniImagenet(num_queries=4),
+    "tiny_imagenet": TinyImagenet(image_size=32),
+    "image_folder": ImageFolder(path="animals", image_size=8, num_ways=2, num_queries=2, num_test_queries=3),
+    "sinusoid": Sinusoid(num_shots=3, num_queries=4, num_test_queries=9, noise_std=0.2),
+    "fsmol": FSMol(support_sizes=(2,), num_queries=2, num_test_queries=1),
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@functools.cache
+def fake_images(image_size: int, channels: int) -> ClassImages:
+    """Six classes of twenty random images."""
+    return ClassImages(
+        images=torch.randint(0, 256, (120, channels, image_size, image_size), generator=generator(), dtype=torch.uint8),
+        class_start=torch.arange(7) * 20,
+        class_names=tuple(f"class {index}" for index in range(6)),
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands in for the image files and keeps what was asked for."""
+    calls = []
+
+    def load(source):
+        def call(*positional, **arguments):
+            calls.append((source, positional, arguments))
+            return fake_images(arguments["image_size"], 1 if source in ("glyphs", "omniglot") else 3)
+
+        return call
+
+    for name, source in SOURCES.items():
+        if issubclass(source, ImageSource):
+            monkeypatch.setattr(f"ibaml.data.sources.{name}.load_{name}", load(name))
+    return calls
+
+
+def write_assays(folder):
+    """Four assays of 256 rows over six molecules; of the three training assays the first is held out."""
+    rows = np.arange(4 * 256)
+    np.savez(
+        folder / FILE_NAME,
+        task_name=np.array(["A1", "A2", "A3", "A4"]),
+        task_split=np.array(["train", "valid", "train", "train"]),
+        row_task=(rows // 256).astype(np.int16),
+        row_mol=(rows % 6).astype(np.int32),
+        label=(rows % 2).astype(np.uint8),
+        fp_ptr=np.arange(7),
+        fp_index=np.arange(6, dtype=np.uint16),
+        fp_count=np.ones(6, dtype=np.uint8),
+    )
+
+
+def test_examples_are_complete():
+    assert EXAMPLES.keys() == SOURCES.keys()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_is_a_record(name):
+    source = EXAMPLES[name]
+    assert type(source) is SOURCES[name] and source.name == name
+    assert records.from_json(records.to_json(source), SOURCES.values()) == source
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        source.num_queries = 3
+    for field in dataclasses.fields(source):
+        if field.type is int or field.name in ("num_shots", "num_queries"):
+            with pytest.raises(ValueError, match=f"{field.name} must be at least 1, got 0"):
+                dataclasses.replace(source, **{field.name: 0})
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_tasks_of_every_split(name, asked, tmp_path):
+    source = EXAMPLES[name]
+    if name == "fsmol":
+        write_assays(tmp_path)
+    for split in SPLITS:
+        sampler = source.sampler(split, data=tmp_path)
+        episode = sampler.sample(2, generator=generator())
+        num_classes = source.num_ways if source.is_image else 1
+        num_queries = source.num_queries if split == "train" else source.num_test_queries
+        assert episode.query.y.shape[:2] == (2, num_queries * num_classes)
+        assert episode.support.x.shape[2:] == sampler.input_shape
+        assert source.is_image == (len(sampler.input_shape) == 3)
+
+
+@pytest.mark.parametrize("name", ["mini_imagenet", "tiny_imagenet", "glyphs"])
+def test_arguments_of_image_loaders(name, asked, tmp_path):
+    source = EXAMPLES[name]
+    for split in SPLITS:
+        source.sampler(split, data=tmp_path)
+        root = {} if name == "glyphs" else {"root": tmp_path}
+        assert asked[-1] == (name, (split,), {**root, "image_size": source.image_size})
+
+
+def test_arguments_of_omniglot(asked, tmp_path):
+    source = EXAMPLES["omniglot"]
+    for split in SPLITS:
+        source.sampler(split, data=tmp_path)
+    assert [arguments["rotations"] for *_, arguments in asked] == [True, False, False]
+    for split, (_, positional, arguments) in zip(SPLITS, asked, strict=True):
+        assert positional == (split,)
+        assert (arguments["root"], arguments["protocol"], arguments["image_size"]) == (tmp_path, "official", 20)
+    dataclasses.replace(source, rotations=False).sampler("train")
+    assert asked[-1][2]["rotations"] is False and asked[-1][2]["root"] is None
+
+
+def test_an_image_folder(tmp_path):
+    for split in SPLITS:
+        for name in ("cat", "dog", "owl"):
+            folder = tmp_path / "data" / "animals" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (6, 5), (60 * index, 40, 200)).save(folder / f"{index}.png")
+    source = EXAMPLES["image_folder"]
+    tasks = source.sampler("test", data=tmp_path / "data")
+    assert isinstance(tasks, EpisodeSampler) and tasks.images.class_names == ("cat", "dog", "owl")
+    assert tasks.sample(1, generator=generator()).query.x.shape == (1, 6, 3, 8, 8)
+    # Without a data folder the path is taken as it is.
+    whole = dataclasses.replace(source, path=str(tmp_path / "data" / "animals"))
+    assert whole.sampler("test").num_outputs == 2
+    with pytest.raises(FileNotFoundError, match="absent"):
+        dataclasses.replace(source, path="absent").sampler("train", data=tmp_path)
+    with pytest.raises(ValueError, match="num_ways=5 needs at least 5 classes, got 3"):
+        dataclasses.replace(whole, num_ways=5).sampler("train")
+
+
+def test_sinusoid_settings():
+    tasks = EXAMPLES["sinusoid"].sampler("train")
+    assert isinstance(tasks, SinusoidTasks)
+    assert (tasks.num_shots, tasks.num_queries, tasks.noise_std) == (3, 4, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Omniglot(protocol="own"), "protocol must be one of ('vinyals', 'official'), got 'own'."),
+        (lambda: Sinusoid(num_shots=1, noise_std=-1.0), "noise_std must be a finite number of at least 0, got -1.0."),
+        (lambda: FSMol(support_sizes=()), "support_sizes is empty; expected at least one support size."),
+        (lambda: FSMol(support_sizes=(1,)), "support_sizes must be at least 2, one row of each class, got (1,)."),
+    ],
+)
+def test_refused_settings(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
