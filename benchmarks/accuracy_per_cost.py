@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import tyro
@@ -22,14 +22,16 @@ import tyro
 from benchmarks.conv_reference import build_conv_problem
 from benchmarks.report import replace_between_markers
 from benchmarks.settings import AccuracySettings
-from ibaml import inner, objectives, tree
+from ibaml import tree
 from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.fig1 import Fig1Settings
 from ibaml.experiments.fig2 import describe_device
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
-from ibaml.linear_solve import cg
+from ibaml.priors.diagonal import DiagonalGeometry
 from ibaml.runs import write_text
-from ibaml.types import InnerSolver, PyTree
+from ibaml.solvers.inner import Adam, GradientDescent, InnerSolver, NaturalGradient
+from ibaml.solvers.linear import CG
+from ibaml.types import PyTree
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN = "gradient descent + CG"
@@ -118,35 +120,25 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
     episodes = tasks.sample(many.num_tuning_tasks + many.num_tasks, generator=generator)
     problem = LinearGaussianProblem(episodes, noise_variance=fig1.noise_variance, relative_learning_rate=1.0)
     exact = _unstack(torch.func.vmap(problem.exact_hypergradient)(episodes))
-    natural = objectives.natural_gradient(problem.kl_weight)
+    geometry = DiagonalGeometry(problem.prior, problem.kl_weight)
 
     def gradient_descent(rate: float, num_steps: int, momentum: float) -> InnerSolver:
-        rate *= problem.learning_rate
-        return partial(inner.gradient_descent, num_steps=num_steps, learning_rate=rate, momentum=momentum)
+        return GradientDescent(num_steps=num_steps, learning_rate=rate * problem.learning_rate, momentum=momentum)
 
     def natural_gradient(rate: float, num_steps: int) -> InnerSolver:
-        return partial(
-            inner.preconditioned_gradient_descent, num_steps=num_steps, learning_rate=rate, preconditioner=natural
-        )
+        return NaturalGradient(num_steps=num_steps, learning_rate=rate)
 
     def two_rates(rate: float, num_steps: int) -> InnerSolver:
-        mean_rate = rate * problem.learning_rate
-        factor = _relative_log_var_rate(rate) * 2 / problem.kl_weight / mean_rate
-        return partial(
-            inner.preconditioned_gradient_descent,
-            num_steps=num_steps,
-            learning_rate=mean_rate,
-            preconditioner=objectives.two_rates(factor),
-            momentum=0.3,
-        )
+        return _two_rates(rate, rate * problem.learning_rate, num_steps)
 
     def adam(rate: float, num_steps: int) -> InnerSolver:
-        return partial(inner.adam, num_steps=num_steps, learning_rate=rate)
+        return Adam(num_steps=num_steps, learning_rate=rate)
 
     def method(solver: Callable[[float, int], InnerSolver], precondition: bool) -> Estimate:
         def estimate(num_steps: int, num_products: int, rate: float, chosen: Sequence[int]) -> list[PyTree]:
-            linear_solver = partial(cg, max_steps=num_products, rtol=0.0)
-            one_task = partial(problem.implicit, solver(rate, num_steps), linear_solver, precondition)
+            linear_solver = CG(max_steps=num_products, rtol=0.0)
+            inner = partial(solver(rate, num_steps), geometry=geometry)
+            one_task = partial(problem.implicit, inner, linear_solver, precondition)
             return _unstack(torch.func.vmap(one_task)(tree.map(lambda leaf: leaf[list(chosen)], episodes)))
 
         return estimate
@@ -162,9 +154,17 @@ def linear_regression(settings: AccuracySettings) -> list[Row]:
     return compare(f"Fig. 1, condition number {fig1.shown_condition_number:g}", methods, exact, many)
 
 
-def _relative_log_var_rate(rate: float) -> float:
-    """Returns the rate of the log-variances that goes with one of the means; both in units of the inverse curvature."""
-    return min(0.4, rate / 4)
+def _two_rates(rate: float, learning_rate: float, num_steps: int) -> GradientDescent:
+    """Returns descent with the rate of the log-variances that goes with one of the means.
+
+    Args:
+        rate: That of the means in units of the inverse curvature.
+        learning_rate: The same as it is.
+        num_steps: Number of steps.
+    """
+    return GradientDescent(
+        num_steps=num_steps, learning_rate=learning_rate, momentum=0.3, curvature_rate=min(0.4, rate / 4)
+    )
 
 
 def conv_tasks(
@@ -175,29 +175,32 @@ def conv_tasks(
     low, high = prior_log_var
     deviation = math.exp((low + high) / 4)
 
-    def descent(num_steps: int, num_products: int, rate: float, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
+    def method(solver: Callable[[float, int], InnerSolver], precondition: bool) -> Estimate:
+        def estimate(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
+            return problem.estimate(solver(rate, num_steps), num_products, tasks, precondition=precondition)
+
+        return estimate
+
+    def descent(rate: float, num_steps: int, momentum: float = 0.0) -> InnerSolver:
         rate /= problem.largest_curvature
-        return problem.estimate(num_steps, num_products, tasks, inner_learning_rate=rate, **changes)
+        return GradientDescent(num_steps=num_steps, learning_rate=rate, momentum=momentum)
 
-    def adam(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
-        changes = {"inner_optimizer": "adam", "inner_learning_rate": rate * deviation, "precondition": True}
-        return problem.estimate(num_steps, num_products, tasks, **changes)
+    def adam(rate: float, num_steps: int) -> InnerSolver:
+        return Adam(num_steps=num_steps, learning_rate=rate * deviation)
 
-    def natural_gradient(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
-        changes = {"inner_optimizer": "natural_gradient", "inner_learning_rate": rate, "precondition": True}
-        return problem.estimate(num_steps, num_products, tasks, **changes)
+    def natural_gradient(rate: float, num_steps: int) -> InnerSolver:
+        return NaturalGradient(num_steps=num_steps, learning_rate=rate)
 
-    def two_rates(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
-        changes = {"inner_momentum": 0.3, "relative_log_var_rate": _relative_log_var_rate(rate)}
-        return descent(num_steps, num_products, rate, tasks, precondition=True, **changes)
+    def two_rates(rate: float, num_steps: int) -> InnerSolver:
+        return _two_rates(rate, rate / problem.largest_curvature, num_steps)
 
     methods: dict[str, Estimate] = {
-        PLAIN: descent,
-        "gradient descent + preconditioned CG": partial(descent, precondition=True),
-        "momentum 0.5 + preconditioned CG": partial(descent, precondition=True, inner_momentum=0.5),
-        "Adam + preconditioned CG": adam,
-        "natural gradient + preconditioned CG": natural_gradient,
-        TWO_RATES: two_rates,
+        PLAIN: method(descent, False),
+        "gradient descent + preconditioned CG": method(descent, True),
+        "momentum 0.5 + preconditioned CG": method(partial(descent, momentum=0.5), True),
+        "Adam + preconditioned CG": method(adam, True),
+        "natural gradient + preconditioned CG": method(natural_gradient, True),
+        TWO_RATES: method(two_rates, True),
     }
     name = f"Conv4, prior log-variances in [{low:g}, {high:g}]"
     note = (

@@ -47,9 +47,9 @@ def _maml(problem, episode, noise):
     names, algorithm = list(problem.meta.prior), problem.algorithm
     initial = _leaves(problem.meta.prior.values())
     weights = initial
-    for _ in range(algorithm.num_inner_steps):
+    for _ in range(algorithm.inner.num_steps):
         gradients = grad(_nll(problem, names, weights, episode.support), weights, create_graph=True)
-        weights = [w - algorithm.inner_learning_rate * g for w, g in zip(weights, gradients, strict=True)]
+        weights = [w - algorithm.inner.learning_rate * g for w, g in zip(weights, gradients, strict=True)]
     return list(grad(_nll(problem, names, weights, episode.query), initial))
 
 
@@ -57,10 +57,10 @@ def _imaml(problem, episode, noise):
     names, algorithm, strength = list(problem.meta.prior), problem.algorithm, problem.algorithm.proximal_strength
     initial = list(problem.meta.prior.values())
     weights = _leaves(initial)
-    for _ in range(algorithm.num_inner_steps):
+    for _ in range(algorithm.inner.num_steps):
         gradients = grad(_nll(problem, names, weights, episode.support), weights)
         steps = [g + strength * (w - i) for g, w, i in zip(gradients, weights, initial, strict=True)]
-        weights = _leaves(w - algorithm.inner_learning_rate * s for w, s in zip(weights, steps, strict=True))
+        weights = _leaves(w - algorithm.inner.learning_rate * s for w, s in zip(weights, steps, strict=True))
     rhs = grad(_nll(problem, names, weights, episode.query), weights)
     gradients = grad(_nll(problem, names, weights, episode.support), weights, create_graph=True)
 
@@ -68,7 +68,7 @@ def _imaml(problem, episode, noise):
         products = grad(gradients, weights, grad_outputs=vector, retain_graph=True)
         return [h + strength * v for h, v in zip(products, vector, strict=True)]
 
-    return [strength * u for u in _conjugate_gradients(matvec, rhs, algorithm.num_linear_steps)]
+    return [strength * u for u in _conjugate_gradients(matvec, rhs, algorithm.linear.max_steps)]
 
 
 def _abml(problem, episode, noise):
@@ -76,12 +76,12 @@ def _abml(problem, episode, noise):
     mean, log_var = _leaves(problem.meta.prior.mean.values()), _leaves(problem.meta.prior.log_var.values())
     m, r, n = mean, log_var, len(names)
     num_support, num_all = len(episode.support.y), len(episode.support.y) + len(episode.query.y)
-    for _ in range(algorithm.num_inner_steps):
+    for _ in range(algorithm.inner.num_steps):
         loss = _expected_nll(problem, names, m, r, noise.inner, episode.support)
         loss = loss + algorithm.temperature / num_support * _kl(m, r, mean, log_var)
         gradients = grad(loss, [*m, *r], create_graph=True)
-        m = [a - algorithm.inner_learning_rate * g for a, g in zip(m, gradients[:n], strict=True)]
-        r = [a - algorithm.inner_learning_rate * g for a, g in zip(r, gradients[n:], strict=True)]
+        m = [a - algorithm.inner.learning_rate * g for a, g in zip(m, gradients[:n], strict=True)]
+        r = [a - algorithm.inner.learning_rate * g for a, g in zip(r, gradients[n:], strict=True)]
     query_nll = _expected_nll(problem, names, m, r, noise.outer, episode.query)
     support_nll = _expected_nll(problem, names, m, r, noise.inner, episode.support)
     loss = (num_support * support_nll + (num_all - num_support) * query_nll) / num_all
@@ -93,11 +93,11 @@ def _ibaml(problem, episode, noise):
     names, algorithm = list(problem.meta.prior.mean), problem.algorithm
     mean, log_var = list(problem.meta.prior.mean.values()), list(problem.meta.prior.log_var.values())
     m, r, n, lam = _leaves(mean), _leaves(log_var), len(names), algorithm.temperature / len(episode.support.y)
-    for _ in range(algorithm.num_inner_steps):
+    for _ in range(algorithm.inner.num_steps):
         loss = _expected_nll(problem, names, m, r, noise.inner, episode.support) + lam * _kl(m, r, mean, log_var)
         gradients = grad(loss, [*m, *r])
-        m = _leaves(a - algorithm.inner_learning_rate * g for a, g in zip(m, gradients[:n], strict=True))
-        r = _leaves(a - algorithm.inner_learning_rate * g for a, g in zip(r, gradients[n:], strict=True))
+        m = _leaves(a - algorithm.inner.learning_rate * g for a, g in zip(m, gradients[:n], strict=True))
+        r = _leaves(a - algorithm.inner.learning_rate * g for a, g in zip(r, gradients[n:], strict=True))
     rhs = grad(_expected_nll(problem, names, m, r, noise.outer, episode.query), [*m, *r])
     gradients = grad(_expected_nll(problem, names, m, r, noise.inner, episode.support), [*m, *r], create_graph=True)
     fixed = [g.detach() for g in gradients]
@@ -110,7 +110,7 @@ def _ibaml(problem, episode, noise):
         return [h + a * v for h, a, v in zip(products, diagonal, vector, strict=True)]
 
     scale = [a.detach().exp() / lam for a in r] + [2 / lam] * n
-    u = _conjugate_gradients(matvec, rhs, algorithm.num_linear_steps, scale)
+    u = _conjugate_gradients(matvec, rhs, algorithm.linear.max_steps, scale)
     by_mean = [lam * (-b).exp() * v for b, v in zip(log_var, u[:n], strict=True)]
     by_log_var = [0.5 * lam * q * s - g * v for q, s, g, v in zip(ratio, u[n:], fixed[:n], u[:n], strict=True)]
     return by_mean + by_log_var

@@ -4,22 +4,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks.settings import AccuracySettings
 from ibaml import objectives, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, ibaml
+from ibaml.algorithms import IBAML, MetaParameters, TaskNoise
 from ibaml.curvature import value_gradient_and_hvp
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.hypergradient import gaussian_implicit_hypergradient
+from ibaml.hypergradients import gaussian_implicit_hypergradient
 from ibaml.likelihoods import Categorical
-from ibaml.linear_solve import cg
 from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
-from ibaml.types import Batch, Episode, HypergradientInfo, LinearSolver, PyTree, Tensor
+from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.solvers.inner import InnerSolver
+from ibaml.solvers.linear import CG, LinearSolver, cg
+from ibaml.types import Batch, Episode, HypergradientInfo, PyTree, Tensor
 
 _MAX_LBFGS_STEPS = 400
 _NUM_NEWTON_STEPS = 2
@@ -41,7 +42,7 @@ class ConvProblem(NamedTuple):
     """
 
     model: Model
-    algorithm: Algorithm
+    algorithm: IBAML
     meta: MetaParameters
     episodes: list[Episode]
     noises: list[TaskNoise]
@@ -50,11 +51,12 @@ class ConvProblem(NamedTuple):
     inner_grad_norm: float
     linear_residual: float
 
-    def estimate(self, num_steps: int, num_products: int, tasks: Sequence[int], **changes: Any) -> list[PyTree]:
-        """Returns the meta-gradients of some tasks at some cost."""
-        algorithm = dataclasses.replace(
-            self.algorithm, num_inner_steps=num_steps, num_linear_steps=num_products, **changes
-        )
+    def estimate(
+        self, inner: InnerSolver, num_products: int, tasks: Sequence[int], *, precondition: bool = False
+    ) -> list[PyTree]:
+        """Returns the hypergradients of some tasks at some cost."""
+        linear = CG(max_steps=num_products, rtol=0.0)
+        algorithm = dataclasses.replace(self.algorithm, inner=inner, linear=linear, precondition=precondition)
         return [
             algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior
             for task in tasks
@@ -71,12 +73,10 @@ def build_conv_problem(settings: AccuracySettings, prior_log_var: tuple[float, f
             # Without kinks there is a solution at which the gradient vanishes and the Hessian exists.
             network.features[index] = nn.SiLU()
     model = build_model(network.double(), Categorical())
-    algorithm = ibaml(
+    algorithm = IBAML(
         num_samples=settings.num_samples,
         temperature=settings.temperature,
-        linear_rtol=0.0,
-        precondition=False,
-        initial_log_var=prior_log_var,
+        prior=DiagonalPrior(initial_log_var=prior_log_var),
     )
     meta = algorithm.init(model.adapted, model.shared, generator=generator)
 
@@ -105,7 +105,7 @@ def _solve(problem: ConvProblem) -> ConvProblem:
         loss = partial(inner_loss, problem, episode, noise, weight)
         curvatures.append(_largest_curvature(loss, problem.meta.prior))
         solution = _minimise(loss, problem.meta.prior, weight)
-        gradient, info = gradient_at(problem, episode, noise, solution, partial(cg, max_steps=3000, rtol=1e-10))
+        gradient, info = gradient_at(problem, episode, noise, solution, CG(max_steps=3000, rtol=1e-10))
         exact.append(gradient)
         grad_norms.append(float(info.inner_grad_norm / tree.norm(torch.func.grad(loss)(problem.meta.prior))))
         residuals.append(float(info.linear_residual))

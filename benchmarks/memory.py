@@ -33,6 +33,8 @@ from ibaml.meta_step import MetaGradient  # noqa: E402
 from ibaml.model import Model, build_model  # noqa: E402
 from ibaml.networks import Conv4  # noqa: E402
 from ibaml.runs import write_text  # noqa: E402
+from ibaml.solvers.inner import GradientDescent  # noqa: E402
+from ibaml.solvers.linear import CG  # noqa: E402
 from ibaml.types import Batch, Episode  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -164,10 +166,8 @@ def _problem(
     settings = {"proximal_strength": 30.0} if name != "ibaml" else {"num_samples": 1}
     algorithm = make_algorithm(
         name,
-        num_inner_steps=num_inner_steps,
-        num_linear_steps=num_linear_steps,
-        linear_rtol=0.0,
-        inner_learning_rate=0.005,
+        inner=GradientDescent(num_steps=num_inner_steps, learning_rate=0.005),
+        linear=CG(max_steps=num_linear_steps, rtol=0.0),
         **settings,
     )
     meta = algorithm.init(model.adapted, model.shared, generator=generator)

@@ -21,10 +21,10 @@ def higher(problem: Problem) -> MetaStep:
 
     def meta_step() -> list[Tensor]:
         network.zero_grad()
-        optimizer = torch.optim.SGD(network.parameters(), lr=algorithm.inner_learning_rate)
+        optimizer = torch.optim.SGD(network.parameters(), lr=algorithm.inner.learning_rate)
         for support, query in problem.episodes:
             with library.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (functional, inner):
-                for _ in range(algorithm.num_inner_steps):
+                for _ in range(algorithm.inner.num_steps):
                     inner.step(F.cross_entropy(functional(support.x), support.y))
                 F.cross_entropy(functional(query.x), query.y).backward()
         return _gradients(network)
@@ -37,7 +37,7 @@ def iteryne(problem: Problem) -> MetaStep:
     import iteryne as library
 
     network, algorithm = problem.network, problem.algorithm
-    maml = library.MAML(network, inner_lr=algorithm.inner_learning_rate, inner_steps=algorithm.num_inner_steps)
+    maml = library.MAML(network, inner_lr=algorithm.inner.learning_rate, inner_steps=algorithm.inner.num_steps)
 
     def meta_step() -> list[Tensor]:
         network.zero_grad()
@@ -57,11 +57,11 @@ def torchopt_maml(problem: Problem) -> MetaStep:
 
     def meta_step() -> list[Tensor]:
         network.zero_grad()
-        inner = library.MetaSGD(network, lr=algorithm.inner_learning_rate)
+        inner = library.MetaSGD(network, lr=algorithm.inner.learning_rate)
         weights = library.extract_state_dict(network, by="reference")
         state = library.extract_state_dict(inner, by="reference")
         for support, query in problem.episodes:
-            for _ in range(algorithm.num_inner_steps):
+            for _ in range(algorithm.inner.num_steps):
                 inner.step(F.cross_entropy(network(support.x), support.y))
             F.cross_entropy(network(query.x), query.y).backward()
             library.recover_state_dict(network, weights)
@@ -99,14 +99,14 @@ def parallel_metalearn(problem: Problem, backend: str) -> MetaStep:
 
     network, algorithm, num_tasks = problem.network, problem.algorithm, len(problem.episodes)
     model = _LogitsInDict(network)
-    inner = InnerSGD(model.get_fast_weights(), inner_lr=algorithm.inner_learning_rate, learn_lr=False)
+    inner = InnerSGD(model.get_fast_weights(), inner_lr=algorithm.inner.learning_rate, learn_lr=False)
     maml = MAML(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         inner_optimizer=inner.to(problem.meta_leaves()[0].dtype),
         # Its default for metric_fn is a class, which is then called as if it were an instance.
         support_loss_fn=CrossEntropy(metric_fn=CategoricalAccuracy()),
-        inner_steps=algorithm.num_inner_steps,
+        inner_steps=algorithm.inner.num_steps,
         chunk_size=num_tasks,
         device=problem.device,
         backend=backend,
@@ -145,13 +145,13 @@ def torchopt_imaml(problem: Problem) -> MetaStep:
     @library.diff.implicit.custom_root(
         torch.func.grad(support_loss, argnums=0),
         argnums=1,
-        solve=library.linear_solve.solve_cg(maxiter=algorithm.num_linear_steps, rtol=0.0),
+        solve=library.linear_solve.solve_cg(maxiter=algorithm.linear.max_steps, rtol=0.0),
     )
     def solve(weights: tuple[Tensor, ...], centre: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        optimizer = library.sgd(lr=algorithm.inner_learning_rate)
+        optimizer = library.sgd(lr=algorithm.inner.learning_rate)
         state = optimizer.init(weights)
         with torch.enable_grad():
-            for _ in range(algorithm.num_inner_steps):
+            for _ in range(algorithm.inner.num_steps):
                 weights = tuple(each.detach().requires_grad_() for each in weights)
                 gradients = torch.autograd.grad(support_loss(weights, centre, x, y), weights)
                 updates, state = optimizer.update(gradients, state, inplace=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorith
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.types import Batch, Episode, Params, Tensor
 
 AlgorithmName: TypeAlias = Literal["maml", "imaml", "abml", "ibaml"]
@@ -148,10 +150,11 @@ def build_problem(
         images = torch.randn(size, generator=generator, dtype=dtype)
         return Batch(images.to(device), torch.arange(case.num_ways, device=device).repeat_interleave(num_each))
 
-    chosen = {"num_inner_steps": case.num_inner_steps, "inner_learning_rate": _INNER_LEARNING_RATE}
+    inner = GradientDescent(num_steps=case.num_inner_steps, learning_rate=_INNER_LEARNING_RATE)
+    chosen: dict[str, Any] = {"inner": inner}
     if case.num_linear_steps is not None:
         # A tolerance of zero is never met, so that every solve takes L steps.
-        chosen |= {"num_linear_steps": case.num_linear_steps, "linear_rtol": 0.0}
+        chosen["linear"] = CG(max_steps=case.num_linear_steps, rtol=0.0)
     if case.algorithm == "imaml":
         chosen["proximal_strength"] = _PROXIMAL_STRENGTH
     if case.algorithm in ("abml", "ibaml"):

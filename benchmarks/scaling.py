@@ -27,12 +27,19 @@ from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
+from ibaml.priors import DiagonalPrior
 from ibaml.processes import Processes, connect, launch, num_launched
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import Trainer, TrainerSettings
 from ibaml.types import TaskSampler
 
 IBAML = make_algorithm(
-    "ibaml", inner_learning_rate=1e-3, num_inner_steps=5, num_samples=2, num_linear_steps=2, temperature=0.1
+    "ibaml",
+    inner=GradientDescent(num_steps=5, learning_rate=1e-3),
+    linear=CG(max_steps=2),
+    num_samples=2,
+    temperature=0.1,
 )
 
 
@@ -59,7 +66,7 @@ CASES: dict[str, tuple[Algorithm, Callable[[], tuple[Model, TaskSampler]]]] = {
     "ibaml, Conv4": (IBAML, conv4),
     # Little to compute and much to send.
     "fomaml, MLP 2048-2048": (
-        make_algorithm("fomaml", inner_learning_rate=1e-3, num_inner_steps=1),
+        make_algorithm("fomaml", inner=GradientDescent(num_steps=1, learning_rate=1e-3)),
         lambda: mlp(2048),
     ),
 }
@@ -197,7 +204,11 @@ def measure(num_steps: int, num_tasks: int, group: Processes) -> None:
 def measure_memory(group: Processes) -> None:
     """Peak memory of steps of 2 tasks a process, in units of the meta-parameters' bytes, and the bytes of a sum."""
     # A network so wide diverges with the step size of the others.
-    small_steps = dataclasses.replace(IBAML, inner_learning_rate=1e-6, initial_log_var=(-12.0, -12.0))
+    small_steps = dataclasses.replace(
+        IBAML,
+        inner=GradientDescent(num_steps=5, learning_rate=1e-6),
+        prior=DiagonalPrior(initial_log_var=(-12.0, -12.0)),
+    )
     for name, algorithm in (("fomaml", CASES["fomaml, MLP 2048-2048"][0]), ("ibaml", small_steps)):
         model, tasks = mlp(2048)
         status = Path("/proc/self/status")

@@ -13,7 +13,7 @@ from benchmarks.measure import plain_passes
 from benchmarks.problems import Case, build_problem
 from ibaml import objectives, tree
 from ibaml.curvature import value_gradient_and_hvp
-from ibaml.linear_solve import cg
+from ibaml.solvers.linear import cg
 
 CASE = Case(network="conv4_64_28", algorithm="ibaml", num_linear_steps=5, num_tasks=1)
 

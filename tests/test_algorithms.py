@@ -13,9 +13,9 @@ from torch import nn
 from ibaml import algorithms, objectives, tree
 from ibaml.algorithms import ALGORITHMS, Algorithm, MetaParameters, TaskNoise, make_algorithm
 from ibaml.data.linear_regression import closed_form_posterior
-from ibaml.gaussian import DiagonalGaussian, kl_divergence
 from ibaml.likelihoods import Categorical, GaussianNoise, Likelihood
 from ibaml.model import Model, build_model
+from ibaml.priors import DiagonalGaussian, kl_divergence
 from ibaml.types import Batch, Episode, Params, PyTree, Tensor
 
 DOUBLE = torch.float64

@@ -189,7 +189,7 @@ INTERNAL = {
     "ibaml.cli",
     "ibaml.data.arguments",
     "ibaml.data.cache",
-    "ibaml.linear_solve.arguments",
+    "ibaml.solvers.linear.arguments",
     "ibaml.networks.arguments",
     "ibaml.networks.initialization",
     "ibaml.data.sources.sinusoid.require_range",

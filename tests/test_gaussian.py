@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
 from ibaml import gaussian, tree
-from ibaml.gaussian import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian
 from ibaml.types import Params, Tensor
 
 ALGEBRA = 1e-10

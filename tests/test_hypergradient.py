@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibaml import objectives, tree
 from ibaml.data.linear_regression import closed_form_posterior
-from ibaml.gaussian import DiagonalGaussian, kl_divergence, sample_noise
-from ibaml.hypergradient import (
+from ibaml.hypergradients import (
     first_order_hypergradient,
     gaussian_implicit_hypergradient,
     implicit_hypergradient,
     unrolled_hypergradient,
 )
-from ibaml.inner import gradient_descent
-from ibaml.linear_solve import cg, dense, minres
+from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence, sample_noise
+from ibaml.solvers.inner import gradient_descent
+from ibaml.solvers.linear import cg, dense, minres
 from ibaml.types import Batch, LinearSolver, Params, PyTree, Tensor
 
 ALGEBRA = 1e-10

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Gamma, Normal
 
 from ibaml import objectives, tree
-from ibaml.gaussian import DiagonalGaussian, kl_divergence, sample_noise
+from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence, sample_noise
 from ibaml.types import Batch, Params, Tensor
 
 ALGEBRA = 1e-10

@@ -10,9 +10,9 @@ from torch import nn
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.data.linear_regression import LinearRegressionTasks
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import GaussianNoise
 from ibaml.model import build_model
+from ibaml.priors import DiagonalGaussian
 from ibaml.types import Tensor
 
 DOUBLE = torch.float64

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibaml import tree
-from ibaml.gaussian import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian
 from ibaml.types import PyTree, Tensor
 
 ALGEBRA = 1e-10

@@ -120,7 +120,7 @@ def train(
         device: "auto" (CUDA if present), "cpu", "cuda", "cuda:1", ...
         devices: Number of processes that share the tasks of a step: one for each GPU, or any number on the CPU.
         threads: Number of CPU threads [default: torch's choice].
-        set: Change settings of the recipe, such as algorithm.num_inner_steps=10 trainer.learning_rate=0.002.
+        set: Change settings of the recipe, such as algorithm.inner.num_steps=10 trainer.learning_rate=0.002.
     """
     chosen = get_recipe(recipe)
     folder = run_folder or Path("runs") / recipe
@@ -194,7 +194,7 @@ def evaluate_run(
         seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
         data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
-        set: Change settings for the evaluation alone, such as algorithm.num_inner_steps=20.
+        set: Change settings for the evaluation alone, such as algorithm.inner.num_steps=20.
     """
     changes = dict(_split_setting(item) for group in set for item in group)
     num_tasks = runs.read_recipe(run).override(changes).num_test_tasks if tasks is None else tasks
@@ -212,7 +212,7 @@ def evaluate_run(
     _draw_evaluation(recipe, result, draw_tasks(sampler, 0, 1, seed=seed), target)
 
     algorithm = recipe.algorithm
-    temperature = f", temperature {algorithm.temperature}" if algorithm.is_bayesian else ""
+    temperature = f", temperature {algorithm.temperature}" if algorithm.temperature is not None else ""
     table = Table("metric", "mean", "95% interval", box=None, pad_edge=False)
     for name, value in result.report.items():
         table.add_row(name, f"{value.mean:.4f}", f"+- {value.half_width:.4f}")
@@ -412,7 +412,7 @@ def _progress(name: str, total: int | None) -> Generator[Callable[..., None], No
 def _split_setting(item: str) -> tuple[str, str]:
     key, separator, value = item.partition("=")
     if not separator:
-        raise ValueError(f"--set expects KEY=VALUE, such as algorithm.num_inner_steps=10, but got {item!r}.")
+        raise ValueError(f"--set expects KEY=VALUE, such as algorithm.inner.num_steps=10, but got {item!r}.")
     return key, value
 
 

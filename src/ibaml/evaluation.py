@@ -12,11 +12,11 @@ import torch
 
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.priors import DiagonalGaussian
 from ibaml.processes import Processes
 from ibaml.types import Episode, Params, TaskSampler, Tensor
 
@@ -120,7 +120,7 @@ def evaluate(
         ProcessLostError: If another process has died or hangs.
 
     Cost:
-        Per task ``num_inner_steps + 1`` gradients and ``num_evaluation_samples`` forward passes on the query set.
+        Per task the inner solver's ``num_steps + 1`` gradients, and ``num_evaluation_samples`` forward passes.
     """
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
@@ -190,8 +190,8 @@ def _score_tasks(
         for index, value in enumerate(outputs, start=start):
             if not bool(torch.isfinite(value).all()):
                 raise FloatingPointError(
-                    f"test task {index} gives predictions that are not finite. Likely causes: inner_learning_rate "
-                    f"({algorithm.inner_learning_rate}) too large, or inputs far from unit scale."
+                    f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
+                    f"too large ({algorithm.describe()}), or inputs far from unit scale."
                 )
         scored += [
             _scored(model.likelihood.predict(value, meta.shared), y)

@@ -20,7 +20,6 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
 from ibaml.cuda_graph import replayed
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
 from ibaml.traced import TracedNll, channels_last, flatten, is_convolutional, is_small, unflatten
 from ibaml.types import Episode, HypergradientInfo, Params, Tensor
@@ -88,7 +87,7 @@ class MetaGradient:
             self._traced = TracedNll(
                 model,
                 # A limit on examples is a limit on memory.
-                num_kept=_num_points_of_curvature(algorithm) if max_examples_per_pass is None else 1,
+                num_kept=algorithm.num_curvature_points if max_examples_per_pass is None else 1,
                 compile=compile,
                 max_examples=max_examples_per_pass,
             )
@@ -140,15 +139,14 @@ class MetaGradient:
             gradient, info = self._algorithm.hypergradient(self._nll, meta, episode, noise)
             score = torch.full_like(info.outer_loss, math.nan)
             if with_scores:
-                weights = info.inner_params
-                weights = weights.mean if isinstance(weights, DiagonalGaussian) else weights
+                weights = self._algorithm.prior.mean(info.inner_params)
                 score = self._score(self._network_outputs(weights, meta.shared, episode.query.x), episode.query.y)
             return gradient, info._replace(inner_params={}), score
 
         gradients, info, scores = self._for_each_task(of_task, episodes, noises)
         total = tree.map(lambda leaf: leaf.sum(0), gradients)
         if self._traced is not None:
-            prior = _map_prior(lambda flat: unflatten(flat, self._model.adapted), total.prior)
+            prior = self._algorithm.prior.map(lambda flat: unflatten(flat, self._model.adapted), total.prior)
             total = MetaParameters(prior, total.shared)
         return TaskGradients(total, info, scores)
 
@@ -185,15 +183,17 @@ class MetaGradient:
         return self._model.nll if self._traced is None else self._traced
 
     def _flat(self, meta: MetaParameters) -> MetaParameters:
-        return meta if self._traced is None else MetaParameters(_map_prior(flatten, meta.prior), meta.shared)
+        return (
+            meta
+            if self._traced is None
+            else MetaParameters(self._algorithm.prior.map(flatten, meta.prior), meta.shared)
+        )
 
     def _flat_noise(self, noises: TaskNoise) -> TaskNoise:
         if self._traced is None:
             return noises
-        # Leading axes: tasks and weight samples, and between them inner steps where each has fresh noise.
-        return TaskNoise(
-            flatten(noises.inner, num_axes=2), flatten(noises.outer, num_axes=2), flatten(noises.steps, num_axes=3)
-        )
+        # Leading axes: tasks and weight samples.
+        return TaskNoise(flatten(noises.inner, num_axes=2), flatten(noises.outer, num_axes=2))
 
     def _network_outputs(self, weights: Params, shared: Params, x: Tensor) -> Tensor:
         if self._traced is not None:
@@ -209,23 +209,5 @@ class MetaGradient:
         return ((outputs - targets) ** 2).mean()
 
 
-def _num_points_of_curvature(algorithm: Algorithm) -> int:
-    """Returns how many points an algorithm takes Hessian-vector products at, for each task."""
-    if algorithm.estimator != "unrolled":
-        return algorithm.num_samples
-    num_steps = algorithm.num_inner_steps
-    # The one more is where the inner steps ended.
-    return (
-        1 + min(num_steps, num_steps if algorithm.truncation is None else algorithm.truncation)
-    ) * algorithm.num_samples
-
-
 def _stacked(trees: Sequence[Any]) -> Any:
     return tree.map(lambda *leaves: torch.stack(leaves), *trees)
-
-
-def _map_prior(function: Callable[[Params], Params], prior: Params | DiagonalGaussian) -> Params | DiagonalGaussian:
-    """Applies a function to a dict of weights, or to both dicts of a distribution."""
-    if isinstance(prior, DiagonalGaussian):
-        return DiagonalGaussian(function(prior.mean), function(prior.log_var))
-    return function(prior)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 
 from ibaml import tree
-from ibaml.gaussian import DiagonalGaussian, kl_divergence
+from ibaml.priors import DiagonalGaussian, kl_divergence
 from ibaml.types import Batch, Params, Tensor
 
 NegativeLogLikelihood: TypeAlias = Callable[[Params, Batch], Tensor]
@@ -94,74 +94,3 @@ def negative_elbo(expected: Tensor, posterior: DiagonalGaussian, prior: Diagonal
         weight: ``kl_weight(num_support, temperature)``.
     """
     return expected + weight * kl_divergence(posterior, prior)
-
-
-def proximal_penalty(weights: Params, centre: Params, strength: float) -> Tensor:
-    """Returns ``strength / 2 * ||weights - centre||^2``, the negative log of an isotropic Gaussian prior (iMAML)."""
-    difference = tree.sub(weights, centre)
-    return 0.5 * strength * tree.dot(difference, difference)
-
-
-def hyper_prior_nll(prior: DiagonalGaussian, *, shape: float = 1.0, rate: float = 0.01) -> Tensor:
-    """Negative log-density of the hyper-prior of ABML, summed over all weights.
-
-    ``mean ~ N(0, 1)`` and precision ``1 / D ~ Gamma(shape, rate)`` (Ravi and Beatson 2019). The density of the
-    precision is taken with respect to the precision itself: no Jacobian for the log-variance is added.
-
-    Args:
-        prior: Meta-learned prior.
-        shape: Positive shape of the Gamma density.
-        rate: Positive rate of the Gamma density.
-
-    Returns:
-        A scalar in nats.
-    """
-
-    def term(mean: Tensor, log_var: Tensor) -> Tensor:
-        mean_nll = 0.5 * (mean**2 + math.log(2 * math.pi))
-        precision_nll = rate * torch.exp(-log_var) + (shape - 1) * log_var
-        return (mean_nll + precision_nll + math.lgamma(shape) - shape * math.log(rate)).sum()
-
-    return torch.stack(tree.leaves(tree.map(term, prior.mean, prior.log_var))).sum()
-
-
-def natural_gradient(kl_weight: float) -> Callable[[DiagonalGaussian, DiagonalGaussian], DiagonalGaussian]:
-    """Returns the map from a gradient of the negative ELBO in ``(mean, log_var)`` to its natural gradient.
-
-    Where ``F`` is stationary in the variances, ``1/d = (1 + r) / d_now`` with ``r = (2 / lam) dF/dlog_var``. A step of
-    size one with the directions ``(d_now / (lam (1 + r)) dF/dmean, log(1 + r))`` therefore sets the variance to the
-    value that the local curvature asks for and takes a Newton step of the mean with it (Khan and Rue 2023: the
-    Bayesian learning rule). ``r`` is kept above -0.9, so that a variance grows at most tenfold in a step. For
-    ``preconditioned_gradient_descent``.
-
-    Args:
-        kl_weight: ``lam``, positive.
-    """
-
-    def precondition(posterior: DiagonalGaussian, gradient: DiagonalGaussian) -> DiagonalGaussian:
-        excess = tree.map(lambda g: (2 / kl_weight * g).clamp_min(-0.9), gradient.log_var)
-        return DiagonalGaussian(
-            mean=tree.map(
-                lambda rho, r, g: torch.exp(rho) / (kl_weight * (1 + r)) * g, posterior.log_var, excess, gradient.mean
-            ),
-            log_var=tree.map(torch.log1p, excess),
-        )
-
-    return precondition
-
-
-def two_rates(log_var_factor: float) -> Callable[[DiagonalGaussian, DiagonalGaussian], DiagonalGaussian]:
-    """Returns the map that multiplies the gradient in the log-variances by a factor and leaves that in the means.
-
-    The curvature of the negative ELBO in a mean is that of the data, in a log-variance it is about half the KL weight,
-    often thousands of times smaller: one learning rate cannot serve both. For ``preconditioned_gradient_descent``.
-
-    Args:
-        log_var_factor: Positive factor.
-    """
-
-    def precondition(posterior: DiagonalGaussian, gradient: DiagonalGaussian) -> DiagonalGaussian:
-        del posterior
-        return gradient._replace(log_var=tree.scale(log_var_factor, gradient.log_var))
-
-    return precondition

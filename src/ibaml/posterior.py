@@ -11,11 +11,11 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.tables import Array
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction, array_kind
 from ibaml.evaluation import predict
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Likelihood
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.preprocessing import Preprocessing
+from ibaml.priors import DiagonalGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
 
 Prediction: TypeAlias = ClassPrediction | RegressionPrediction | LabelledPrediction | TargetPrediction
@@ -237,7 +237,7 @@ class TaskPosterior:
             ValueError: If the examples do not fit the model.
 
         Cost:
-            ``num_inner_steps + 1`` gradients over all examples so far.
+            The inner solver's ``num_steps + 1`` gradients over all examples so far.
         """
         more = self._fitted.encode_support(x_more, y_more, self._labels)
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))

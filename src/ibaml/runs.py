@@ -12,7 +12,6 @@
 """
 
 import csv
-import dataclasses
 import json
 import os
 import platform
@@ -276,7 +275,6 @@ def load_best(folder: Path, recipe: Recipe, model: Model) -> tuple[MetaParameter
 def write_summary(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
     """Writes the run folder's README.md."""
     algorithm = recipe.algorithm
-    bayesian = f", temperature {algorithm.temperature}" if algorithm.is_bayesian else ""
     steps = f"{result.num_steps} of {recipe.trainer.num_steps} meta-steps of {recipe.trainer.tasks_per_step} tasks"
     norm = recipe.network.arguments.get("norm", "batch" if recipe.network.name != "MLP" else "none")
     write_text(
@@ -287,7 +285,7 @@ def write_summary(folder: Path, recipe: Recipe, result: TrainingResult) -> None:
 
 - {steps}; ended: {result.stop_reason}.
 - Chosen checkpoint: step {result.best_step}, by validation nll.
-- {algorithm.name}: {algorithm.estimator} gradient, {algorithm.num_inner_steps} inner steps{bayesian}.
+- {algorithm.name}: {algorithm.describe()}.
 - {recipe.network.name}, normalisation policy: {norm}.
 
 | file | what |
@@ -312,8 +310,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation, recipe: Recipe, *, se
     report = {
         "tasks": _task_key(recipe, seed=seed, num_tasks=num_tasks),
         "step": step,
-        "temperature": recipe.algorithm.temperature if recipe.algorithm.is_bayesian else None,
-        "algorithm": dataclasses.asdict(recipe.algorithm),
+        "temperature": recipe.algorithm.temperature,
+        "algorithm": records.to_json(recipe.algorithm),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "metrics": {name: value._asdict() for name, value in evaluation.report.items()},
     }

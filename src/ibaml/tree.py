@@ -17,6 +17,19 @@ def leaves(tree: PyTree) -> list[Tensor]:
     return _pytree.tree_leaves(tree)
 
 
+def named_leaves(tree: PyTree) -> dict[str, Tensor]:
+    """Returns the tensors of nested dicts and NamedTuples by the path to each, in their flattening order.
+
+    Examples:
+        >>> named_leaves({"prior": {"head.weight": torch.ones(1)}, "shared": {}})
+        {'prior/head.weight': tensor([1.])}
+    """
+    with_paths, _ = _pytree.tree_flatten_with_path(tree)
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path): leaf for path, leaf in with_paths
+    }
+
+
 def map(function: Callable[..., Tensor], tree: PyTree, *others: PyTree) -> PyTree:  # noqa: A001
     """Applies a function leaf by leaf over one or more pytrees of the same structure."""
     return _pytree.tree_map(function, tree, *others)

@@ -96,37 +96,6 @@ class HypergradientInfo(NamedTuple):
     inner_params: PyTree
 
 
-class LinearSolver(Protocol):
-    """Solves ``A x = b`` given only products with a symmetric ``A``."""
-
-    def __call__(self, matvec: MatVec, rhs: PyTree, /, *, preconditioner: MatVec | None = None) -> LinearSolution:
-        """Returns ``x`` for ``matvec`` as ``A`` and ``rhs`` as ``b``; ``preconditioner`` approximates ``A^-1``."""
-        ...
-
-
-class InnerSolver(Protocol):
-    """Minimises a scalar function of a pytree from a starting point.
-
-    ``loss_at(k)``, when given, is the loss whose gradient step ``k`` uses (fresh noise per step); ``loss`` then only
-    serves for the gradient norm of the result. ``num_differentiable_steps`` limits reverse-mode derivatives to the
-    last so many steps; ``None`` differentiates through all of them. ``with_grad_norm=False`` spares the gradient at the
-    last iterate.
-    """
-
-    def __call__(
-        self,
-        loss: Loss,
-        init: PyTree,
-        /,
-        *,
-        loss_at: Callable[[int], Loss] | None = None,
-        num_differentiable_steps: int | None = None,
-        with_grad_norm: bool = True,
-    ) -> InnerSolution:
-        """Returns the point where minimising ``loss`` from ``init`` ended."""
-        ...
-
-
 class TaskSampler(Protocol):
     """A distribution over tasks. Stateless: all randomness comes from the generator."""
 

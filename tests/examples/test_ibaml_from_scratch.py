@@ -12,10 +12,10 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
-from ibaml.gaussian import DiagonalGaussian, kl_divergence
 from ibaml.likelihoods import GaussianNoise
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
+from ibaml.priors import DiagonalGaussian, kl_divergence
 from ibaml.types import Batch, Episode, Params, Tensor
 
 DOUBLE = torch.float64

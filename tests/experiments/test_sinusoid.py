@@ -15,7 +15,7 @@ from ibaml import runs
 from ibaml.evaluation import draw_tasks
 from ibaml.experiments import sinusoid
 from ibaml.experiments.sinusoid import LEVELS, REFERENCE, SinusoidResult, SinusoidRun, SinusoidSettings
-from ibaml.gaussian import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian
 from ibaml.recipes import Recipe, get_recipe
 from ibaml.train.checkpoint import load_tensors
 from ibaml.types import Batch

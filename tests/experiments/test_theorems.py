@@ -8,7 +8,7 @@ from ibaml.data import LinearRegressionTasks
 from ibaml.experiments import theorems
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
 from ibaml.experiments.theorems import theorem_1, theorem_2
-from ibaml.linear_solve import cg, dense
+from ibaml.solvers.linear import cg, dense
 from ibaml.types import InnerSolution
 
 NUM_TASKS = 3

@@ -12,9 +12,9 @@ import ibaml
 from ibaml import MetaLearner, NotFittedError, TaskPosterior, metrics, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.learner.folder import MODEL
 from ibaml.networks import MLP, Conv4
+from ibaml.priors import DiagonalGaussian
 from ibaml.train.checkpoint import load_tensors, save_tensors
 from ibaml.train.trainer import TrainerSettings
 from ibaml.types import Batch, Episode

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml.linear_solve import cg
+from ibaml.solvers.linear import cg
 from ibaml.types import Tensor
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibaml import tree
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.linear_solve import cg, dense, minres, neumann
+from ibaml.priors import DiagonalGaussian
+from ibaml.solvers.linear import cg, dense, minres, neumann
 from ibaml.types import LinearSolution, PyTree, Tensor
 
 RTOL = 1e-10

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibaml import curvature, tree
-from ibaml.linear_solve import dense
+from ibaml.solvers.linear import dense
 from ibaml.types import Tensor
 
 ALGEBRA = 1e-10

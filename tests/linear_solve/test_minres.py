@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml.linear_solve import minres
+from ibaml.solvers.linear import minres
 from ibaml.types import Tensor
 
 SOLVER = 1e-6

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml.inner import gradient_descent
-from ibaml.linear_solve import neumann
+from ibaml.solvers.inner import gradient_descent
+from ibaml.solvers.linear import neumann
 from ibaml.types import Tensor
 
 ALGEBRA = 1e-10

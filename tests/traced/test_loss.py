@@ -9,11 +9,11 @@ import torch
 from torch import fx, nn
 
 from ibaml import tree
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
 from ibaml.objectives import expected_nll
+from ibaml.priors import DiagonalGaussian
 from ibaml.traced import TracedNll, channels_last, flatten, unflatten
 from ibaml.traced.loss import FLAT
 from ibaml.traced.program import trace_product

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical, GaussianNoise
 from ibaml.model import build_model
 from ibaml.networks import MLP
+from ibaml.priors import DiagonalGaussian
 from ibaml.train import checkpoint
 from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 

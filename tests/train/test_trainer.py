@@ -19,10 +19,10 @@ from torch import nn
 from ibaml import evaluation, tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
+from ibaml.priors import DiagonalGaussian
 from ibaml.train import trainer
 from ibaml.train.checkpoint import load_tensors, save_tensors
 from ibaml.train.log import METRICS, read_metrics

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 
 from ibaml import runs
+from ibaml.algorithms.gradient_based import OnDistribution, num_inner_steps
 from ibaml.data.sources import ImageSource
 from ibaml.metrics import Estimate, paired_difference
 from ibaml.recipes import Recipe, get_recipe
@@ -262,7 +263,7 @@ def run_recipes(
 def display_name(recipe: Recipe) -> str:
     """Returns how a method is called in tables and figures, such as ``iBaML, K = 10``."""
     algorithm = recipe.algorithm
-    return f"{_DISPLAY_NAMES.get(algorithm.name, algorithm.name)}, K = {algorithm.num_inner_steps}"
+    return f"{_DISPLAY_NAMES.get(algorithm.name, algorithm.name)}, K = {num_inner_steps(algorithm)}"
 
 
 def notes(settings: FewShotSettings, results: Sequence[RunResult]) -> list[str]:
@@ -282,7 +283,7 @@ def notes(settings: FewShotSettings, results: Sequence[RunResult]) -> list[str]:
         f"{recipe.network.name}, {recipe.network.arguments['channels']} channels, "
         f"{data.image_size} x {data.image_size} images, normalisation: {norm}{transductive}.",
     ]
-    if bayesian is not None:
+    if isinstance(bayesian, OnDistribution):
         lines.append(
             f"Temperature {bayesian.temperature:g}, {bayesian.num_samples} weight samples in training and "
             f"{bayesian.num_evaluation_samples} in prediction."

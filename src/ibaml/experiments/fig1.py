@@ -16,10 +16,10 @@ from ibaml import metrics, tree
 from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
 from ibaml.experiments.theorems import TheoremCheck, theorem_1, theorem_2
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.linear_solve import cg, dense
 from ibaml.metrics import Estimate
-from ibaml.types import Episode, LinearSolver, Tensor
+from ibaml.priors import DiagonalGaussian
+from ibaml.solvers.linear import LinearSolver, cg, dense
+from ibaml.types import Episode, Tensor
 
 UNROLLED = "unrolled"
 EXACT_SOLVE = "implicit, exact solve"

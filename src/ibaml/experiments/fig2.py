@@ -50,6 +50,8 @@ from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
 from ibaml.runs import resolve_device
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.types import Batch, Episode
 
 AlgorithmName: TypeAlias = Literal["maml", "imaml", "abml", "ibaml"]
@@ -426,10 +428,10 @@ def build_problem(
         images = torch.randn(size, generator=generator, dtype=dtype)
         return Batch(images.to(device), torch.arange(settings.num_ways, device=device).repeat_interleave(num_each))
 
-    chosen: dict[str, Any] = {"num_inner_steps": num_inner_steps, "inner_learning_rate": _INNER_LEARNING_RATE}
+    chosen: dict[str, Any] = {"inner": GradientDescent(num_steps=num_inner_steps, learning_rate=_INNER_LEARNING_RATE)}
     if num_linear_steps is not None:
         # A tolerance of zero is never met, so that every solve takes L steps.
-        chosen |= {"num_linear_steps": num_linear_steps, "linear_rtol": 0.0}
+        chosen["linear"] = CG(max_steps=num_linear_steps, rtol=0.0)
     if algorithm == "imaml":
         chosen["proximal_strength"] = _PROXIMAL_STRENGTH
     if algorithm in ("abml", "ibaml"):

@@ -6,10 +6,12 @@ import torch
 
 from ibaml import objectives
 from ibaml.data.linear_regression import closed_form_posterior
-from ibaml.gaussian import DiagonalGaussian, kl_divergence
-from ibaml.hypergradient import gaussian_implicit_hypergradient, unrolled_hypergradient
-from ibaml.inner import gradient_descent, preconditioned_gradient_descent
-from ibaml.types import Batch, Episode, InnerSolver, LinearSolver, Tensor
+from ibaml.hypergradients import InnerRun, gaussian_implicit_hypergradient, unrolled_hypergradient
+from ibaml.priors import DiagonalGaussian, kl_divergence
+from ibaml.priors.diagonal import natural_gradient
+from ibaml.solvers.inner import gradient_descent, preconditioned_gradient_descent
+from ibaml.solvers.linear import LinearSolver
+from ibaml.types import Batch, Episode, Tensor
 
 
 class LinearGaussianProblem:
@@ -75,24 +77,24 @@ class LinearGaussianProblem:
         """Returns the derivative of the outer loss at the exact solution, by autograd through its closed form."""
         return torch.func.grad(lambda prior: self.nll(self.solution(prior, episode.support), episode.query))(self.prior)
 
-    def gradient_descent(self, num_steps: int) -> InnerSolver:
+    def gradient_descent(self, num_steps: int) -> InnerRun:
         """Returns gradient descent with so many steps."""
         return partial(gradient_descent, num_steps=num_steps, learning_rate=self.learning_rate)
 
-    def preconditioned(self, num_steps: int) -> InnerSolver:
+    def preconditioned(self, num_steps: int) -> InnerRun:
         """Returns natural gradient descent: steps scaled by the posterior variances."""
         return partial(
             preconditioned_gradient_descent,
             num_steps=num_steps,
             learning_rate=self.preconditioned_learning_rate,
-            preconditioner=objectives.natural_gradient(self.kl_weight),
+            preconditioner=natural_gradient(self.kl_weight),
         )
 
-    def adapt(self, solver: InnerSolver, support: Batch) -> DiagonalGaussian:
+    def adapt(self, solver: InnerRun, support: Batch) -> DiagonalGaussian:
         """Returns the posterior that an inner solver finds from the prior."""
         return solver(lambda posterior: self.inner_loss(posterior, self.prior, support), self.prior).value
 
-    def unrolled(self, solver: InnerSolver, episode: Episode) -> DiagonalGaussian:
+    def unrolled(self, solver: InnerRun, episode: Episode) -> DiagonalGaussian:
         """Returns the unrolled hypergradient of one task."""
         return unrolled_hypergradient(
             lambda posterior, prior: self.inner_loss(posterior, prior, episode.support),
@@ -103,7 +105,7 @@ class LinearGaussianProblem:
         )[0]
 
     def implicit(
-        self, solver: InnerSolver, linear_solver: LinearSolver, precondition: bool, episode: Episode
+        self, solver: InnerRun, linear_solver: LinearSolver, precondition: bool, episode: Episode
     ) -> DiagonalGaussian:
         """Returns the Gaussian implicit hypergradient of one task."""
         return gaussian_implicit_hypergradient(

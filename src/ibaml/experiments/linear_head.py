@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from ibaml import tree
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.hypergradient import gaussian_implicit_hypergradient
-from ibaml.linear_solve import dense
+from ibaml.hypergradients import gaussian_implicit_hypergradient
+from ibaml.priors import DiagonalGaussian
+from ibaml.solvers.linear import dense
 from ibaml.types import Batch, Episode, HypergradientInfo, Params, TaskSampler, Tensor
 
 

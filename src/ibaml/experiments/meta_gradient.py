@@ -4,18 +4,16 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 
 from ibaml import objectives, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNll, TaskNoise
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.hypergradient import gaussian_implicit_hypergradient, implicit_hypergradient
-from ibaml.linear_solve import cg
+from ibaml.algorithms import MetaParameters, TaskNll, TaskNoise
+from ibaml.hypergradients import gaussian_implicit_hypergradient, implicit_hypergradient
 from ibaml.model import Model
+from ibaml.priors import DiagonalGaussian, PointPrior
 from ibaml.types import Batch, Episode, Params, Tensor
 
 
@@ -30,7 +28,7 @@ class MetaGradientProblem(NamedTuple):
         noise: Noise of the weight samples.
     """
 
-    algorithm: Algorithm
+    algorithm: Any
     nll: TaskNll
     meta: MetaParameters
     episode: Episode
@@ -48,7 +46,7 @@ class MetaGradientProblem(NamedTuple):
         """Returns the inner loss of iMAML: support nll and a pull towards the initial weights."""
         nll = self.nll(weights, meta.shared, self.episode.support).mean()
         centre = cast(Params, meta.prior)
-        return nll + objectives.proximal_penalty(weights, centre, self.algorithm.proximal_strength)
+        return nll + self.algorithm.proximal_strength * PointPrior().divergence(weights, centre)
 
     def outer_loss(self, adapted: Any, meta: MetaParameters) -> Tensor:
         """Returns the outer loss: the query nll; for ABML that of both sets and the KL divergence."""
@@ -56,7 +54,7 @@ class MetaGradientProblem(NamedTuple):
         if not self.algorithm.is_bayesian:
             return self.nll(adapted, meta.shared, query).mean()
         query_loss = self.expected_nll(adapted, meta.shared, self.noise.outer, query)
-        if self.algorithm.outer != "abml":
+        if getattr(self.algorithm, "outer", "elbo") != "elbo":
             return query_loss
         support_loss = self.expected_nll(adapted, meta.shared, self.noise.inner, support)
         num_support, num_query = len(support.y), len(query.y)
@@ -98,7 +96,7 @@ def _implicit_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | 
         # Has the gradient of the outer loss here, and that is all that the estimators take from an outer loss.
         return tree.dot(by_adapted, adapted) + tree.dot(by_meta, meta)
 
-    solver = partial(cg, max_steps=algorithm.num_linear_steps, rtol=algorithm.linear_rtol)
+    solver = algorithm.linear
     if not algorithm.is_bayesian:
         yield implicit_hypergradient(problem.inner_loss, linear_outer_loss, adapted, meta, solver)[0]
         return

@@ -6,7 +6,6 @@ can be stopped and resumed; its chosen state is then adapted to the same test ta
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,8 @@ import torch
 from rich.console import Console
 
 from ibaml import runs, tree
+from ibaml.algorithms import IBAML
+from ibaml.algorithms.gradient_based import OnDistribution, num_inner_steps
 from ibaml.data.sources import Sinusoid
 from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
@@ -178,7 +179,7 @@ class SinusoidRun(NamedTuple):
     @property
     def own_point(self) -> SinusoidPoint:
         """The point with as many inner steps as in training."""
-        own = self.recipe.algorithm.num_inner_steps
+        own = num_inner_steps(self.recipe.algorithm)
         return next(point for point in self.points if point.num_inner_steps == own)
 
 
@@ -236,14 +237,14 @@ def rows(result: SinusoidResult) -> list[dict[str, object]]:
                 "algorithm": one.recipe.algorithm.name,
                 "num_shots": one.num_shots,
                 "num_inner_steps": point.num_inner_steps,
-                "num_inner_steps_in_training": one.recipe.algorithm.num_inner_steps,
+                "num_inner_steps_in_training": num_inner_steps(one.recipe.algorithm),
                 "num_tasks": point.mse.num_tasks,
                 "meta_steps": one.num_steps,
                 "meta_steps_planned": one.recipe.trainer.num_steps,
                 "meta_step_of_state": one.best_step,
                 "tasks_per_meta_step": one.recipe.trainer.tasks_per_step,
                 "training_seconds": round(one.seconds, 1),
-                "temperature": one.recipe.algorithm.temperature if one.recipe.algorithm.is_bayesian else None,
+                "temperature": one.recipe.algorithm.temperature,
                 **_columns("mse", point.mse),
                 "reference_maml_mse": reference.get(point.num_inner_steps),
                 **_columns("nll", point.nll),
@@ -287,7 +288,7 @@ def summary(result: SinusoidResult) -> str:
                     [
                         one.display_name,
                         *(values.get(k, "-") for k in steps),
-                        str(one.recipe.algorithm.num_inner_steps),
+                        str(num_inner_steps(one.recipe.algorithm)),
                         f"{one.num_steps:,} of {one.recipe.trainer.num_steps:,}",
                         f"{one.best_step:,}",
                         f"{one.seconds / 60:.1f}",
@@ -317,29 +318,29 @@ def _evaluate(
     recipe: Recipe, settings: SinusoidSettings, folder: Path, device: torch.device, console: Console | None
 ) -> SinusoidRun:
     run_folder = _folder(folder, recipe)
-    own = recipe.algorithm.num_inner_steps
+    own = num_inner_steps(recipe.algorithm)
     points: dict[int, SinusoidPoint] = {}
     failures: list[str] = []
     best_step = 0
     # The run's own number last: its evaluation is what the run folder then holds.
-    for num_inner_steps in [*(k for k in settings.inner_steps if k != own), own]:
+    for num_steps in [*(k for k in settings.inner_steps if k != own), own]:
         if console is not None:
-            console.print(f"Evaluating {recipe.name} with {num_inner_steps} inner steps.", soft_wrap=True, markup=False)
+            console.print(f"Evaluating {recipe.name} with {num_steps} inner steps.", soft_wrap=True, markup=False)
         try:
             evaluated = runs.evaluate_run(
                 run_folder,
                 num_tasks=settings.num_tasks,
                 seed=settings.seed,
                 device=device,
-                changes={"algorithm.num_inner_steps": str(num_inner_steps)},
+                changes={"algorithm.inner.num_steps": str(num_steps)},
             )
         except FloatingPointError as error:
-            if num_inner_steps == own:
+            if num_steps == own:
                 raise
-            failures.append(f"{recipe.name} with {num_inner_steps} inner steps: {error}")
+            failures.append(f"{recipe.name} with {num_steps} inner steps: {error}")
             continue
         best_step = evaluated.step
-        points[num_inner_steps] = _point(num_inner_steps, evaluated.evaluation, recipe.algorithm.is_bayesian)
+        points[num_steps] = _point(num_steps, evaluated.evaluation, recipe.algorithm.is_bayesian)
     progress = load_tensors(run_folder / CHECKPOINT)[1]
     return SinusoidRun(
         recipe=recipe,
@@ -426,21 +427,14 @@ def _interval_table(shown: list[SinusoidRun]) -> list[str]:
 
 def _describe(one: SinusoidRun) -> str:
     algorithm, trainer = one.recipe.algorithm, one.recipe.trainer
-    text = (
-        f"- {one.recipe.name}: {algorithm.estimator} gradient; {_count(algorithm.num_inner_steps, 'step')} of "
-        f"{algorithm.inner_optimizer.replace('_', ' ')} with rate {algorithm.inner_learning_rate:g}"
-    )
-    if algorithm.inner_momentum:
-        text += f" and momentum {algorithm.inner_momentum:g}"
-    if algorithm.is_bayesian:
-        variance = math.exp(sum(algorithm.initial_log_var) / 2)
+    text = f"- {one.recipe.name}: {algorithm.describe()}"
+    if isinstance(algorithm, OnDistribution):
         text += (
-            f"; temperature {algorithm.temperature:g}, {_count(algorithm.num_samples, 'weight sample')} in training "
-            f"and {algorithm.num_evaluation_samples} in prediction, prior variance starts at about {variance:.1e}"
+            f"; {algorithm.prior}, {_count(algorithm.num_samples, 'weight sample')} in training and "
+            f"{algorithm.num_evaluation_samples} in prediction"
         )
-    if algorithm.estimator == "implicit":
-        text += f"; {_count(algorithm.num_linear_steps, 'step')} of {algorithm.linear_solver}"
-        text += " with the free preconditioner" if algorithm.precondition else " without a preconditioner"
+    if isinstance(algorithm, IBAML):
+        text += f"; {algorithm.linear} with{'' if algorithm.precondition else 'out'} the free preconditioner"
     return (
         f"{text}; likelihood {one.recipe.likelihood.replace('_', ' ')}; {trainer.tasks_per_step} tasks a meta-step, "
         f"Adam with rate {trainer.learning_rate:g}, {trainer.schedule}."

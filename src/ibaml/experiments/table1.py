@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.experiments.few_shot import FewShotSettings, RunResult, display_name, notes, run_methods
 from ibaml.metrics import Estimate
 
@@ -123,7 +124,7 @@ def _row(one: RunResult) -> dict[str, object]:
     row: dict[str, object] = {
         "method": one.method,
         "recipe": one.recipe.name,
-        "num_inner_steps": one.recipe.algorithm.num_inner_steps,
+        "num_inner_steps": num_inner_steps(one.recipe.algorithm),
         "num_steps": one.num_steps,
         "num_steps_planned": one.recipe.trainer.num_steps,
         "seconds": round(one.seconds, 1),

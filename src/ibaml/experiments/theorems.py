@@ -27,8 +27,10 @@ import torch
 
 from ibaml import tree
 from ibaml.experiments.linear_gaussian import LinearGaussianProblem
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.types import Batch, Episode, InnerSolver, LinearSolver, Tensor
+from ibaml.hypergradients import InnerRun
+from ibaml.priors import DiagonalGaussian
+from ibaml.solvers.linear import LinearSolver
+from ibaml.types import Batch, Episode, Tensor
 
 
 class TheoremCheck(NamedTuple):
@@ -47,7 +49,7 @@ class TheoremCheck(NamedTuple):
     bound: Tensor
 
 
-def theorem_1(problem: LinearGaussianProblem, solver: InnerSolver, episode: Episode) -> TheoremCheck:
+def theorem_1(problem: LinearGaussianProblem, solver: InnerRun, episode: Episode) -> TheoremCheck:
     """Returns both sides of Theorem 1, the error of the unrolled hypergradient.
 
     Args:
@@ -79,7 +81,7 @@ def theorem_1(problem: LinearGaussianProblem, solver: InnerSolver, episode: Epis
 
 
 def theorem_2(
-    problem: LinearGaussianProblem, solver: InnerSolver, linear_solver: LinearSolver, episode: Episode
+    problem: LinearGaussianProblem, solver: InnerRun, linear_solver: LinearSolver, episode: Episode
 ) -> TheoremCheck:
     """Returns both sides of Theorem 2, the error of the Gaussian implicit hypergradient.
 

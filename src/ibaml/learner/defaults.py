@@ -15,6 +15,8 @@ from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.networks import MLP, Conv4
+from ibaml.priors import DiagonalPrior
+from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train.trainer import TrainerSettings
 
 HEAD = "head.*"
@@ -83,20 +85,18 @@ def table_algorithm(name: str, input_shape: Sequence[int], *, is_regression: boo
     Raises:
         ValueError: If the name is unknown.
     """
-    num_inner_steps = 20
     if not make_algorithm(name).is_bayesian:
-        return make_algorithm(name, num_inner_steps=num_inner_steps, inner_optimizer="adam", inner_learning_rate=0.1)
+        return make_algorithm(name, inner=Adam(num_steps=20, learning_rate=0.1))
     log_var = -math.log(math.prod(input_shape) + _NUM_FEATURES // 4)
     return make_algorithm(
         name,
-        num_inner_steps=num_inner_steps,
         # With steps of one size, training that narrows the prior of some weights makes the inner problem diverge.
-        inner_optimizer="relative_adam",
-        inner_learning_rate=0.2,
+        inner=RelativeAdam(num_steps=20, learning_rate=0.2),
+        prior=DiagonalPrior(initial_log_var=(log_var, log_var)),
         temperature=1.0 if is_regression else 0.1,
-        outer="predictive_nll",
         num_samples=8,
         antithetic=True,
         num_evaluation_samples=50,
-        initial_log_var=(log_var, log_var),
+        # ABML is its outer loss.
+        **({} if name == "abml" else {"outer": "predictive_nll"}),
     )

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibaml import __version__, tree
-from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
+from ibaml import __version__, records, tree
+from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, make_algorithm
 from ibaml.calibration import fit_temperature
 from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.evaluation import Evaluation, evaluate
@@ -279,7 +279,7 @@ class MetaLearner:
             MemoryError: If the support set is too large for the memory at hand.
 
         Cost:
-            ``num_inner_steps + 1`` gradients.
+            ``num_steps + 1`` gradients of the inner solver.
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)
 
@@ -364,7 +364,7 @@ class MetaLearner:
         settings: dict[str, Any] = {
             "version": __version__,
             "network": None if network is None else dataclasses.asdict(network),
-            "algorithm": dataclasses.asdict(self.algorithm),
+            "algorithm": records.to_json(self.algorithm),
             "likelihood": self.likelihood,
             "adapt": self.adapt_patterns,
             # By name: requires_grad=False freezes as well, which no pattern would tell.
@@ -406,11 +406,9 @@ class MetaLearner:
                 )
             dtype = next(value.dtype for name, value in tensors.items() if name.startswith("prior"))
             network = NetworkSettings(**metadata["network"]).build().to(dtype)
-        algorithm = dict(metadata["algorithm"])
-        algorithm["initial_log_var"] = tuple(algorithm["initial_log_var"])
         learner = cls(
             network,
-            Algorithm(**algorithm),
+            records.from_json(metadata["algorithm"], RECORDS),
             metadata["likelihood"],
             metadata["adapt"],
             freeze=metadata["freeze"],

@@ -7,7 +7,10 @@ from typing import Any
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.data.sources import Glyphs, Omniglot
 from ibaml.networks import NetworkSettings
+from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import TrainerSettings
 
 # An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
@@ -15,32 +18,33 @@ from ibaml.train.trainer import TrainerSettings
 # they learned less. A KL weight of 1.7e-4 and log-variances of -8 hold the weights with a strength of 0.5. In so few
 # steps the variances stay far from stationary, where the free preconditioner does not help.
 _KL_WEIGHT = 1.7e-4
+_PRIOR = DiagonalPrior(initial_log_var=(-8.0, -8.0))
 _IMAGE_ALGORITHMS: dict[str, dict[str, Any]] = {
-    "maml": {"inner_learning_rate": 0.4, "num_inner_steps": 3},
-    "imaml": {"inner_learning_rate": 0.1, "num_inner_steps": 12, "proximal_strength": 0.5, "num_linear_steps": 4},
-    "abml": {
-        "inner_learning_rate": 0.4,
-        "num_inner_steps": 3,
-        "num_samples": 1,
-        "initial_log_var": (-8.0, -8.0),
+    "maml": {"inner": GradientDescent(num_steps=3, learning_rate=0.4)},
+    "imaml": {
+        "inner": GradientDescent(num_steps=12, learning_rate=0.1),
+        "linear": CG(max_steps=4),
+        "proximal_strength": 0.5,
     },
+    "abml": {"inner": GradientDescent(num_steps=3, learning_rate=0.4), "prior": _PRIOR, "num_samples": 1},
     "ibaml": {
-        "inner_learning_rate": 0.1,
-        "num_inner_steps": 12,
+        "inner": GradientDescent(num_steps=12, learning_rate=0.1),
+        "prior": _PRIOR,
         "num_samples": 1,
-        "num_linear_steps": 4,
+        "linear": CG(max_steps=4),
         "precondition": False,
-        "initial_log_var": (-8.0, -8.0),
     },
 }
 
 
-def _image_algorithm(name: str, num_support: int, **overrides: Any) -> Algorithm:
+def _image_algorithm(name: str, num_support: int, learning_rate: float | None = None) -> Algorithm:
     """Returns the algorithm of an image recipe, with the same KL weight whatever the size of the support set."""
-    algorithm = make_algorithm(name, **{**_IMAGE_ALGORITHMS[name], **overrides})
-    if not algorithm.is_bayesian:
-        return algorithm
-    return dataclasses.replace(algorithm, temperature=round(num_support * _KL_WEIGHT, 6))
+    settings = _IMAGE_ALGORITHMS[name]
+    if learning_rate is not None:
+        settings = settings | {"inner": dataclasses.replace(settings["inner"], learning_rate=learning_rate)}
+    if "prior" in settings:
+        settings = settings | {"temperature": round(num_support * _KL_WEIGHT, 6)}
+    return make_algorithm(name, **settings)
 
 
 def _glyphs(algorithm: str) -> Recipe:
@@ -67,7 +71,6 @@ def _glyphs(algorithm: str) -> Recipe:
 
 # The network of Finn et al. 2017, appendix A.1 (strided convolutions with 64 channels), and their inner learning rates.
 def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
-    overrides = {"inner_learning_rate": 0.1} if num_ways == 20 else {}
     return Recipe(
         name=f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}",
         description=f"{algorithm} on Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016",
@@ -75,7 +78,7 @@ def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": num_ways, "channels": 64, "downsample": "stride", "zero_head": True}
         ),
-        algorithm=_image_algorithm(algorithm, num_ways * num_shots, **overrides),
+        algorithm=_image_algorithm(algorithm, num_ways * num_shots, learning_rate=0.1 if num_ways == 20 else None),
         trainer=TrainerSettings(
             num_steps=60_000,
             tasks_per_step=8,

@@ -12,7 +12,10 @@ from typing import Any, Literal, NamedTuple
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.data.sources import MiniImagenet, TinyImagenet
 from ibaml.networks import NetworkSettings
+from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import TrainerSettings
 
 Scale = Literal["paper", "laptop"]
@@ -115,22 +118,22 @@ def _few_shot(source: str, num_shots: int, method: str, scale: Scale) -> Recipe:
 
 
 def _algorithm(name: str, num_inner_steps: int, num_shots: int, size: _Size) -> Algorithm:
-    settings: dict[str, Any] = {"num_inner_steps": num_inner_steps, "inner_learning_rate": size.inner_learning_rate}
+    inner = GradientDescent(num_steps=num_inner_steps, learning_rate=size.inner_learning_rate)
     if name == "maml":
-        return make_algorithm(name, **settings)
+        return make_algorithm(name, inner=inner)
     # The objective of ABML counts the hyper-prior once over all of training, with the temperature of the other terms;
     # the loss of a task is here a mean over its examples.
     num_examples = _NUM_WAYS * (num_shots + _NUM_QUERIES)
-    settings |= {
-        "outer": "abml",
+    settings: dict[str, Any] = {
+        "inner": inner,
+        "prior": DiagonalPrior(initial_log_var=size.initial_log_var),
         "temperature": _TEMPERATURE,
         "num_samples": size.num_samples,
         "num_evaluation_samples": 10,
-        "initial_log_var": size.initial_log_var,
         "hyper_prior_weight": _TEMPERATURE / (num_examples * _PAPER_NUM_STEPS),
     }
     if name == "ibaml":
-        settings |= {"num_linear_steps": 5, "precondition": False}
+        settings |= {"outer": "elbo", "linear": CG(max_steps=5), "precondition": False}
     return make_algorithm(name, **settings)
 
 

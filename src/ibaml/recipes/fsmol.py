@@ -11,24 +11,27 @@ from typing import Any
 from ibaml.algorithms import make_algorithm
 from ibaml.data.sources import FSMol
 from ibaml.networks import NetworkSettings
+from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import TrainerSettings
 
 # The step is stable for features of norm about 7, which layer normalisation and tanh give.
-_INNER: Mapping[str, Any] = {"inner_learning_rate": 0.1, "inner_momentum": 0.5, "num_inner_steps": 8}
+_INNER = GradientDescent(num_steps=8, learning_rate=0.1, momentum=0.5)
 # Chosen with the temperature so that the prior shrinks as much as MAML's five steps do at some 32 molecules.
 # A pair of opposite samples: the mean would adapt to undo the shift of a single one.
 _BAYESIAN: Mapping[str, Any] = {
     "temperature": 0.02,
     "num_samples": 2,
     "antithetic": True,
-    "initial_log_var": (-7.3, -7.3),
+    "prior": DiagonalPrior(initial_log_var=(-7.3, -7.3)),
 }
 _ALGORITHMS: Mapping[str, dict[str, Any]] = {
-    "ibaml": {**_INNER, **_BAYESIAN, "num_linear_steps": 5, "outer": "predictive_nll"},
-    "abml": {**_INNER, **_BAYESIAN},
-    "maml": {"inner_learning_rate": 0.1, "num_inner_steps": 5},
-    "maml_all_layers": {"inner_learning_rate": 0.05, "num_inner_steps": 5},
+    "ibaml": {"inner": _INNER, **_BAYESIAN, "linear": CG(max_steps=5), "outer": "predictive_nll"},
+    "abml": {"inner": _INNER, **_BAYESIAN},
+    "maml": {"inner": GradientDescent(num_steps=5, learning_rate=0.1)},
+    "maml_all_layers": {"inner": GradientDescent(num_steps=5, learning_rate=0.05)},
 }
 _TRAINER = TrainerSettings(
     num_steps=1000,

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from ibaml import records
-from ibaml.algorithms import Algorithm
+from ibaml.algorithms import RECORDS, Algorithm
 from ibaml.data.sources import SOURCES, TaskSource
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import Model, build_model
@@ -58,7 +58,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """Returns the recipe as JSON."""
-        return json.dumps(dataclasses.asdict(self) | {"data": records.to_json(self.data)}, indent=2) + "\n"
+        return json.dumps(records.to_json(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -68,28 +68,20 @@ class Recipe:
             ValueError: If the text is no recipe.
         """
         try:
-            values = json.loads(text)
-            algorithm = values["algorithm"] | {"initial_log_var": tuple(values["algorithm"]["initial_log_var"])}
-            arguments = _with_tuples(values["network"]["arguments"])
-            return cls(
-                **values
-                | {
-                    "data": records.from_json(values["data"], SOURCES.values()),
-                    "network": NetworkSettings(**values["network"] | {"arguments": arguments}),
-                    "algorithm": Algorithm(**algorithm),
-                    "trainer": TrainerSettings(**values["trainer"]),
-                    "adapt": tuple(values["adapt"]),
-                    "freeze": tuple(values["freeze"]),
-                }
+            recipe = records.from_json(
+                json.loads(text), (cls, NetworkSettings, TrainerSettings, *SOURCES.values(), *RECORDS)
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is no recipe of this version of ibaml: {error!r}.") from error
+        except ValueError as error:
+            raise ValueError(f"this is no recipe of this version of ibaml: {error}") from error
+        if not isinstance(recipe, cls):
+            raise ValueError(f"this is no recipe of this version of ibaml, but {type(recipe).__name__}.")
+        return recipe
 
     def override(self, changes: Mapping[str, str]) -> "Recipe":
         """Returns the recipe with some settings changed.
 
         Args:
-            changes: Dotted setting to its value as JSON, such as ``{"algorithm.num_inner_steps": "10"}``; what is no
+            changes: Dotted setting to its value as JSON, such as ``{"algorithm.inner.num_steps": "10"}``; what is no
                 JSON counts as a string.
 
         Raises:
@@ -99,11 +91,6 @@ class Recipe:
         for key, text in changes.items():
             recipe = _replace(recipe, key.split("."), text, key)
         return recipe
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings read from JSON, which has lists only, with the tuples that the settings hold."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _replace(owner: Any, path: list[str], text: str, key: str) -> Any:

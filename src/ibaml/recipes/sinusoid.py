@@ -12,17 +12,19 @@ from typing import Any
 from ibaml.algorithms import make_algorithm
 from ibaml.data.sources import Sinusoid
 from ibaml.networks import NetworkSettings
+from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
+from ibaml.solvers.inner import GradientDescent
 from ibaml.train.trainer import TrainerSettings
 
-_ALGORITHMS: Mapping[str, dict[str, Any]] = {
-    "maml": {"inner_learning_rate": 0.02, "num_inner_steps": 1},
-    "abml": {"inner_learning_rate": 0.01, "num_inner_steps": 5},
+_INNER: Mapping[str, GradientDescent] = {
+    "maml": GradientDescent(num_steps=1, learning_rate=0.02),
+    "abml": GradientDescent(num_steps=5, learning_rate=0.01),
     # Momentum and many steps, because an implicit gradient asks for a nearly solved inner problem: with ten steps the
     # learned noise shrinks, which sharpens the inner loss, until the run falls apart after some 2,000 meta-steps.
-    "ibaml": {"inner_learning_rate": 0.002, "inner_momentum": 0.8, "num_inner_steps": 20},
+    "ibaml": GradientDescent(num_steps=20, learning_rate=0.002, momentum=0.8),
 }
-_BAYESIAN: Mapping[str, Any] = {"num_samples": 1, "initial_log_var": (-8.5, -8.5)}
+_BAYESIAN: Mapping[str, Any] = {"num_samples": 1, "prior": DiagonalPrior(initial_log_var=(-8.5, -8.5))}
 _KL_WEIGHT = 0.005
 _MAML_TRAINER = TrainerSettings(
     num_steps=70_000,
@@ -49,7 +51,7 @@ _BAYESIAN_TRAINER = dataclasses.replace(
 
 def _sinusoid(num_shots: int, algorithm: str) -> Recipe:
     bayesian = algorithm != "maml"
-    settings = dict(_ALGORITHMS[algorithm])
+    settings: dict[str, Any] = {"inner": _INNER[algorithm]}
     if bayesian:
         settings |= {**_BAYESIAN, "temperature": num_shots * _KL_WEIGHT}
     return Recipe(
@@ -67,7 +69,7 @@ def _sinusoid(num_shots: int, algorithm: str) -> Recipe:
 def _recipes() -> dict[str, Callable[[], Recipe]]:
     recipes: dict[str, Callable[[], Recipe]] = {}
     for num_shots in (5, 10):
-        for algorithm in _ALGORITHMS:
+        for algorithm in _INNER:
             recipes[f"sinusoid_{num_shots}shot_{algorithm}"] = lambda k=num_shots, a=algorithm: _sinusoid(k, a)
     return recipes
 

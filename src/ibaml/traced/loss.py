@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.model import Model
 from ibaml.objectives import expected_nll
+from ibaml.priors import DiagonalGaussian
 from ibaml.traced.derivatives import Point, TracedLoss, value_and_gradient
 from ibaml.traced.program import Program, UntraceableError, compiled
 from ibaml.traced.samples import SampledLoss

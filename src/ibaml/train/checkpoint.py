@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ibaml import tree
 from ibaml.algorithms import MetaParameters
-from ibaml.gaussian import DiagonalGaussian
-from ibaml.types import Params, Tensor
+from ibaml.types import Tensor
 
 FORMAT = "ibaml-1"
 """Format of the files that this version writes and reads."""
@@ -85,13 +85,8 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def meta_to_tensors(meta: MetaParameters) -> dict[str, Tensor]:
-    """Flattens meta-parameters into named tensors."""
-    if isinstance(meta.prior, DiagonalGaussian):
-        groups = {"prior_mean": meta.prior.mean, "prior_log_var": meta.prior.log_var}
-    else:
-        groups = {"prior_weights": meta.prior}
-    groups["shared"] = meta.shared
-    return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+    """Flattens meta-parameters into named tensors, such as ``prior/mean/head.weight`` and ``shared/log_noise``."""
+    return tree.named_leaves(meta)
 
 
 def meta_from_tensors(tensors: Mapping[str, Tensor], *, like: MetaParameters, source: str) -> MetaParameters:
@@ -106,7 +101,7 @@ def meta_from_tensors(tensors: Mapping[str, Tensor], *, like: MetaParameters, so
         ValueError: If names or shapes differ, naming the first differences.
     """
     expected = meta_to_tensors(like)
-    found = {name: value for name, value in tensors.items() if name.split("/")[0] in _GROUPS}
+    found = {name: value for name, value in tensors.items() if name.split("/")[0] in MetaParameters._fields}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not in the model" for name in found.keys() - expected.keys()]
     problems += [
@@ -120,19 +115,5 @@ def meta_from_tensors(tensors: Mapping[str, Tensor], *, like: MetaParameters, so
             f"{'; and more' if len(problems) > 5 else ''}. Build the model with the settings that it was trained with."
         )
 
-    def group(name: str) -> Params:
-        return {
-            key.split("/", 1)[1]: found[key].to(dtype=value.dtype, device=value.device)
-            for key, value in expected.items()
-            if key.startswith(f"{name}/")
-        }
-
-    prior = (
-        DiagonalGaussian(group("prior_mean"), group("prior_log_var"))
-        if isinstance(like.prior, DiagonalGaussian)
-        else group("prior_weights")
-    )
-    return MetaParameters(prior, group("shared"))
-
-
-_GROUPS = ("prior_mean", "prior_log_var", "prior_weights", "shared")
+    named = iter([found[name].to(dtype=value.dtype, device=value.device) for name, value in expected.items()])
+    return tree.map(lambda leaf: next(named), like)

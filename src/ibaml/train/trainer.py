@@ -21,11 +21,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 
-from ibaml import tree
+from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.allocator import keep_freed_memory
 from ibaml.evaluation import draw_tasks, evaluate, task_generator
-from ibaml.gaussian import DiagonalGaussian
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
@@ -285,12 +284,11 @@ class Trainer:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rate = self.settings.learning_rate
-        prior, shared = self._meta
-        if not isinstance(prior, DiagonalGaussian):
-            return [_group(tree.leaves(self._meta), rate)]
-        log_var_rate = self.settings.log_var_learning_rate or rate
-        means = tree.leaves(prior.mean) + tree.leaves(shared)
-        return [_group(means, rate), _group(tree.leaves(prior.log_var), log_var_rate)]
+        places, widths = self.algorithm.prior.parameter_groups(self._meta.prior)
+        groups = [_group(places + tree.leaves(self._meta.shared), rate)]
+        if widths:
+            groups.append(_group(widths, self.settings.log_var_learning_rate or rate))
+        return groups
 
     def _validate(self, tasks: TaskSampler, log: TrainingLog) -> str:
         try:
@@ -360,8 +358,8 @@ class Trainer:
         raise TrainingDivergedError(
             f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
             f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
-            f"inner_learning_rate ({self.algorithm.inner_learning_rate}) or learning_rate "
-            f"({self.settings.learning_rate}) too large, or inputs far from unit scale. {self._where()}"
+            f"inner steps ({self.algorithm.describe()}) or learning_rate ({self.settings.learning_rate}) too large, or "
+            f"inputs far from unit scale. {self._where()}"
         )
 
     def _where(self) -> str:
@@ -385,7 +383,7 @@ class Trainer:
     def _description(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""
         return {
-            "algorithm": dataclasses.asdict(self.algorithm),
+            "algorithm": records.to_json(self.algorithm),
             "trainer": dataclasses.asdict(self.settings),
             "network": repr(self.model.network),
             "likelihood": self.model.likelihood.name,

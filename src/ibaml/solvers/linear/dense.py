@@ -1,11 +1,32 @@
 """Direct solution, for small systems and as the reference for the iterative solvers."""
 
+import dataclasses
 import math
 
 import torch
 
 from ibaml import tree
+from ibaml.solvers.linear.base import check
 from ibaml.types import LinearSolution, MatVec, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Direct solution by the whole matrix, for few unknowns; see ``dense``.
+
+    Attributes:
+        rtol: Relative tolerance of ``converged``.
+    """
+
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        check(1, self.rtol)
+
+    def __call__(self, matvec: MatVec, rhs: PyTree, /, *, preconditioner: MatVec | None = None) -> LinearSolution:
+        """Solves the system; see ``LinearSolver``."""
+        return dense(matvec, rhs, rtol=self.rtol, preconditioner=preconditioner)
 
 
 def dense(

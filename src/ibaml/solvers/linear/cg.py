@@ -1,10 +1,33 @@
 """Conjugate gradients for symmetric positive definite systems."""
 
+import dataclasses
+
 import torch
 
 from ibaml import tree
-from ibaml.linear_solve import arguments
+from ibaml.solvers.linear.base import check
 from ibaml.types import LinearSolution, MatVec, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CG:
+    """Conjugate gradients, for positive definite systems; see ``cg``.
+
+    Attributes:
+        max_steps: Largest number of products ``L``.
+        rtol: Relative tolerance.
+    """
+
+    max_steps: int = 5
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        check(self.max_steps, self.rtol)
+
+    def __call__(self, matvec: MatVec, rhs: PyTree, /, *, preconditioner: MatVec | None = None) -> LinearSolution:
+        """Solves the system; see ``LinearSolver``."""
+        return cg(matvec, rhs, max_steps=self.max_steps, rtol=self.rtol, preconditioner=preconditioner)
 
 
 def cg(
@@ -50,7 +73,7 @@ def cg(
         >>> solution.value, bool(solution.converged)
         (tensor([1.0000, 0.5000]), True)
     """
-    arguments.check(max_steps, rtol)
+    check(max_steps, rtol)
     precondition = preconditioner if preconditioner is not None else lambda vector: vector
 
     x = tree.zeros_like(rhs) if x0 is None else x0

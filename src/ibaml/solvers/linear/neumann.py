@@ -1,10 +1,44 @@
 """Truncated Neumann series."""
 
+import dataclasses
+
 import torch
 
 from ibaml import tree
-from ibaml.linear_solve import arguments
+from ibaml.solvers.linear.base import check
 from ibaml.types import LinearSolution, MatVec, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Neumann:
+    """Truncated Neumann series; see ``neumann``.
+
+    Attributes:
+        max_steps: Largest number of terms ``L``.
+        rtol: Relative tolerance.
+        step_size: Positive factor of each correction.
+    """
+
+    max_steps: int = 5
+    rtol: float = 1e-6
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        check(self.max_steps, self.rtol)
+        if not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, but is {self.step_size}.")
+
+    def __call__(self, matvec: MatVec, rhs: PyTree, /, *, preconditioner: MatVec | None = None) -> LinearSolution:
+        """Solves the system; see ``LinearSolver``."""
+        return neumann(
+            matvec,
+            rhs,
+            max_steps=self.max_steps,
+            rtol=self.rtol,
+            preconditioner=preconditioner,
+            step_size=self.step_size,
+        )
 
 
 def neumann(
@@ -44,7 +78,7 @@ def neumann(
         >>> solution.value, bool(solution.converged)
         (tensor([1.7500]), False)
     """
-    arguments.check(max_steps, rtol)
+    check(max_steps, rtol)
     if step_size <= 0:
         raise ValueError(f"step_size must be positive, but is {step_size}.")
     precondition = preconditioner if preconditioner is not None else lambda vector: vector

@@ -1,12 +1,43 @@
 """MINRES for symmetric systems that may be indefinite or singular."""
 
+import dataclasses
 import math
 
 import torch
 
 from ibaml import tree
-from ibaml.linear_solve import arguments
+from ibaml.solvers.linear.base import check
 from ibaml.types import LinearSolution, MatVec, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MINRES:
+    """MINRES, for any symmetric system; see ``minres``.
+
+    Attributes:
+        max_steps: Largest number of products ``L``.
+        rtol: Relative tolerance.
+        reorthogonalize: Whether to keep every Lanczos vector, which singular systems need.
+    """
+
+    max_steps: int = 5
+    rtol: float = 1e-6
+    reorthogonalize: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        check(self.max_steps, self.rtol)
+
+    def __call__(self, matvec: MatVec, rhs: PyTree, /, *, preconditioner: MatVec | None = None) -> LinearSolution:
+        """Solves the system; see ``LinearSolver``."""
+        return minres(
+            matvec,
+            rhs,
+            max_steps=self.max_steps,
+            rtol=self.rtol,
+            preconditioner=preconditioner,
+            reorthogonalize=self.reorthogonalize,
+        )
 
 
 def minres(
@@ -59,7 +90,7 @@ def minres(
         >>> torch.allclose(solution.value, torch.tensor([0.5, 0.0]), atol=1e-6), bool(solution.converged)
         (True, True)
     """
-    arguments.check(max_steps, rtol)
+    check(max_steps, rtol)
     precondition = preconditioner if preconditioner is not None else lambda vector: vector
 
     x = tree.zeros_like(rhs) if x0 is None else x0

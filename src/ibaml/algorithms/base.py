@@ -1,0 +1,107 @@
+"""What every algorithm is: initial meta-parameters, adaptation to a task, a hypergradient, and predictions."""
+
+from typing import Any, Protocol
+
+import torch
+
+from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
+from ibaml.priors import Prior
+from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params
+
+
+class Algorithm(Protocol):
+    """An algorithm with its settings: a frozen dataclass, stateless. Meta-parameters and noise are arguments."""
+
+    @property
+    def name(self) -> str:
+        """Name for reports."""
+        ...
+
+    @property
+    def prior(self) -> Prior:
+        """The family of the prior and of the posteriors."""
+        ...
+
+    @property
+    def is_bayesian(self) -> bool:
+        """Whether adaptation gives a distribution over weights."""
+        ...
+
+    @property
+    def temperature(self) -> float | None:
+        """Weight of the prior beside Bayes' rule, which is 1; None for algorithms without a posterior."""
+        ...
+
+    @property
+    def num_curvature_points(self) -> int:
+        """At how many points a hypergradient takes Hessian-vector products; their passes may be kept."""
+        ...
+
+    def describe(self) -> str:
+        """Returns how a task is solved and differentiated, in a few words for reports and messages."""
+        ...
+
+    def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
+        """Returns initial meta-parameters.
+
+        Args:
+            adapted: Initial values of the adapted parameters; they become the prior mean.
+            shared: Initial values of the shared parameters.
+            generator: Source of randomness.
+        """
+        ...
+
+    def draw_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> TaskNoise:
+        """Draws the noise of one task."""
+        ...
+
+    def adapt(
+        self,
+        nll: TaskNll,
+        meta: MetaParameters,
+        support: Batch,
+        noise: TaskNoise,
+        *,
+        start: Any = None,
+        with_grad_norm: bool = True,
+    ) -> InnerSolution:
+        """Solves the inner problem of one task.
+
+        Args:
+            nll: Per-example nll.
+            meta: Meta-parameters.
+            support: Support set.
+            noise: Noise of the task.
+            start: Where the inner solver starts; the problem itself stays the same. None: at the prior.
+            with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
+
+        Returns:
+            The posterior: a member of the prior's family.
+        """
+        ...
+
+    def hypergradient(
+        self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+    ) -> tuple[MetaParameters, HypergradientInfo]:
+        """Returns one task's gradient of the outer loss in the meta-parameters.
+
+        Args:
+            nll: Per-example nll.
+            meta: Meta-parameters.
+            episode: Support and query set.
+            noise: Noise of the task.
+        """
+        ...
+
+    def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
+        """Draws the noise of a prediction."""
+        ...
+
+    def weight_samples(self, posterior: Any, noise: Params) -> list[Params]:
+        """Returns the weights whose outputs make a prediction.
+
+        Args:
+            posterior: What ``adapt`` returned.
+            noise: From ``draw_evaluation_noise``.
+        """
+        ...

@@ -1,0 +1,81 @@
+"""What families of distributions over adapted weights share."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from ibaml.solvers.inner import Geometry
+from ibaml.types import Params, Tensor
+
+
+class Prior(Protocol):
+    """A family of distributions over weights, of which the prior and every posterior are members.
+
+    The family is a record of settings; its members are pytrees of tensors and arguments of every method. Plain weights
+    are the family of points.
+    """
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether a member has any spread."""
+        ...
+
+    def init(self, weights: Params, /, *, generator: torch.Generator) -> Any:
+        """Returns the member that training starts from, around initial weights.
+
+        Args:
+            weights: Initial weights by name.
+            generator: Source of randomness.
+        """
+        ...
+
+    def draw_noise(
+        self, member: Any, num_samples: int, /, *, generator: torch.Generator, antithetic: bool = False
+    ) -> Params:
+        """Draws standard normal noise for weight samples, with a leading axis; empty for points.
+
+        Args:
+            member: Gives names, shapes, dtypes and devices.
+            num_samples: Number of samples.
+            generator: Source of randomness.
+            antithetic: Whether to draw pairs of opposite sign.
+        """
+        ...
+
+    def sample(self, member: Any, noise: Params, /) -> Params:
+        """Maps noise to weights; noise with a leading axis gives as many samples."""
+        ...
+
+    def mean(self, member: Any, /) -> Params:
+        """Returns the mean weights."""
+        ...
+
+    def map(self, function: Callable[[Params], Params], member: Any, /) -> Any:
+        """Applies a function of weights by name, such as flattening, to each such part of a member."""
+        ...
+
+    def divergence(self, posterior: Any, prior: Any, /) -> Tensor:
+        """Returns how far a posterior is from the prior, in nats: ``KL(posterior || prior)``, or what stands for it."""
+        ...
+
+    def divergence_gradient(self, posterior: Any, prior: Any, /) -> Any:
+        """Returns the gradient of ``divergence`` in the posterior."""
+        ...
+
+    def geometry(self, prior: Any, weight: float, /) -> Geometry | None:
+        """Returns what is known of the inner problem ``nll + weight * divergence``; None if nothing is.
+
+        Args:
+            prior: The prior.
+            weight: Positive weight of the divergence beside the mean nll.
+        """
+        ...
+
+    def hyper_prior_nll(self, prior: Any, /) -> Tensor:
+        """Returns the negative log-density of a prior under ABML's hyper-prior, in nats, summed over weights."""
+        ...
+
+    def parameter_groups(self, member: Any, /) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tensors that say where a member is, and those that say how wide it is, on a log scale."""
+        ...

@@ -1,0 +1,1 @@
+"""Solvers of inner problems and linear systems. They know functions and pytrees, and no probability."""
