@@ -24,9 +24,9 @@ from benchmarks.report import replace_between_markers
 from benchmarks.settings import AccuracySettings
 from ibaml import tree
 from ibaml.data import LinearRegressionTasks
-from ibaml.experiments.fig1 import Fig1Settings
-from ibaml.experiments.fig2 import describe_device
-from ibaml.experiments.linear_gaussian import LinearGaussianProblem
+from ibaml.experiments.fig1.linear_gaussian import LinearGaussianProblem
+from ibaml.experiments.fig1.run import Fig1Settings
+from ibaml.experiments.report import describe_device
 from ibaml.priors.diagonal import DiagonalGeometry
 from ibaml.runs import write_text
 from ibaml.solvers.inner import Adam, GradientDescent, InnerSolver, NaturalGradient
@@ -216,7 +216,7 @@ def summary(rows: Sequence[Row], notes: Sequence[str], settings: AccuracySetting
     lines = [
         f"# Accuracy of meta-gradients at equal cost, {date.today():%d %B %Y}",
         "",
-        f"`{command}` on {describe_device(torch.device('cpu'))}.",
+        f"`{command}` on {describe_device(torch.device('cpu'))}, torch {torch.__version__}.",
         "",
         "iBaML, float64. NRMSE of the meta-gradient in (m, log D) against the converged one, over tasks that the "
         "learning rates were not chosen on. At the same K and L all methods cost the same: K + 2 gradients and L "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from benchmarks.problems import EXPLICIT, Case
-from ibaml.experiments.meta_gradient import PassCounter
+from ibaml.experiments.fig2.cost import PassCounter
 from ibaml.types import Tensor
 
 # A convolution (or a matrix product) y = w x has three products of the same size in a gradient: y, and the pullbacks

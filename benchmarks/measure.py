@@ -20,8 +20,8 @@ from benchmarks.candidates import BASELINE, KEEPS_MEMORY, LIBRARY, Candidate, ca
 from benchmarks.counting import GRADIENTS_PER_HVP, counted_passes, needed_work
 from benchmarks.problems import Case, MetaStep, Problem, build_problem
 from ibaml import tree
-from ibaml.experiments.fig2 import Duration
-from ibaml.experiments.meta_gradient import peak_bytes_of
+from ibaml.experiments.fig2.cost import peak_bytes_of
+from ibaml.experiments.fig2.settings import Duration
 from ibaml.traced import channels_last
 from ibaml.types import Batch, Tensor
 

@@ -23,7 +23,7 @@ import tyro  # noqa: E402
 from torch import nn  # noqa: E402
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm  # noqa: E402
-from ibaml.experiments.meta_gradient import (  # noqa: E402
+from ibaml.experiments.fig2.cost import (  # noqa: E402
     MetaGradientProblem,
     meta_gradient_in_halves,
     peak_bytes_of,

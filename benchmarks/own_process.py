@@ -117,9 +117,9 @@ def _in_own_process(network: str, algorithm: str, candidate: str, num_steps: int
 def _report(arguments: Arguments, lines: list[str]) -> str:
     import torch
 
-    from ibaml.experiments.fig2 import describe_device
+    from ibaml.experiments.report import describe_device
 
-    device = describe_device(torch.device("cpu"))
+    device = f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}"
     command = f"python -m benchmarks.own_process {' '.join(sys.argv[1:])}".strip()
     return "\n".join(
         [

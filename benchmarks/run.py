@@ -20,7 +20,7 @@ from benchmarks.counting import gradient_equivalents  # noqa: E402
 from benchmarks.measure import CaseResult, check_on_small_network, measure_case  # noqa: E402
 from benchmarks.problems import Case  # noqa: E402
 from benchmarks.settings import BenchmarkSettings  # noqa: E402
-from ibaml.experiments.fig2 import describe_device  # noqa: E402
+from ibaml.experiments.report import describe_device  # noqa: E402
 from ibaml.runs import resolve_device, write_text  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> None:
     results = _measure(arguments, cases, device)
     output = arguments.output or _ROOT / "benchmarks" / "results" / f"{date.today().isoformat()}-speed.md"
     command = f"python -m benchmarks.run {' '.join(sys.argv[1:])}".strip()
-    hardware = describe_device(device)
+    hardware = f"{describe_device(device)}, torch {torch.__version__}"
     text = report.summary(results, checks, cases[len(results) :], arguments, hardware, command)
     write_text(output, text)
     print(text)

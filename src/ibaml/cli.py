@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import functools
+import operator
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 import tyro
@@ -15,13 +17,8 @@ from rich.table import Column, Table
 
 from ibaml import plots, runs
 from ibaml.evaluation import Evaluation, draw_tasks
-from ibaml.experiments.fig1 import Fig1Settings
-from ibaml.experiments.fig2 import Fig2Settings
-from ibaml.experiments.fig3 import Fig3Settings
-from ibaml.experiments.fsmol import FsmolSettings
-from ibaml.experiments.groups import GroupsSettings
-from ibaml.experiments.sinusoid import SinusoidSettings
-from ibaml.experiments.table1 import Table1Settings
+from ibaml.experiments.registry import EXPERIMENTS, experiment_name
+from ibaml.experiments.report import Place, run_experiment
 from ibaml.file_prediction import load_fitted, predict_files
 from ibaml.metrics import paired_difference, reliability_curve
 from ibaml.processes import (
@@ -34,8 +31,6 @@ from ibaml.processes import (
     require_devices,
 )
 from ibaml.recipes import RECIPES, Recipe, get_recipe
-from ibaml.reproduce import experiment_name
-from ibaml.reproduce import reproduce as run_experiment
 from ibaml.train.log import METRICS, read_metrics
 from ibaml.train.trainer import TrainingDivergedError, TrainingResult
 from ibaml.types import Batch, Episode
@@ -45,36 +40,16 @@ _console = Console(stderr=True)
 _Settings: TypeAlias = Annotated[
     tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE ...")
 ]
-_Experiment: TypeAlias = (
-    Annotated[
-        Fig1Settings,
-        tyro.conf.subcommand("fig1", description="Error of meta-gradients against the exact one; Theorems 1 and 2."),
-    ]
-    | Annotated[
-        Fig2Settings,
-        tyro.conf.subcommand("fig2", description="Time and memory of one meta-gradient over the number of steps."),
-    ]
-    | Annotated[
-        Table1Settings,
-        tyro.conf.subcommand("table1", description="nll and accuracy, 5-way 5-shot, on paired test tasks. Resumable."),
-    ]
-    | Annotated[
-        Fig3Settings,
-        tyro.conf.subcommand("fig3", description="Calibration, 5-way 1-shot, with reliability diagrams. Resumable."),
-    ]
-    | Annotated[
-        SinusoidSettings,
-        tyro.conf.subcommand("sinusoid", description="Sinusoid regression: errors, intervals, coverage. Resumable."),
-    ]
-    | Annotated[
-        FsmolSettings,
-        tyro.conf.subcommand("fsmol", description="Activity of molecules, FS-Mol or your own assay file. Resumable."),
-    ]
-    | Annotated[
-        GroupsSettings,
-        tyro.conf.subcommand("groups", description="Grouped regression beside mixed-effects models, on eight tables."),
-    ]
-)
+if TYPE_CHECKING:
+    _Experiment: TypeAlias = object
+else:
+    _Experiment = functools.reduce(
+        operator.or_,
+        [
+            Annotated[each.settings, tyro.conf.subcommand(name, description=each.description)]
+            for name, each in EXPERIMENTS.items()
+        ],
+    )
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "quantile_calibration_error")
 
 
@@ -315,10 +290,10 @@ def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | 
     """
     name = experiment_name(experiment)
     folder = out or Path("reproductions") / name
+    wanted = EXPERIMENTS[name]
     # Training shows a bar of its own.
-    measures_only = isinstance(experiment, Fig1Settings | Fig2Settings | GroupsSettings)
-    with _progress(name, None) if measures_only else contextlib.nullcontext() as on_progress:
-        summary = run_experiment(experiment, folder, data=data, console=_console, on_progress=on_progress)
+    with contextlib.nullcontext() if wanted.trains else _progress(name, None) as on_progress:
+        summary = run_experiment(wanted, experiment, Place(folder, data, _console, on_progress))
     Console().print(summary, soft_wrap=True, markup=False, highlight=False)
     _console.print(f"Tables, pictures and settings are in {folder}.", soft_wrap=True, markup=False)
 

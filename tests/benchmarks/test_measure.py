@@ -11,7 +11,7 @@ from benchmarks.problems import Case, build_problem
 from benchmarks.settings import BenchmarkSettings
 
 from benchmarks import measure, report, run
-from ibaml.experiments.fig2 import Duration
+from ibaml.experiments.fig2.run import Duration
 
 CPU = torch.device("cpu")
 MAML = Case(network="tiny", algorithm="maml", num_inner_steps=2, num_queries=2)

@@ -1,1 +1,1 @@
-"""The paper's figures and tables, and comparisons on real data, one file each; `ibaml reproduce` runs them."""
+"""The figures and tables of the paper and studies on real data: one folder each, with its run, report and picture."""

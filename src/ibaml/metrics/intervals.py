@@ -16,8 +16,8 @@ class Estimate(NamedTuple):
         >>> result = Estimate(mean=0.98213, half_width=0.0041, num_tasks=1000)
         >>> print(result)
         0.982 +- 0.004
-        >>> f"{result:.1%}"
-        '98.2% +- 0.4%'
+        >>> f"{result:.1%}", f"{result:+.2f}"
+        ('98.2% +- 0.4%', '+0.98 +- 0.00')
 
     Attributes:
         mean: The estimate, in the metric's unit.
@@ -35,9 +35,9 @@ class Estimate(NamedTuple):
         return format(self, ".3f")
 
     def __format__(self, spec: str, /) -> str:
-        """Applies a format specification of floats to both numbers."""
+        """Applies a format specification of floats to both numbers; a sign that it asks for is the mean's alone."""
         spec = spec or ".3f"
-        return f"{self.mean:{spec}} +- {self.half_width:{spec}}"
+        return f"{self.mean:{spec}} +- {self.half_width:{spec.lstrip('+')}}"
 
     @property
     def low(self) -> float:

@@ -1,0 +1,1 @@
+"""Fig. 2: what one hypergradient costs in time and memory."""

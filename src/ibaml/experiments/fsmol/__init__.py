@@ -1,0 +1,1 @@
+"""Activity of molecules in assays that were not seen in training."""

@@ -1,0 +1,1 @@
+"""Grouped tables: predictions of a new group beside a mixed-effects model."""

@@ -1,0 +1,1 @@
+"""Sinusoid regression: errors and predictive intervals."""
