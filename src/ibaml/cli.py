@@ -242,7 +242,7 @@ def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None 
             if metric != "coverage_90" and abs(difference.mean) > difference.half_width:
                 better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
                 verdict = " better" if better else " worse"
-            row.append(f"{difference:+.4f}{verdict}".replace("+- +", "+- "))
+            row.append(f"{difference:+.4f}{verdict}")
         table.add_row(*row)
         rows.append(row)
     with (out / "comparison.csv").open("w", newline="") as file:
