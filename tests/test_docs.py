@@ -188,7 +188,7 @@ def documented() -> set[object]:
 INTERNAL = {
     "ibaml.cli",
     "ibaml.data.arguments",
-    "ibaml.data.cache",
+    "ibaml.data.files.cache",
     "ibaml.solvers.linear.arguments",
     "ibaml.networks.arguments",
     "ibaml.networks.initialization",

@@ -9,19 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ibaml.data.sources import ImageFolder, MiniImagenet, TinyImagenet
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner import MetaLearner
 from ibaml.learner.folder import MODEL
 from ibaml.posterior import FittedModel, TaskPosterior
-from ibaml.preprocessing import Preprocessing
 from ibaml.runs import RECIPE, load_best, read_recipe
-from ibaml.standardize import Standardizer
 
 _TABLES = (".csv", ".parquet")
-# Other sources turn their images in ways (inverted, thinned, rendered) that a user's own images have not gone through.
-_PLAIN_IMAGES = (ImageFolder, MiniImagenet, TinyImagenet)
 
 
 def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
@@ -29,28 +25,21 @@ def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
 
     Raises:
         FileNotFoundError: If the folder holds neither.
-        ValueError: If a file is damaged, or the run is of a source whose images are prepared specially.
+        ValueError: If a file is damaged, or the run is of a source whose inputs cannot be made of files.
     """
     if (folder / MODEL).is_file():
         return MetaLearner.load(folder, device=device).fitted_model
     if not (folder / RECIPE).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model ({MODEL}) and no run ({RECIPE}).")
     recipe = read_recipe(folder)
-    source = recipe.data
-    if not isinstance(source, _PLAIN_IMAGES):
+    preprocessing = recipe.data.preprocessing()
+    if preprocessing is None:
         raise ValueError(
-            f"{folder} is a run of {source.name!r}, whose inputs are prepared by its own loader; predict takes "
-            f"saved models and runs of {', '.join(plain.name for plain in _PLAIN_IMAGES)}."
+            f"{folder} is a run of {recipe.data.name!r}, whose inputs come from its data file alone: predict has no "
+            "way to make them of other files."
         )
     model = recipe.build_model().to(device)
     meta, _ = load_best(folder, recipe, model)
-    side, channels = source.image_size, int(recipe.network.arguments.get("in_channels", 3))
-    preprocessing = Preprocessing(
-        inputs=Standardizer(torch.zeros(channels, 1, 1).double(), torch.tensor(1 / 255).double()),
-        input_shape=(channels, side, side),
-        num_outputs=source.num_ways,
-        image_size=(side, side),
-    )
     return FittedModel(model=model, algorithm=recipe.algorithm, meta=meta, preprocessing=preprocessing, device=device)
 
 

@@ -8,13 +8,13 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction, array_kind
 from ibaml.evaluation import predict
 from ibaml.likelihoods import Likelihood
 from ibaml.model import Model
 from ibaml.prediction import ClassPrediction, RegressionPrediction
-from ibaml.preprocessing import Preprocessing
 from ibaml.priors import DiagonalGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from ibaml import metrics, tree
+from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.data.tables import read_tasks
 from ibaml.evaluation import draw_tasks, task_generator
 from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
 from ibaml.posterior import FittedModel
 from ibaml.prediction import ClassPrediction, RegressionPrediction
-from ibaml.task_sources import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.types import Episode, Tensor
 
 

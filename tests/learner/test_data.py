@@ -13,12 +13,12 @@ from sklearn.base import clone
 
 from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
 from ibaml.data import SinusoidTasks
+from ibaml.data.prepare import prepare
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner.defaults import table_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_model
 from ibaml.networks import MLP
 from ibaml.table_evaluation import read_episodes
-from ibaml.task_sources import prepare
 from ibaml.train.checkpoint import save_tensors
 from ibaml.train.trainer import TrainerSettings
 

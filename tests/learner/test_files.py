@@ -185,8 +185,8 @@ def test_levels_and_models_it_refuses(tmp_path, model, monkeypatch):
         predict_files(fitted, tmp_path, tmp_path, tmp_path / "out.csv", level=1.0)
     with pytest.raises(FileNotFoundError, match=r"holds no saved model \(model.safetensors\) and no run"):
         load_fitted(tmp_path, device=CPU)
-    (tmp_path / "recipe.json").write_text(get_recipe("sinusoid_5shot_maml").to_json())
-    with pytest.raises(ValueError, match="is a run of 'sinusoid', whose inputs are prepared by its own loader"):
+    (tmp_path / "recipe.json").write_text(get_recipe("fsmol_maml").to_json())
+    with pytest.raises(ValueError, match="is a run of 'fsmol', whose inputs come from its data file alone"):
         load_fitted(tmp_path, device=CPU)
     x = np.arange(8.0)[:, None]
     arrays = MetaLearner(likelihood="gaussian").fit([(x, x[:, 0])], num_steps=1)

@@ -5,12 +5,13 @@ samplers of their own. Every sampler is a ``ibaml.types.TaskSampler``. ``ibaml.d
 recipes hold: which data, in which sizes of tasks.
 """
 
-from ibaml.data.episodes import ClassImages, EpisodeSampler, with_rotations
+from ibaml.data.episodes import EpisodeSampler
+from ibaml.data.files.locate import find_data_file
+from ibaml.data.files.pickles import load_arrays
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.groups import GroupedTasks
+from ibaml.data.images import ClassImages, with_rotations
 from ibaml.data.linear_regression import LinearRegressionTasks, closed_form_posterior
-from ibaml.data.locate import find_data_file
-from ibaml.data.restricted_pickle import load_arrays
 from ibaml.data.sources.fsmol import Assays, AssayTasks, hold_out, load_assays
 from ibaml.data.sources.glyphs import load_glyphs
 from ibaml.data.sources.image_folder import load_class_folder, load_image_folder

@@ -13,6 +13,8 @@ from ibaml import __version__, records, tree
 from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, make_algorithm
 from ibaml.calibration import fit_temperature
 from ibaml.data.fixed_episodes import EpisodesInOrder
+from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, prepare
+from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
 from ibaml.learner.folder import MODEL, read_model, write_model
@@ -21,10 +23,8 @@ from ibaml.metrics import Estimate
 from ibaml.model import Model, build_model
 from ibaml.networks import NetworkSettings, network_settings
 from ibaml.posterior import FittedModel, TaskPosterior, TemperedLikelihood
-from ibaml.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
-from ibaml.task_sources import SplitSettings, image_sampler, is_folder, is_raw, prepare
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode, TaskSampler, Tensor

@@ -5,12 +5,14 @@ import functools
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from ibaml import records
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
+from ibaml.data.images import scale_pixels
 from ibaml.data.sources import (
     SOURCES,
     FSMol,
@@ -175,3 +177,25 @@ def test_sinusoid_settings():
 def test_refused_settings(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_of_a_user_become_inputs(name, asked, tmp_path):
+    source = EXAMPLES[name]
+    preprocessing = source.preprocessing()
+    if name == "fsmol":
+        assert preprocessing is None
+    elif name == "sinusoid":
+        table = pd.DataFrame({"y": [1.0], "x": [2.5]})
+        assert preprocessing.encode_inputs("x", table).tolist() == [[2.5]]
+        assert preprocessing.encode_targets("y", table["y"]).tolist() == [[1.0]]
+    else:
+        shape = preprocessing.input_shape
+        assert preprocessing.image_size == shape[1:] == (source.image_size, source.image_size)
+        assert preprocessing.num_outputs == source.num_ways
+        if name != "image_folder":
+            assert shape == source.sampler("train").input_shape
+        pixels = torch.arange(256, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(256, *shape)
+        encoded = preprocessing.encode_inputs("x", pixels)
+        expected = scale_pixels(255 - pixels if name == "omniglot" else pixels)
+        torch.testing.assert_close(encoded, expected, rtol=0, atol=0)

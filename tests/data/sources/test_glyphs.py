@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ibaml.data import EpisodeSampler, load_glyphs
-from ibaml.data.cache import read_class_images
+from ibaml.data.files.cache import read_class_images
 from ibaml.data.sources import glyphs
 
 

@@ -170,7 +170,7 @@ def test_decodes_once(root, tmp_path, monkeypatch, layout):
     LAYOUTS[layout](root)
     cache = tmp_path / "chosen"
     load_mini_imagenet("test", root=root, cache_dir=cache)
-    monkeypatch.setattr(mini_imagenet, "_decode", lambda *arguments: pytest.fail("decoded again"))
+    monkeypatch.setattr(mini_imagenet, "decode_image", lambda *_, **__: pytest.fail("decoded again"))
     assert torch.equal(load_mini_imagenet("test", root=root, cache_dir=cache).images, expected_images("test"))
     assert len(list(cache.glob("mini-imagenet-v1-test-*-84.npz"))) == 1
     with pytest.raises(pytest.fail.Exception, match="decoded again"):
@@ -300,7 +300,9 @@ def test_other_archive(root):
 def test_undecodable_image(root, content):
     write_folder(root)
     (root / "images" / "n0600003.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot read the image n0600003.jpg of .*root/images .*; replace it"):
+    with pytest.raises(
+        ValueError, match="cannot read the image n0600003.jpg of .*root/images .*; replace or remove it"
+    ):
         load_mini_imagenet("test", root=root)
 
 

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 import torch
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.episodes import ClassImages, EpisodeSampler
+from ibaml.data.episodes import EpisodeSampler
+from ibaml.data.images import ClassImages
+from ibaml.data.preprocessing import Preprocessing, image_preprocessing
 from ibaml.types import TaskSampler
 
 Split: TypeAlias = Literal["train", "validation", "test"]
@@ -52,6 +54,10 @@ class TaskSource(Protocol):
         """
         ...
 
+    def preprocessing(self) -> Preprocessing | None:
+        """Returns how files of a user become inputs of a model trained on these tasks; None if they cannot."""
+        ...
+
 
 def queries_in(source: TaskSource, split: Split) -> int:
     """Returns the number of query examples of a task of a split."""
@@ -60,7 +66,7 @@ def queries_in(source: TaskSource, split: Split) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSource(abc.ABC):
-    """N-way K-shot classification of images; a source of its own has a ``name`` and loads ``images``.
+    """N-way K-shot classification of images; a source has a ``name`` and ``num_channels`` and loads ``images``.
 
     Attributes:
         num_ways: Classes of a task.
@@ -81,6 +87,7 @@ class ImageSource(abc.ABC):
     image_size: int = 28
     name: ClassVar[str]
     is_image: ClassVar[bool] = True
+    num_channels: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         """Checks the counts."""
@@ -99,3 +106,7 @@ class ImageSource(abc.ABC):
             num_shots=self.num_shots,
             num_queries=queries_in(self, split),
         )
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Returns how image files become inputs: resized, in [0, 1]."""
+        return image_preprocessing((self.num_channels, self.image_size, self.image_size), self.num_ways)

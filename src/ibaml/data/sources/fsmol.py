@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
-from ibaml.data.locate import find_data_file
+from ibaml.data.files.locate import find_data_file
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
 
@@ -69,6 +70,10 @@ class FSMol:
         # Half of the training assays have fewer than 50 rows.
         min_queries = min(16, num_queries) if split == "train" else None
         return AssayTasks(assays, support_sizes=self.support_sizes, num_queries=num_queries, min_queries=min_queries)
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Returns None: fingerprints come with the data file alone."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.cache import read_class_images, write_class_images
-from ibaml.data.episodes import ClassImages
-from ibaml.data.locate import cache_folders
+from ibaml.data.files.cache import read_class_images, write_class_images
+from ibaml.data.files.locate import cache_folders
+from ibaml.data.images import ClassImages
 from ibaml.data.sources.base import ImageSource, Split
 
 SCRIPTS: dict[Split, tuple[str, ...]] = {
@@ -94,9 +94,10 @@ class _Character(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Glyphs(ImageSource):
-    """Characters rendered from fonts, which need no download; no script occurs in two splits."""
+    """Characters rendered from fonts, which need no download, light on dark; no script occurs in two splits."""
 
     name: ClassVar[str] = "glyphs"
+    num_channels: ClassVar[int] = 1
 
     def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
         """Renders the characters of a split, or takes them from the cache; ``data`` is not needed."""

@@ -1,28 +1,21 @@
 """Labelled images of one's own: a folder or zip archive laid out as ``split/class/image``."""
 
 import dataclasses
-import io
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.episodes import ClassImages
+from ibaml.data.images import ClassImages, Pixels, decode_image, open_archive, read_member, resize_image, to_pixels
 from ibaml.data.sources.base import ImageSource, Split
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Files with other suffixes are taken to be notes and passed over."""
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 class ImageFiles(NamedTuple):
@@ -157,8 +150,8 @@ def load_images(path: str | os.PathLike[str], *, image_size: int | tuple[int, in
     files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden((file.name,))]
     if not files:
         raise ValueError(f"{path} holds no image (suffixes {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    pictures = [_decode(file.read_bytes(), file.name, path, size, channels) for file in files]
-    return ImageFiles(tuple(file.name for file in files), np.stack(pictures).transpose(0, 3, 1, 2))
+    pictures = [_decode(file.read_bytes(), f"{file.name} of {path}", size, channels) for file in files]
+    return ImageFiles(tuple(file.name for file in files), np.stack(pictures))
 
 
 def _check_arguments(
@@ -204,15 +197,15 @@ def _read_classes(
             )
         for parts in sorted(classes[class_name]):
             name = above + "/".join(parts)
-            picture = _decode(read(parts), name, path, size, channels)
+            picture = _decode(read(parts), f"{name} of {path}", size, channels)
             if pictures and picture.shape != pictures[0].shape:
                 raise ValueError(
                     f"images of {path} differ in size: {name} has (height, width) "
-                    f"{picture.shape[:2]}, the first image {pictures[0].shape[:2]}; pass image_size to resize them."
+                    f"{picture.shape[1:]}, the first image {pictures[0].shape[1:]}; pass image_size to resize them."
                 )
             pictures.append(picture)
         starts.append(len(pictures))
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.stack(pictures))
     return ClassImages(images=images, class_start=torch.tensor(starts), class_names=tuple(sorted(classes)))
 
 
@@ -239,20 +232,6 @@ def _match_split(split: str, splits: list[str], path: Path) -> str:
     raise ValueError(f"split {split!r} is not in {path}; splits present: {present}.")
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
-    """Opens a zip archive.
-
-    Raises:
-        ValueError: If it is none, or not whole.
-    """
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
-        ) from error
-
-
 @contextmanager
 def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str, ...]], bytes]]]:
     """Opens a folder or archive: what lies up to three levels deep, and a function that reads a file by its parts."""
@@ -273,11 +252,7 @@ def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str,
             entries = [_Entry(parts[1:], is_folder) for parts, is_folder in entries if len(parts) > 1]
 
         def read(parts: tuple[str, ...]) -> bytes:
-            name = "/".join(outer + parts)
-            try:
-                return archive.read(name)
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                raise ValueError(f"{path} is damaged at {name} ({error}). Get the archive again.") from error
+            return read_member(archive, "/".join(outer + parts))
 
         yield entries, read
 
@@ -304,14 +279,6 @@ def _is_hidden(parts: tuple[str, ...]) -> bool:
     return not parts or any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _decode(content: bytes, name: str, path: Path, size: tuple[int, int] | None, channels: int) -> Pixels:
-    """Decodes one image to uint8 of shape [height, width, channels]."""
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            image = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, zlib.error) as error:
-        raise ValueError(f"cannot read the image {name} of {path} ({error}); replace or remove it.") from error
-    if size is not None and image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels if channels == 3 else pixels[:, :, None]
+def _decode(content: bytes, name: str, size: tuple[int, int] | None, channels: int) -> Pixels:
+    image = decode_image(content, name, channels=channels)
+    return to_pixels(image if size is None else resize_image(image, size))

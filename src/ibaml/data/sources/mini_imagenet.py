@@ -2,15 +2,12 @@
 
 import csv
 import dataclasses
-import hashlib
 import io
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, NamedTuple, TypeAlias, cast, get_args
+from typing import ClassVar, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +15,22 @@ import torch
 from PIL import Image
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.cache import read_class_images, write_class_images
-from ibaml.data.episodes import ClassImages
-from ibaml.data.locate import ENVIRONMENT_VARIABLE, cache_folders, search_folders
-from ibaml.data.restricted_pickle import load_arrays
+from ibaml.data.files.cache import cached_images
+from ibaml.data.files.locate import ENVIRONMENT_VARIABLE, search_folders
+from ibaml.data.files.pickles import load_arrays
+from ibaml.data.images import (
+    ClassImages,
+    Pixels,
+    class_starts,
+    decode_image,
+    digest,
+    member_stamps,
+    open_archive,
+    read_member,
+    resize_image,
+    to_pixels,
+)
 from ibaml.data.sources.base import ImageSource, Split
-from ibaml.data.sources.image_folder import open_archive
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 NUM_CLASSES: dict[Split, int] = {"train": 64, "validation": 16, "test": 20}
 IMAGES_PER_CLASS = 600
@@ -211,7 +216,7 @@ def _gather(
     # One image at a time: the train split has 0.8 GB, of which fancy indexing would make one more copy.
     target = np.empty((len(order), 3, image_size, image_size), dtype=np.uint8)
     for place, index in enumerate(order):
-        target[place] = _fit(images[index], image_size).transpose(2, 0, 1)
+        target[place] = to_pixels(resize_image(Image.fromarray(images[index]), (image_size, image_size)))
     return _class_images(target, {name: len(classes[name]) for name in sorted(classes)})
 
 
@@ -266,11 +271,9 @@ def _open_folder(csv_path: Path) -> _ImageFiles:
 def _open_archive(path: Path, split: Split) -> Generator[_ImageFiles]:
     """Opens the same layout inside a zip archive."""
     with open_archive(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+        stamps = member_stamps(archive.infolist())
         csv_names = [
-            name
-            for name in members
-            if PurePosixPath(name).name == CSV_FILES[split] and not name.startswith("__MACOSX/")
+            name for name in stamps if PurePosixPath(name).name == CSV_FILES[split] and not name.startswith("__MACOSX/")
         ]
         if not csv_names:
             raise ValueError(
@@ -280,23 +283,12 @@ def _open_archive(path: Path, split: Split) -> Generator[_ImageFiles]:
         csv_name = min(csv_names, key=lambda name: (name.count("/"), name))
         prefix = csv_name.removesuffix(CSV_FILES[split]) + "images/"
 
-        def stamp(name: str) -> str | None:
-            info = members.get(prefix + name)
-            return None if info is None else f"{info.file_size}:{info.CRC}"
-
-        def read(name: str) -> bytes:
-            try:
-                return archive.read(name)
-            # RuntimeError: encrypted; its subclass NotImplementedError: compressed by a method that Python lacks.
-            except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-                raise ValueError(f"cannot read {name} of {path} ({error}). Get the archive again.") from error
-
         yield _ImageFiles(
             csv_name=f"{csv_name} of {path}",
-            csv_content=read(csv_name),
+            csv_content=read_member(archive, csv_name),
             images_name=f"{prefix} of {path}",
-            stamp=stamp,
-            read=lambda name: read(prefix + name),
+            stamp=lambda name: stamps.get(prefix + name),
+            read=lambda name: read_member(archive, prefix + name),
         )
 
 
@@ -313,19 +305,16 @@ def _load_image_files(
             f"{files.csv_name} lists {len(missing)} images that are not in {files.images_name}, first {missing[0]}; "
             "get the missing images, or the whole again if a copy broke off."
         )
-    digest = hashlib.sha256(files.csv_content)
-    for name, stamp in stamps.items():
-        digest.update(f"{name}:{stamp}\n".encode())
-    cache_name = f"mini-imagenet-v{_DECODING_VERSION}-{split}-{digest.hexdigest()[:16]}-{image_size}.npz"
-    folders = cache_folders(cache_dir)
-    if (cached := read_class_images(folders, cache_name)) is not None:
-        return cached
-    target = np.empty((len(names), 3, image_size, image_size), dtype=np.uint8)
-    for place, name in enumerate(names):
-        target[place] = _decode(files.read(name), f"{name} of {files.images_name}", image_size).transpose(2, 0, 1)
-    images = _class_images(target, {label: len(classes[label]) for label in sorted(classes)})
-    write_class_images(folders, cache_name, images)
-    return images
+
+    def decode() -> ClassImages:
+        target = np.empty((len(names), 3, image_size, image_size), dtype=np.uint8)
+        for place, name in enumerate(names):
+            image = decode_image(files.read(name), f"{name} of {files.images_name}", channels=3)
+            target[place] = to_pixels(resize_image(image, (image_size, image_size)))
+        return _class_images(target, {label: len(classes[label]) for label in sorted(classes)})
+
+    key = digest({name: stamp for name, stamp in stamps.items() if stamp is not None}, files.csv_content)
+    return cached_images(f"mini-imagenet-v{_DECODING_VERSION}-{split}-{key}-{image_size}.npz", decode, cache_dir)
 
 
 def _read_split_file(files: _ImageFiles) -> dict[str, list[str]]:
@@ -368,28 +357,11 @@ def _check_sizes(sizes: dict[str, int], source: object, split: Split) -> None:
         )
 
 
-def _decode(content: bytes, name: str, image_size: int) -> Pixels:
-    """Decodes one image file to shape [image_size, image_size, 3]."""
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {name} ({error}); replace it.") from error
-    return _fit(pixels, image_size)
-
-
-def _fit(pixels: Pixels, image_size: int) -> Pixels:
-    """Resamples an image of shape [height, width, 3] unless it has the size already."""
-    if pixels.shape[:2] == (image_size, image_size):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.LANCZOS))
-
-
 def _class_images(images: Pixels, sizes: dict[str, int]) -> ClassImages:
     """Wraps images that are sorted by class; ``sizes`` is in the same order."""
     return ClassImages(
         images=torch.from_numpy(images),
-        class_start=torch.tensor([0, *np.cumsum(list(sizes.values())).tolist()]),
+        class_start=class_starts(list(sizes.values())),
         class_names=tuple(sizes),
     )
 

@@ -2,23 +2,30 @@
 
 import csv
 import dataclasses
-import hashlib
-import io
 import os
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.cache import read_class_images, write_class_images
-from ibaml.data.episodes import ClassImages, with_rotations
-from ibaml.data.locate import cache_folders, find_data_file
+from ibaml.data.files.cache import cached_images
+from ibaml.data.files.locate import find_data_file
+from ibaml.data.images import (
+    ClassImages,
+    class_starts,
+    decode_image,
+    digest,
+    member_stamps,
+    open_archive,
+    read_member,
+    with_rotations,
+)
+from ibaml.data.preprocessing import Preprocessing, image_preprocessing
 from ibaml.data.sources.base import ImageSource, Split
 
 Protocol = Literal["vinyals", "official"]
@@ -54,6 +61,7 @@ class Omniglot(ImageSource):
     protocol: Protocol = "vinyals"
     rotations: bool = True
     name: ClassVar[str] = "omniglot"
+    num_channels: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         """Checks the settings."""
@@ -69,6 +77,10 @@ class Omniglot(ImageSource):
             image_size=self.image_size,
             rotations=self.rotations and split == "train",
         )
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Returns how image files become inputs: dark ink on light paper, as the publisher's drawings are."""
+        return image_preprocessing((1, self.image_size, self.image_size), self.num_ways, inverted=True)
 
 
 def load_omniglot(
@@ -151,29 +163,13 @@ def _check_protocol(protocol: str) -> None:
 
 def _load_archive(path: Path, image_size: int, cache_dir: str | os.PathLike[str] | None) -> ClassImages:
     """Decodes every character of an archive, or takes it from the cache."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            drawings = (info for info in archive.infolist() if _MEMBER.fullmatch(info.filename))
-            members = sorted(drawings, key=lambda info: info.filename)
-            # The directory of a zip file holds the CRC-32 of each member: a key to the contents without reading them.
-            digest = hashlib.sha256()
-            for info in members:
-                digest.update(f"{info.filename}:{info.file_size}:{info.CRC}\n".encode())
-            name = f"omniglot-v{_DECODING_VERSION}-{path.stem}-{digest.hexdigest()[:16]}-{image_size}.npz"
-            folders = cache_folders(cache_dir)
-            if (cached := read_class_images(folders, name)) is not None:
-                return cached
-            images = _decode(archive, members, image_size, path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not an intact zip archive ({error}): probably a download that broke off. "
-            "Delete it and fetch it again."
-        ) from error
-    write_class_images(folders, name, images)
-    return images
+    with open_archive(path) as archive:
+        stamps = member_stamps(info for info in archive.infolist() if _MEMBER.fullmatch(info.filename))
+        name = f"omniglot-v{_DECODING_VERSION}-{path.stem}-{digest(stamps)}-{image_size}.npz"
+        return cached_images(name, lambda: _decode(archive, list(stamps), image_size, path), cache_dir)
 
 
-def _decode(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], image_size: int, path: Path) -> ClassImages:
+def _decode(archive: zipfile.ZipFile, members: list[str], image_size: int, path: Path) -> ClassImages:
     """Decodes the members, which are sorted by name and so by class."""
     if not members:
         raise ValueError(
@@ -183,21 +179,16 @@ def _decode(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], image_size
     images = np.empty((len(members), image_size, image_size), dtype=np.uint8)
     names: list[str] = []
     starts: list[int] = []
-    for index, info in enumerate(members):
-        match = _MEMBER.fullmatch(info.filename)
+    for index, member in enumerate(members):
+        match = _MEMBER.fullmatch(member)
         assert match is not None  # members were chosen by this pattern
         name = f"{match['alphabet']}/{match['character']}"
         if not names or names[-1] != name:
             names.append(name)
             starts.append(index)
-        try:
-            with Image.open(io.BytesIO(archive.read(info))) as image:
-                # The publisher's images are ink 0 on paper 1.
-                ink = ImageOps.invert(image.convert("L"))
-        except (UnidentifiedImageError, OSError, zlib.error, EOFError, SyntaxError) as error:
-            raise ValueError(
-                f"{path}: cannot decode the image {info.filename} ({error}). Delete the archive and fetch it again."
-            ) from error
+        drawing = decode_image(read_member(archive, member), f"{member} of {path}", channels=1)
+        # The publisher's images are ink 0 on paper 1.
+        ink = ImageOps.invert(drawing)
         images[index] = np.asarray(ink.resize((image_size, image_size), Image.Resampling.BOX))
     return ClassImages(
         images=torch.from_numpy(images).unsqueeze(1),
@@ -228,9 +219,9 @@ def _read_split_file(path: Path) -> dict[Split, set[str]]:
 
 def _concatenate(pieces: list[ClassImages]) -> ClassImages:
     """Joins classes of several archives, in order."""
-    sizes = torch.cat([piece.class_sizes for piece in pieces])
+    sizes = [size for piece in pieces for size in piece.class_sizes.tolist()]
     return ClassImages(
         images=torch.cat([piece.images for piece in pieces]),
-        class_start=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        class_start=class_starts(sizes),
         class_names=tuple(name for piece in pieces for name in piece.class_names),
     )

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
 
@@ -43,6 +44,17 @@ class Sinusoid:
         """Returns the sampler of a split, which differs in the number of queries alone; see ``TaskSource.sampler``."""
         num_queries = queries_in(self, split)
         return SinusoidTasks(num_shots=self.num_shots, num_queries=num_queries, noise_std=self.noise_std)
+
+    def preprocessing(self) -> Preprocessing | None:
+        """Returns how tables with the columns x and y become inputs: as they are."""
+        return Preprocessing(
+            inputs=IDENTITY,
+            input_shape=(1,),
+            targets=IDENTITY,
+            num_outputs=1,
+            feature_names=("x",),
+            target_columns=("y",),
+        )
 
 
 def require_range(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -1,16 +1,14 @@
 """Stand-in for miniImageNet: 100 classes of Tiny-ImageNet, 64 x 64, split 64/16/20 for few-shot classification."""
 
 import dataclasses
-import hashlib
 import os
-import zipfile
 from pathlib import Path
 from typing import ClassVar, get_args
 
 from ibaml.data.arguments import require_positive_int
-from ibaml.data.cache import read_class_images, write_class_images
-from ibaml.data.episodes import ClassImages
-from ibaml.data.locate import cache_folders, find_data_file
+from ibaml.data.files.cache import cached_images
+from ibaml.data.files.locate import find_data_file
+from ibaml.data.images import ClassImages, digest, member_stamps, open_archive
 from ibaml.data.sources.base import ImageSource, Split
 from ibaml.data.sources.image_folder import load_image_folder
 
@@ -66,10 +64,14 @@ def load_tiny_imagenet(
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
     require_positive_int("image_size", image_size)
     path = find_data_file(ARCHIVE, root)
-    name = f"tiny-imagenet-v{_DECODING_VERSION}-{split}-{_digest(path)}-{image_size}.npz"
-    folders = cache_folders(cache_dir)
-    if (cached := read_class_images(folders, name)) is not None:
-        return cached
+    with open_archive(path) as archive:
+        key = digest(member_stamps(archive.infolist()))
+    name = f"tiny-imagenet-v{_DECODING_VERSION}-{split}-{key}-{image_size}.npz"
+    return cached_images(name, lambda: _read(path, split, image_size), cache_dir)
+
+
+def _read(path: Path, split: Split, image_size: int) -> ClassImages:
+    """Decodes a split and checks that it is what it should be."""
     images = load_image_folder(path, split, image_size=image_size)
     sizes = sorted(set(images.class_sizes.tolist()))
     if images.num_classes != NUM_CLASSES[split] or sizes != [IMAGES_PER_CLASS[split]]:
@@ -78,19 +80,4 @@ def load_tiny_imagenet(
             f"{images.num_classes} classes of {' or '.join(map(str, sizes))} images; for other images of one's own "
             "there is load_image_folder."
         )
-    write_class_images(folders, name, images)
     return images
-
-
-def _digest(path: Path) -> str:
-    """Returns a key to the contents of an archive, from the CRC-32 of each file that its directory holds."""
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                digest.update(f"{info.filename}:{info.file_size}:{info.CRC}\n".encode())
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not an intact zip archive ({error}): probably a copy that broke off. Get it again."
-        ) from error
-    return digest.hexdigest()[:16]

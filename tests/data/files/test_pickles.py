@@ -153,7 +153,12 @@ def running_pickles(marker):
         "global of Python 2": b"c__builtin__\neval\n(" + text(python) + b"tR.",
         "INST": b"(" + text(shell) + b"ios\nsystem\n.",
         "OBJ": b"(cos\nsystem\n" + text(shell) + b"o.",
-        "dotted name": b"\x80\x04" + text("ibaml.data.locate") + text("os.system") + b"\x93" + text(shell) + b"\x85R.",
+        "dotted name": b"\x80\x04"
+        + text("ibaml.data.files.locate")
+        + text("os.system")
+        + b"\x93"
+        + text(shell)
+        + b"\x85R.",
         "in a dict that holds data too": pickle.dumps({**CONTENT, "more": Caller(os.system, shell)}),
         "left on the stack": call + b"N.",
         "array of objects": pickle.dumps(harmful),

@@ -4,17 +4,17 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
-from ibaml.data.episodes import ClassImages, EpisodeSampler
+from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
+from ibaml.data.images import ClassImages
+from ibaml.data.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing, image_preprocessing
 from ibaml.data.sources.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.data.task_sampler import TaskSplits, row_groups
-from ibaml.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing
-from ibaml.standardize import Standardizer
 from ibaml.types import Batch, Episode, TaskSampler
 
 
@@ -57,9 +57,6 @@ class Source(NamedTuple):
     train: TaskSampler
     validation: TaskSampler | None
     preprocessing: Preprocessing | None
-
-
-RawTasks: TypeAlias = TaskSampler | Sequence[Episode]
 
 
 def is_raw(tasks: Any) -> bool:
@@ -118,12 +115,7 @@ def prepare(
             raise ValueError("a folder of class folders holds classes: use likelihood='categorical'.")
         images = _load(tasks, splits)
         images, held_out = _hold_out_classes(images, validation, splits, seed)
-        preprocessing = Preprocessing(
-            inputs=Standardizer(torch.zeros(images.image_shape[0], 1, 1).double(), torch.tensor(1 / 255).double()),
-            input_shape=images.image_shape,
-            num_outputs=splits.num_ways or 5,
-            image_size=images.image_shape[1:],
-        )
+        preprocessing = image_preprocessing(images.image_shape, splits.num_ways or 5)
         return Source(
             _episodes(images, splits), None if held_out is None else _episodes(held_out, splits), preprocessing
         )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ibaml.data import ClassImages
-from ibaml.data.cache import read_class_images, write_class_images
+from ibaml.data.files.cache import read_class_images, write_class_images
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibaml.standardize import fit_standardizer
+from ibaml.data.preprocessing import fit_standardizer
 
 RNG = np.random.default_rng(0)
 

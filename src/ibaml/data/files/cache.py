@@ -5,13 +5,30 @@ import secrets
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ibaml.data.episodes import ClassImages
+from ibaml.data.files.locate import cache_folders
+from ibaml.data.images import ClassImages
+
+
+def cached_images(name: str, make: Callable[[], ClassImages], cache_dir: str | os.PathLike[str] | None) -> ClassImages:
+    """Returns the images of a cached file, or else makes and keeps them.
+
+    Args:
+        name: File name, which must spell out everything that the contents depend on.
+        make: Makes them.
+        cache_dir: Folder of the cache; None means ``$IBAML_DATA``, or else the per-user cache.
+    """
+    folders = cache_folders(cache_dir)
+    if (cached := read_class_images(folders, name)) is not None:
+        return cached
+    images = make()
+    write_class_images(folders, name, images)
+    return images
 
 
 def read_class_images(folders: Sequence[Path], name: str) -> ClassImages | None:
