@@ -26,8 +26,7 @@ SMALL = {
     "network.arguments.channels": "2",
     "trainer.tasks_per_step": "1",
     "trainer.num_validation_tasks": "1",
-    "algorithm.num_samples": "1",
-    "algorithm.num_inner_steps": "2",
+    "algorithm.inner.num_steps": "2",
 }
 
 

@@ -32,7 +32,7 @@ SMALL = {
     "network.arguments.num_outputs": "2",
     "network.arguments.image_size": "8",
     "network.arguments.channels": "2",
-    "algorithm.num_inner_steps": "1",
+    "algorithm.inner.num_steps": "1",
     "trainer.tasks_per_step": "1",
     "trainer.num_validation_tasks": "2",
     "trainer.validate_every": "2",
@@ -179,8 +179,8 @@ def test_an_evaluation_of_something_else_is_made_anew(copy, calls, change):
         report["step"] = 1
         path.write_text(json.dumps(report))
     elif change == "algorithm":
-        # As `ibaml evaluate --set algorithm.num_inner_steps=7` leaves it.
-        report["algorithm"]["num_inner_steps"] = 7
+        # As `ibaml evaluate --set algorithm.inner.num_steps=7` leaves it.
+        report["algorithm"]["inner"]["num_steps"] = 7
         path.write_text(json.dumps(report))
     else:
         shutil.rmtree(path.parent)
@@ -188,7 +188,7 @@ def test_an_evaluation_of_something_else_is_made_anew(copy, calls, change):
     assert calls == [("evaluate", MAML)]
     assert result.evaluation.tasks["num_tasks"] == settings.num_tasks
     assert result.evaluation.tasks["seed"] == settings.seed
-    assert result.evaluation.algorithm["num_inner_steps"] == 1
+    assert result.evaluation.algorithm["inner"]["num_steps"] == 1
     run_methods(settings, Place(copy))
     assert calls == [("evaluate", MAML)]
 

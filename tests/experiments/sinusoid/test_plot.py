@@ -7,6 +7,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.container import ErrorbarContainer
 
+from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.experiments.sinusoid.plot import sinusoid_figure
 from ibaml.experiments.sinusoid.run import (
     LEVELS,
@@ -45,7 +46,7 @@ def experiment(
         for index, name in enumerate(algorithms):
             recipe = get_recipe(f"sinusoid_{num_shots}shot_{name}")
             is_bayesian = recipe.algorithm.is_bayesian
-            steps = sorted({1, 5, 10, recipe.algorithm.num_inner_steps})
+            steps = sorted({1, 5, 10, num_inner_steps(recipe.algorithm)})
             points = tuple(point(k, (1 + index) / (k * num_shots), is_bayesian) for k in steps)
             examples = tuple(example(i) for i in range(num_examples)) if is_bayesian else ()
             num_steps = recipe.trainer.num_steps

@@ -24,10 +24,8 @@ from ibaml.types import Batch
 
 # Short inner problems and validations; what a recipe's own settings find is no matter for a test.
 SMALL = {
-    "algorithm.num_inner_steps": "2",
-    "algorithm.inner_learning_rate": "0.001",
-    "algorithm.num_samples": "1",
-    "algorithm.num_evaluation_samples": "4",
+    "algorithm.inner.num_steps": "2",
+    "algorithm.inner.learning_rate": "0.001",
     "trainer.tasks_per_step": "3",
     "trainer.num_steps": "2",
     "trainer.num_validation_tasks": "2",
@@ -36,7 +34,9 @@ SMALL = {
 
 
 def small_recipe(name: str) -> Recipe:
-    return get_recipe(name).override(SMALL)
+    recipe = get_recipe(name).override(SMALL)
+    samples = {"algorithm.num_samples": "1", "algorithm.num_evaluation_samples": "4"}
+    return recipe.override(samples) if recipe.algorithm.is_bayesian else recipe
 
 
 def small_settings(**changes: object) -> SinusoidSettings:
@@ -87,7 +87,7 @@ def test_each_number_of_inner_steps_is_that_of_an_evaluation_with_it(result: Sin
     for one in result.runs:
         assert [point.num_inner_steps for point in one.points] == [1, 2, 3]
         for point in one.points:
-            changes = {"algorithm.num_inner_steps": str(point.num_inner_steps)}
+            changes = {"algorithm.inner.num_steps": str(point.num_inner_steps)}
             again = runs.evaluate_run(one.trained.folder, num_tasks=6, seed=0, changes=changes).evaluation
             assert point.mse == again.report["mse"]
             assert point.mse.num_tasks == 6
@@ -205,7 +205,7 @@ def test_the_summary_names_what_was_done_and_the_reference(result: SinusoidResul
     assert text.count("| MAML |") == 1
     assert f"temperature {ibaml.recipe.algorithm.temperature:g}" in text
     assert "6 test tasks (seed 0) of 20 query points" in text
-    assert "unrolled gradient; 2 steps of gradient descent with rate 0.001; likelihood" in text
+    assert f"- sinusoid_5shot_maml: {maml.recipe.algorithm.describe()}; likelihood" in text
     assert "1 weight sample in training and 4 in prediction" in text
 
 
@@ -244,7 +244,7 @@ def test_maml_has_the_settings_of_its_publication(num_shots: int) -> None:
     adapted = recipe.algorithm.adapt(model.nll, meta, support, noise).value
     for name, value in adapted.items():
         torch.testing.assert_close(value, model.adapted[name] - 0.01 * gradient[name], rtol=1e-5, atol=1e-5)
-    assert recipe.algorithm.num_inner_steps == 1
+    assert recipe.algorithm.inner.num_steps == 1
     assert (recipe.trainer.tasks_per_step, recipe.trainer.learning_rate) == (25, 1e-3)
     assert (recipe.trainer.num_steps, recipe.trainer.schedule) == (70_000, "constant")
 
@@ -300,7 +300,7 @@ def test_more_steps_than_in_training_may_diverge_and_cost_only_that_point(
     asked: list[int] = []
 
     def diverging(folder: Path, **arguments: Any) -> runs.EvaluatedRun:
-        asked.append(int(arguments["changes"]["algorithm.num_inner_steps"]))
+        asked.append(int(arguments["changes"]["algorithm.inner.num_steps"]))
         if asked[-1] == 3:
             raise FloatingPointError("test task 1 gives predictions that are not finite.")
         return evaluate_run(folder, **arguments)
@@ -308,7 +308,7 @@ def test_more_steps_than_in_training_may_diverge_and_cost_only_that_point(
     monkeypatch.setattr(runs, "evaluate_run", diverging)
     trained = outcome[0].runs[0].trained
     recipe = trained.recipe
-    assert recipe.algorithm.num_inner_steps != 3
+    assert recipe.algorithm.inner.num_steps != 3
     settings = dataclasses.replace(outcome[0].settings, inner_steps=(1, 3))
     found = sinusoid._evaluate(trained, settings, torch.device("cpu"), None)
     assert 3 in asked and 3 not in [point.num_inner_steps for point in found.points]

@@ -1,24 +1,22 @@
-"""One meta-gradient taken apart: forward and backward half, number of passes, peak memory."""
+"""The library's hypergradient of one task watched from its nll: end of the forward half, passes, peak memory."""
 
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from ibaml import objectives, tree
 from ibaml.algorithms import MetaParameters, TaskNll, TaskNoise
-from ibaml.hypergradients import gaussian_implicit_hypergradient, implicit_hypergradient
+from ibaml.algorithms.gradient_based import GradientBased
 from ibaml.model import Model
-from ibaml.priors import DiagonalGaussian, PointPrior
 from ibaml.types import Batch, Episode, Params, Tensor
 
 
-class MetaGradientProblem(NamedTuple):
-    """One task with all that one meta-gradient needs.
+class HypergradientProblem(NamedTuple):
+    """One task with all that one hypergradient needs.
 
     Attributes:
         algorithm: MAML, iMAML, ABML or iBaML.
@@ -28,89 +26,31 @@ class MetaGradientProblem(NamedTuple):
         noise: Noise of the weight samples.
     """
 
-    algorithm: Any
+    algorithm: GradientBased
     nll: TaskNll
     meta: MetaParameters
     episode: Episode
     noise: TaskNoise
 
-    def adapt(self, meta: MetaParameters) -> Any:
-        """Returns the result of K inner steps."""
-        return self.algorithm.adapt(self.nll, meta, self.episode.support, self.noise).value
+    def hypergradient(self, on_forward: Callable[[], None] = lambda: None) -> MetaParameters:
+        """Returns the library's hypergradient.
 
-    def expected_nll(self, posterior: DiagonalGaussian, shared: Params, noise: Params, batch: Batch) -> Tensor:
-        """Returns the expected nll of a distribution over weights."""
-        return objectives.expected_nll(lambda weights, batch: self.nll(weights, shared, batch), posterior, noise, batch)
+        Args:
+            on_forward: Called whenever the value of the outer loss is a pass nearer; the last call is the end of the
+                forward half.
+        """
+        query = self.episode.query
+        # After the query set an unrolled gradient (ABML's outer loss) may look at the support set, and then goes back
+        # without a further pass. An implicit one looks at the support set for its curvature, on the way back.
+        is_unrolled = self.algorithm.estimator == "unrolled"
 
-    def inner_loss(self, weights: Params, meta: MetaParameters) -> Tensor:
-        """Returns the inner loss of iMAML: support nll and a pull towards the initial weights."""
-        nll = self.nll(weights, meta.shared, self.episode.support).mean()
-        centre = cast(Params, meta.prior)
-        return nll + self.algorithm.proximal_strength * PointPrior().divergence(weights, centre)
+        def watched(adapted: Params, shared: Params, batch: Batch) -> Tensor:
+            value = self.nll(adapted, shared, batch)
+            if is_unrolled or batch is query:
+                on_forward()
+            return value
 
-    def outer_loss(self, adapted: Any, meta: MetaParameters) -> Tensor:
-        """Returns the outer loss: the query nll; for ABML that of both sets and the KL divergence."""
-        support, query = self.episode
-        if not self.algorithm.is_bayesian:
-            return self.nll(adapted, meta.shared, query).mean()
-        query_loss = self.expected_nll(adapted, meta.shared, self.noise.outer, query)
-        if getattr(self.algorithm, "outer", "elbo") != "elbo":
-            return query_loss
-        support_loss = self.expected_nll(adapted, meta.shared, self.noise.inner, support)
-        num_support, num_query = len(support.y), len(query.y)
-        loss = (num_support * support_loss + num_query * query_loss) / (num_support + num_query)
-        weight = objectives.kl_weight(num_support + num_query, self.algorithm.temperature)
-        return objectives.negative_elbo(loss, adapted, cast(DiagonalGaussian, meta.prior), weight)
-
-
-def meta_gradient_in_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    """Computes ``Algorithm.hypergradient`` with a stop between the forward and the backward half.
-
-    Args:
-        problem: The task.
-
-    Yields:
-        None when the forward half is done, then the meta-gradient.
-    """
-    if problem.algorithm.estimator == "unrolled":
-        return _explicit_halves(problem)
-    return _implicit_halves(problem)
-
-
-def _explicit_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    value, pullback = torch.func.vjp(lambda meta: problem.outer_loss(problem.adapt(meta), meta), problem.meta)[:2]
-    yield None
-    yield pullback(torch.ones_like(value))[0]
-
-
-def _implicit_halves(problem: MetaGradientProblem) -> Iterator[MetaParameters | None]:
-    algorithm, meta, support = problem.algorithm, problem.meta, problem.episode.support
-    adapted = problem.adapt(meta)
-    value, pullback = torch.func.vjp(problem.outer_loss, adapted, meta)[:2]
-    yield None
-    by_adapted, by_meta = pullback(torch.ones_like(value))
-    # The graph of the query set; the library's own estimators let go of it before the linear solve as well.
-    del pullback
-
-    def linear_outer_loss(adapted: Any, meta: MetaParameters) -> Tensor:
-        # Has the gradient of the outer loss here, and that is all that the estimators take from an outer loss.
-        return tree.dot(by_adapted, adapted) + tree.dot(by_meta, meta)
-
-    solver = algorithm.linear
-    if not algorithm.is_bayesian:
-        yield implicit_hypergradient(problem.inner_loss, linear_outer_loss, adapted, meta, solver)[0]
-        return
-    (prior, shared), _ = gaussian_implicit_hypergradient(
-        lambda posterior, shared: problem.expected_nll(posterior, shared, problem.noise.inner, support),
-        lambda posterior, prior, shared: linear_outer_loss(posterior, MetaParameters(prior, shared)),
-        adapted,
-        cast(DiagonalGaussian, meta.prior),
-        objectives.kl_weight(len(support.y), algorithm.temperature),
-        solver,
-        shared=meta.shared,
-        precondition=algorithm.precondition,
-    )
-    yield MetaParameters(prior, shared)
+        return self.algorithm.hypergradient(watched, self.meta, self.episode, self.noise)[0]
 
 
 class PassCounter:

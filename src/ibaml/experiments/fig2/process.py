@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 
 from ibaml.algorithms import make_algorithm
-from ibaml.experiments.fig2.cost import MetaGradientProblem, PassCounter, meta_gradient_in_halves, peak_bytes_of
+from ibaml.algorithms.gradient_based import GradientBased
+from ibaml.experiments.fig2.cost import HypergradientProblem, PassCounter, peak_bytes_of
 from ibaml.experiments.fig2.settings import AlgorithmName, Fig2Settings, curve_name
 from ibaml.experiments.report import describe_device
 from ibaml.likelihoods import Categorical
@@ -86,7 +87,7 @@ def build_problem(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> tuple[MetaGradientProblem, Model]:
+) -> tuple[HypergradientProblem, Model]:
     """Builds network, algorithm and a random task.
 
     Args:
@@ -125,10 +126,11 @@ def build_problem(
     if algorithm in ("abml", "ibaml"):
         chosen |= {"num_samples": settings.num_samples, "temperature": TEMPERATURE}
     built = make_algorithm(algorithm, **chosen)
+    assert isinstance(built, GradientBased)
     meta = built.init(model.adapted, model.shared, generator=generator)
     noise = built.draw_noise(meta, generator=generator)
     episode = Episode(batch(settings.num_shots), batch(settings.num_queries))
-    return MetaGradientProblem(built, model.nll, meta, episode, noise), model
+    return HypergradientProblem(built, model.nll, meta, episode, noise), model
 
 
 def serve(request: str, commands: Iterable[str], answer: Callable[[str], object]) -> None:
@@ -149,48 +151,41 @@ def serve(request: str, commands: Iterable[str], answer: Callable[[str], object]
         answer(json.dumps(answered))
 
 
-def _count(problem: MetaGradientProblem, model: Model, device: torch.device) -> dict[str, Any]:
+def _count(problem: HypergradientProblem, model: Model, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         # CUDA's libraries allocate workspaces with the first call and keep them.
-        list(meta_gradient_in_halves(problem))
+        problem.hypergradient()
     counter = PassCounter()
-    halves = meta_gradient_in_halves(problem._replace(nll=counter.nll(model)))
-    forward_gradients: list[int] = []
+    forward_gradients = 0
 
-    def both_halves() -> None:
-        next(halves)
-        forward_gradients.append(counter.num_gradients)
-        next(halves)
+    def on_forward() -> None:
+        nonlocal forward_gradients
+        forward_gradients = counter.num_gradients
 
-    peak_bytes = peak_bytes_of(both_halves, device)
+    counted = problem._replace(nll=counter.nll(model))
+    peak_bytes = peak_bytes_of(lambda: counted.hypergradient(on_forward), device)
     point = {
         "peak_bytes": peak_bytes,
-        "num_forward_gradients": forward_gradients[0],
-        "num_backward_gradients": counter.num_gradients - forward_gradients[0],
+        "num_forward_gradients": forward_gradients,
+        "num_backward_gradients": counter.num_gradients - forward_gradients,
         "num_hvps": counter.num_hvps,
     }
     return {"device": f"{describe_device(device)}, torch {torch.__version__}", "point": point}
 
 
-def _time(problem: MetaGradientProblem, device: torch.device) -> dict[str, float]:
+def _time(problem: HypergradientProblem, device: torch.device) -> dict[str, float]:
     gc.collect()
-    halves = meta_gradient_in_halves(problem)
     if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize(device)
-        marks[0].record()
-        next(halves)
-        marks[1].record()
-        next(halves)
-        marks[2].record()
+        start.record()
+        problem.hypergradient(middle.record)
+        end.record()
         torch.cuda.synchronize(device)
-        milliseconds = [start.elapsed_time(end) for start, end in zip(marks[:2], marks[1:], strict=True)]
-        return {"forward": milliseconds[0] / 1e3, "backward": milliseconds[1] / 1e3}
-    start = time.perf_counter()
-    next(halves)
-    middle = time.perf_counter()
-    next(halves)
-    return {"forward": middle - start, "backward": time.perf_counter() - middle}
+        return {"forward": start.elapsed_time(middle) / 1e3, "backward": middle.elapsed_time(end) / 1e3}
+    marks = [time.perf_counter()]
+    problem.hypergradient(lambda: marks.append(time.perf_counter()))
+    return {"forward": marks[-1] - marks[0], "backward": time.perf_counter() - marks[-1]}
 
 
 if __name__ == "__main__":

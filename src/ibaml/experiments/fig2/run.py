@@ -6,11 +6,13 @@ time nor memory depends on what they show.
 
 How it is measured:
 
+- It is the library's own hypergradient (``Algorithm.hypergradient``), of the plain nll of a model: automatic
+  differentiation as in the paper, without the programs of ``ibaml.traced``.
 - Every point has a process of its own. The processes of one curve (one algorithm, one L, every K) wait for one another
   and take turns repeat by repeat, so that a machine that slows down for a while does so for every K alike.
 - The forward half is the inner solve and the value of the outer loss, the backward half all the rest, by the same rule
   for all four algorithms. The query set is much larger than the support set, so counting its forward pass as backward
-  for the implicit algorithms alone would tilt the comparison.
+  for the implicit algorithms alone would tilt the comparison. Where the one ends is seen from the passes of the nll.
 - Memory is the peak, over both halves, of the bytes that torch's allocator has handed out and not got back, above the
   level before: ``torch.cuda.max_memory_allocated`` on CUDA, the allocation events of ``torch.profiler`` on the CPU. It
   repeats to the byte. The growth of the process's resident set repeats to half a percent only, and only with a tuned
