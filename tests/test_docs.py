@@ -189,8 +189,10 @@ INTERNAL = {
     "ibaml.cli",
     "ibaml.data.arguments",
     "ibaml.data.files.cache",
+    "ibaml.solvers.linear.arguments",
     "ibaml.networks.arguments",
     "ibaml.networks.initialization",
+    "ibaml.testing.base",
     "ibaml.data.sources.sinusoid.require_range",
     "ibaml.networks.normalization.check_norm",
 }

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml import tree
-from ibaml.solvers import inner
+from ibaml import inner, tree
 from ibaml.types import InnerSolution, Loss, PyTree, Tensor
 
 ALGEBRA = 1e-10

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ibaml import tree
 from ibaml.solvers.inner import Geometry
-from ibaml.types import Params, Tensor
+from ibaml.types import Params, PyTree, Tensor
 
 
 class Prior(Protocol):
@@ -79,3 +80,8 @@ class Prior(Protocol):
     def parameter_groups(self, member: Any, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the tensors that say where a member is, and those that say how wide it is, on a log scale."""
         ...
+
+
+def map_to_wide(*trees: PyTree) -> tuple[PyTree, ...]:
+    """Casts half-precision leaves to float32: sums over millions of weights have no place in 16 bits."""
+    return tuple(tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), t) for t in trees)

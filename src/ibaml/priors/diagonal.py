@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml import tree
+from ibaml.priors.base import map_to_wide
 from ibaml.types import Params, PyTree, Tensor
 
 # In steps relative to the prior: examples lower a log-variance by several nats, and move a mean by a deviation or two.
@@ -163,11 +164,6 @@ class DiagonalGeometry(NamedTuple):
     def natural_direction(self, value: DiagonalGaussian, gradient: DiagonalGaussian) -> DiagonalGaussian:
         """Returns ``natural_gradient(kl_weight)(value, gradient)``."""
         return natural_gradient(self.kl_weight)(value, gradient)
-
-
-def map_to_wide(*trees: PyTree) -> tuple[PyTree, ...]:
-    """Casts half-precision leaves to float32: sums over millions of weights have no place in 16 bits."""
-    return tuple(tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), t) for t in trees)
 
 
 def kl_divergence(posterior: DiagonalGaussian, prior: DiagonalGaussian) -> Tensor:

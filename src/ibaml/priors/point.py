@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ibaml import tree
+from ibaml.priors.base import map_to_wide
 from ibaml.solvers.inner import Geometry
 from ibaml.types import Params, Tensor
 
@@ -46,7 +47,7 @@ class PointPrior:
 
     def divergence(self, posterior: Params, prior: Params, /) -> Tensor:
         """Returns ``||w - w0||^2 / 2``, up to a factor the negative log-density of an isotropic Gaussian prior."""
-        difference = tree.sub(posterior, prior)
+        difference = tree.sub(*map_to_wide(posterior, prior))
         return 0.5 * tree.dot(difference, difference)
 
     def divergence_gradient(self, posterior: Params, prior: Params, /) -> Params:

@@ -212,17 +212,17 @@ def minres(
         keep = tree.norm(best_residual) < (1 + math.sqrt(rounding)) * residual_norm
         best = tree.where(keep, best, x)
         best_residual = tree.where(keep, best_residual, residual)
-        best_norm = tree.norm(best_residual)
-        best_gradient = tree.norm(precondition(matvec(precondition(best_residual)))) / tree.norm(
-            precondition(best_residual)
-        )
         null_direction = precondition(best_residual)
+        null_image = matvec(null_direction)
+        best_gradient = tree.norm(precondition(null_image)) / tree.norm(null_direction)
         squared_null = tree.dot(best_residual, null_direction)
         excess = tree.dot(best_residual, best) / torch.where(squared_null > 0, squared_null, one)
         lifted = tree.axpy(-excess, null_direction, best)
+        lifted_norm = tree.norm(tree.axpy(excess, null_image, best_residual))
         attainable = max(rtol, 10 * math.sqrt(rounding)) * squared_size.sqrt()
         least_squares = ~consistent & (best_gradient <= attainable)
         x = tree.where(consistent, x, tree.where(least_squares, lifted, best))
+        best_norm = torch.where(least_squares, lifted_norm, tree.norm(best_residual))
         residual_norm = torch.where(consistent, residual_norm, best_norm)
         consistent = consistent | least_squares
     return LinearSolution(
