@@ -177,7 +177,8 @@ def conv_tasks(
 
     def method(solver: Callable[[float, int], InnerSolver], precondition: bool) -> Estimate:
         def estimate(num_steps: int, num_products: int, rate: float, tasks: Sequence[int]) -> list[PyTree]:
-            return problem.estimate(solver(rate, num_steps), num_products, tasks, precondition=precondition)
+            linear = CG(max_steps=num_products, rtol=0.0)
+            return problem.estimate(solver(rate, num_steps), linear, tasks, precondition=precondition)
 
         return estimate
 

@@ -52,10 +52,9 @@ class ConvProblem(NamedTuple):
     linear_residual: float
 
     def estimate(
-        self, inner: InnerSolver, num_products: int, tasks: Sequence[int], *, precondition: bool = False
+        self, inner: InnerSolver, linear: LinearSolver, tasks: Sequence[int], *, precondition: bool = False
     ) -> list[PyTree]:
         """Returns the hypergradients of some tasks at some cost."""
-        linear = CG(max_steps=num_products, rtol=0.0)
         algorithm = dataclasses.replace(self.algorithm, inner=inner, linear=linear, precondition=precondition)
         return [
             algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior

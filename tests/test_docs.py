@@ -189,7 +189,6 @@ INTERNAL = {
     "ibaml.cli",
     "ibaml.data.arguments",
     "ibaml.data.files.cache",
-    "ibaml.solvers.linear.arguments",
     "ibaml.networks.arguments",
     "ibaml.networks.initialization",
     "ibaml.testing.base",

@@ -13,10 +13,15 @@ from ibaml.evaluation import Evaluation, draw_tasks, evaluate, predict, task_gen
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
+from ibaml.solvers.inner import GradientDescent
 from ibaml.types import Batch, Episode, TaskSampler
 
 ALGORITHMS = {
-    name: make_algorithm(name, num_inner_steps=2, inner_learning_rate=0.05, num_evaluation_samples=3)
+    name: make_algorithm(
+        name,
+        inner=GradientDescent(num_steps=2, learning_rate=0.05),
+        **({"num_evaluation_samples": 3} if name in ("abml", "ibaml") else {}),
+    )
     for name in ("maml", "imaml", "abml", "ibaml")
 }
 
@@ -173,8 +178,8 @@ def test_one_task_by_hand(kind, name):
 def test_adaptation_is_what_is_scored():
     """Adapting must beat not adapting, from the same start."""
     model, algorithm, meta, tasks = set_up("categorical", "maml")
-    still = dataclasses.replace(algorithm, inner_learning_rate=1e-12)
-    quick = dataclasses.replace(algorithm, inner_learning_rate=0.5, num_inner_steps=20)
+    still = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=2, learning_rate=1e-12))
+    quick = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=20, learning_rate=0.5))
     nll = [evaluate(model, one, meta, tasks, num_tasks=20, seed=0).report["nll"].mean for one in (still, quick)]
     assert nll[1] < 0.8 * nll[0]
 
@@ -269,8 +274,8 @@ def test_later_tasks_are_checked_by_value(kind, message):
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_predictions_that_are_not_finite_name_the_task(chunk):
     model, algorithm, meta, tasks = set_up("gaussian", "maml")
-    wild = dataclasses.replace(algorithm, inner_learning_rate=1e30, num_inner_steps=4)
-    message = "test task 0 gives predictions that are not finite. Likely causes: inner_learning_rate (1e+30) too large"
+    wild = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=4, learning_rate=1e30))
+    message = "test task 0 gives predictions that are not finite. Likely causes: inner steps too large (unrolled"
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         evaluate(model, wild, meta, tasks, num_tasks=2, seed=0, tasks_per_chunk=chunk)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as reference_kl
 
-from ibaml import gaussian, tree
+from ibaml import tree
 from ibaml.priors import DiagonalGaussian
+from ibaml.priors import diagonal as gaussian
 from ibaml.types import Params, Tensor
 
 ALGEBRA = 1e-10

@@ -19,10 +19,11 @@ from ibaml.hypergradients import (
     implicit_hypergradient,
     unrolled_hypergradient,
 )
+from ibaml.priors import PointPrior
 from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence, sample_noise
 from ibaml.solvers.inner import gradient_descent
-from ibaml.solvers.linear import cg, dense, minres
-from ibaml.types import Batch, LinearSolver, Params, PyTree, Tensor
+from ibaml.solvers.linear import LinearSolver, cg, dense, minres
+from ibaml.types import Batch, Params, PyTree, Tensor
 
 ALGEBRA = 1e-10
 SOLVER = 1e-6
@@ -530,7 +531,7 @@ def test_vanishing_variance_gives_imaml(seed: int) -> None:
     noise = sample_noise(centre, 4, generator=source)
 
     def penalised_nll(weights: Params, theta: Params) -> Tensor:
-        return network_nll(weights, support).mean() + objectives.proximal_penalty(weights, theta, strength)
+        return network_nll(weights, support).mean() + strength * PointPrior().divergence(weights, theta)
 
     weights = gradient_descent(lambda w: penalised_nll(w, centre), centre, num_steps=30, learning_rate=0.1).value
     expected, _ = implicit_hypergradient(
@@ -569,7 +570,7 @@ def test_imaml_on_ridge_regression_has_the_closed_form_hypergradient(solver: Lin
     strength = 5.0
 
     def inner_loss(w: Tensor, theta: Tensor) -> Tensor:
-        return 0.5 * ((support.x @ w - support.y) ** 2).sum() + objectives.proximal_penalty(w, theta, strength)
+        return 0.5 * ((support.x @ w - support.y) ** 2).sum() + strength * PointPrior().divergence(w, theta)
 
     def outer_loss(w: Tensor, theta: Tensor) -> Tensor:
         return 0.5 * ((query.x @ w - query.y) ** 2).mean()
@@ -607,7 +608,7 @@ def descent(seed: int = 0) -> Descent:
     support, query = network_task(source)
 
     def inner_loss(w: Params, theta: Params) -> Tensor:
-        return network_nll(w, support).mean() + objectives.proximal_penalty(w, theta, 0.3)
+        return network_nll(w, support).mean() + 0.3 * PointPrior().divergence(w, theta)
 
     def outer_loss(w: Params, theta: Params) -> Tensor:
         return network_nll(w, query).mean() + 0.1 * tree.dot(tree.mul(theta, theta), w)

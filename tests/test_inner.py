@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml import inner, tree
+from ibaml import tree
+from ibaml.solvers import inner
 from ibaml.types import InnerSolution, Loss, PyTree, Tensor
 
 ALGEBRA = 1e-10

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.distributions import Gamma, Normal
 
 from ibaml import objectives, tree
-from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence, sample_noise
+from ibaml.priors import PointPrior
+from ibaml.priors.diagonal import DiagonalGaussian, hyper_prior_nll, kl_divergence, natural_gradient, sample_noise
 from ibaml.types import Batch, Params, Tensor
 
 ALGEBRA = 1e-10
@@ -180,7 +181,7 @@ def test_natural_gradient_divides_by_the_diagonal_of_the_hessian_at_the_optimum(
     hessian = torch.func.hessian(loss)(flat)
     # The direction is linear in a small gradient; its second-order term is of the size of the gradient.
     gradient = unravel(1e-9 * draw(6, seed=3))
-    direction = objectives.natural_gradient(weight)(optimum, gradient)
+    direction = natural_gradient(weight)(optimum, gradient)
     torch.testing.assert_close(
         tree.ravel(direction)[0], tree.ravel(gradient)[0] / torch.diagonal(hessian), rtol=1e-6, atol=0
     )
@@ -200,7 +201,7 @@ def test_natural_gradient_is_the_newton_direction_of_an_orthogonal_design() -> N
 
     gradient = 1e-9 * draw(6, seed=3)
     newton = torch.linalg.solve(torch.func.hessian(loss)(flat), gradient)
-    direction = objectives.natural_gradient(weight)(optimum, unravel(gradient))
+    direction = natural_gradient(weight)(optimum, unravel(gradient))
     torch.testing.assert_close(tree.ravel(direction)[0], newton, rtol=1e-6, atol=0)
 
 
@@ -219,7 +220,7 @@ def test_one_full_natural_step_solves_an_orthogonal_design(start: float) -> None
 
     steps = 0
     while float(tree.norm(tree.sub(posterior, optimum))) > 1e-9:
-        direction = objectives.natural_gradient(weight)(posterior, torch.func.grad(loss)(posterior))
+        direction = natural_gradient(weight)(posterior, torch.func.grad(loss)(posterior))
         largest_growth = -tree.ravel(direction.log_var)[0].min()
         assert largest_growth <= math.log(10) + 1e-12
         posterior = tree.sub(posterior, direction)
@@ -229,24 +230,26 @@ def test_one_full_natural_step_solves_an_orthogonal_design(start: float) -> None
 
 
 @settings(deadline=None, max_examples=20)
-@given(seed=seeds, strength=st.floats(0.0, 10.0))
-def test_proximal_penalty_is_a_squared_distance_with_the_gradient_of_one(seed: int, strength: float) -> None:
+@given(seed=seeds)
+def test_divergence_of_points_is_half_a_squared_distance_with_the_gradient_that_it_states(seed: int) -> None:
     weights = {"a": draw(2, seed=seed), "b": draw(3, seed=seed + 1)}
     centre = {"a": draw(2, seed=seed + 2), "b": draw(3, seed=seed + 3)}
     difference = tree.ravel(weights)[0] - tree.ravel(centre)[0]
-    penalty = objectives.proximal_penalty(weights, centre, strength)
-    torch.testing.assert_close(penalty, strength / 2 * difference @ difference, rtol=ALGEBRA, atol=ALGEBRA)
-    gradient = torch.func.grad(objectives.proximal_penalty)(weights, centre, strength)
-    torch.testing.assert_close(tree.ravel(gradient)[0], strength * difference, rtol=ALGEBRA, atol=ALGEBRA)
+    penalty = PointPrior().divergence(weights, centre)
+    torch.testing.assert_close(penalty, difference @ difference / 2, rtol=ALGEBRA, atol=ALGEBRA)
+    gradient = torch.func.grad(PointPrior().divergence)(weights, centre)
+    torch.testing.assert_close(tree.ravel(gradient)[0], difference, rtol=ALGEBRA, atol=ALGEBRA)
+    stated = PointPrior().divergence_gradient(weights, centre)
+    torch.testing.assert_close(stated, gradient, rtol=ALGEBRA, atol=ALGEBRA)
 
 
-def test_proximal_penalty_is_a_gaussian_prior_up_to_a_constant() -> None:
+def test_divergence_of_points_is_a_gaussian_prior_up_to_a_constant() -> None:
     centre, strength = {"w": draw(3)}, 2.5
     prior = Normal(centre["w"], strength**-0.5)
 
     def gap(seed: int) -> Tensor:
         weights = {"w": draw(3, seed=seed)}
-        return objectives.proximal_penalty(weights, centre, strength) + prior.log_prob(weights["w"]).sum()
+        return strength * PointPrior().divergence(weights, centre) + prior.log_prob(weights["w"]).sum()
 
     torch.testing.assert_close(gap(1), gap(2), rtol=ALGEBRA, atol=ALGEBRA)
 
@@ -258,17 +261,10 @@ def test_hyper_prior_equals_torch_distributions(seed: int, shape: float, rate: f
     precision = torch.exp(-prior.log_var["w"])
     gamma = Gamma(torch.tensor(shape, dtype=torch.float64), torch.tensor(rate, dtype=torch.float64))
     oracle = -Normal(0.0, 1.0).log_prob(prior.mean["w"]).sum() - gamma.log_prob(precision).sum()
-    value = objectives.hyper_prior_nll(prior, shape=shape, rate=rate)
+    value = hyper_prior_nll(prior, shape=shape, rate=rate)
     torch.testing.assert_close(value, oracle, rtol=ALGEBRA, atol=ALGEBRA)
 
 
 def test_hyper_prior_has_the_defaults_of_abml() -> None:
     prior = random_gaussian(0, 4)
-    assert objectives.hyper_prior_nll(prior) == objectives.hyper_prior_nll(prior, shape=1.0, rate=0.01)
-
-
-def test_two_rates_scale_the_gradient_of_the_log_variances() -> None:
-    posterior, gradient = random_gaussian(0), random_gaussian(1)
-    found = objectives.two_rates(3.0)(posterior, gradient)
-    assert found.mean is gradient.mean
-    torch.testing.assert_close(found.log_var, tree.scale(3.0, gradient.log_var))
+    assert hyper_prior_nll(prior) == hyper_prior_nll(prior, shape=1.0, rate=0.01)

@@ -14,7 +14,10 @@ from ibaml.algorithms import ALGORITHMS
 from ibaml.data import ClassImages
 from ibaml.data.sources import ImageFolder
 from ibaml.evaluation import evaluate
+from ibaml.priors import DiagonalPrior
 from ibaml.recipes import RECIPES, Recipe, get_recipe
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import Trainer
 
 # FS-Mol has support sizes rather than shots; tests/experiments/test_fsmol.py trains on its layout.
@@ -82,7 +85,7 @@ def test_a_recipe_is_what_its_name_says(name):
     ).groups()
     assert recipe.data.name == source
     if inner_steps is not None:
-        assert recipe.algorithm.num_inner_steps == int(inner_steps)
+        assert recipe.algorithm.inner.num_steps == int(inner_steps)
         assert f"K={inner_steps}," in recipe.description
     assert ("LAPTOP SCALE, not the paper's" in recipe.description) == name.endswith("_laptop")
     assert recipe.algorithm.name == algorithm and algorithm in ALGORITHMS
@@ -144,8 +147,7 @@ def test_the_settings_of_the_paper(source, shots):
         trainer, algorithm = recipe.trainer, recipe.algorithm
         assert (trainer.num_steps, trainer.tasks_per_step, trainer.learning_rate) == (40_000, 2, 1e-3)
         assert trainer.log_var_learning_rate is None and trainer.schedule == "constant"
-        assert (algorithm.num_inner_steps, algorithm.inner_learning_rate) == (steps, 1e-2)
-        assert algorithm.inner_optimizer == "gradient_descent" and not algorithm.fresh_noise
+        assert algorithm.inner == GradientDescent(num_steps=steps, learning_rate=1e-2)
         assert recipe.num_test_tasks == 1000
         network = recipe.build_model().network
         assert sum(parameter.numel() for parameter in network.parameters()) == 32_901
@@ -153,12 +155,11 @@ def test_the_settings_of_the_paper(source, shots):
             assert (algorithm.estimator, algorithm.is_bayesian) == ("unrolled", False)
             continue
         assert algorithm.estimator == ("unrolled" if algorithm.name == "abml" else "implicit")
-        assert (algorithm.outer, algorithm.temperature) == ("abml", 0.01)
+        assert getattr(algorithm, "outer", "elbo") == "elbo" and algorithm.temperature == 0.01
         assert (algorithm.num_samples, algorithm.num_evaluation_samples) == (5, 10)
-        assert algorithm.initial_log_var == (-10, -9)
-        assert (algorithm.linear_solver, algorithm.num_linear_steps, algorithm.precondition) == ("cg", 5, False) or (
-            algorithm.name == "abml"
-        )
+        assert algorithm.prior == DiagonalPrior(initial_log_var=(-10, -9))
+        if algorithm.name == "ibaml":
+            assert (algorithm.linear, algorithm.precondition) == (CG(max_steps=5), False)
         assert algorithm.hyper_prior_weight == pytest.approx(0.01 / (5 * (shots + 15) * 40_000))
 
 
@@ -168,8 +169,8 @@ def test_the_inner_solver_is_stable_where_it_starts(shots):
     for suffix in ("", "_laptop"):
         recipe = get_recipe(f"tiny_imagenet_5way_{shots}shot_ibaml_k15{suffix}")
         algorithm = recipe.algorithm
-        smallest = torch.tensor(algorithm.initial_log_var[0]).exp().item()
-        assert algorithm.inner_learning_rate * algorithm.temperature / (5 * shots) < 2 * smallest
+        smallest = torch.tensor(algorithm.prior.initial_log_var[0]).exp().item()
+        assert algorithm.inner.learning_rate * algorithm.temperature / (5 * shots) < 2 * smallest
 
 
 def test_the_laptop_scale_differs_in_size_and_speed_alone():
@@ -179,7 +180,8 @@ def test_the_laptop_scale_differs_in_size_and_speed_alone():
                 get_recipe(f"mini_imagenet_5way_{shots}shot_{method}{suffix}") for suffix in ("", "_laptop")
             )
             assert dataclasses.replace(laptop.data, image_size=84) == paper.data
-            changed = {"num_samples", "inner_learning_rate", "initial_log_var"}
+            assert paper.algorithm.inner.num_steps == laptop.algorithm.inner.num_steps
+            changed = {"num_samples", "inner", "prior"}
             for field in dataclasses.fields(paper.algorithm):
                 if field.name not in changed:
                     assert getattr(paper.algorithm, field.name) == getattr(laptop.algorithm, field.name), field.name
@@ -228,13 +230,14 @@ def test_override():
     recipe = get_recipe("sinusoid_5shot_ibaml")
     changed = recipe.override(
         {
-            "algorithm.num_inner_steps": "10",
+            "algorithm.inner.num_steps": "10",
             "trainer.learning_rate": "2e-3",
             "trainer.gradient_clip": "null",
             "trainer.schedule": "cosine",
             "trainer.draws": "per_task",
-            "algorithm.fresh_noise": "true",
-            "algorithm.initial_log_var": "[-5, -4.5]",
+            "algorithm.antithetic": "true",
+            "algorithm.num_samples": "4",
+            "algorithm.prior.initial_log_var": "[-5, -4.5]",
             "algorithm.truncation": "null",
             "network.arguments.hidden_sizes": "[3, 4]",
             "network.arguments.activation": "tanh",
@@ -243,10 +246,10 @@ def test_override():
             "num_test_tasks": "7",
         }
     )
-    assert changed.algorithm.num_inner_steps == 10 and changed.trainer.learning_rate == 2e-3
+    assert changed.algorithm.inner.num_steps == 10 and changed.trainer.learning_rate == 2e-3
     assert changed.trainer.gradient_clip is None and changed.trainer.schedule == "cosine"
     assert changed.trainer.draws == "per_task" and changed.override({"trainer.draws": "null"}).trainer.draws is None
-    assert changed.algorithm.fresh_noise is True and changed.algorithm.initial_log_var == (-5, -4.5)
+    assert changed.algorithm.antithetic is True and changed.algorithm.prior.initial_log_var == (-5, -4.5)
     assert changed.network.arguments["hidden_sizes"] == (3, 4) and changed.network.arguments["activation"] == "tanh"
     assert (changed.adapt, changed.freeze) == (("head.*",), ("features.0.*", "features.3.*"))
     assert changed.num_test_tasks == 7
@@ -268,7 +271,7 @@ def test_a_whole_number_is_a_number():
         ("trainer.num_step", "3", "no setting 'trainer.num_step'; did you mean 'trainer.num_steps'?"),
         # The misspelt part alone is replaced, even where the other parts contain it.
         ("data.num_way", "3", "no setting 'data.num_way'; did you mean 'data.num_ways'?"),
-        ("algorithm", "maml", "setting 'algorithm' is a group; set one of its members: name, inner_variable,"),
+        ("algorithm", "maml", "setting 'algorithm' is a group; set one of its members: inner, truncation."),
         ("likelihood.name", "x", "setting 'likelihood.name': likelihood is a plain value ('categorical') without set"),
         ("network.arguments.channels.x", "3", "channels is a plain value without settings of its own."),
         ("network.arguments.width", "3", "Conv4 has no argument width; there are num_outputs, "),
@@ -280,11 +283,9 @@ def test_a_whole_number_is_a_number():
         ("trainer.gradient_clip", "no", "setting 'trainer.gradient_clip' must be a number or null, but is 'no'."),
         ("trainer.fast", "no", "setting 'trainer.fast' must be true or false, but is 'no'."),
         ("trainer.fast", "1", "setting 'trainer.fast' must be true or false, but is '1'."),
-        ("algorithm.initial_log_var", "[1,2,3]", "must be a JSON list such as [-7, -7], but is '[1,2,3]'."),
-        ("algorithm.initial_log_var", "-7", "must be a JSON list such as [-7, -7], but is '-7'."),
+        ("algorithm.inner", "adam", "setting 'algorithm.inner' is a group; set one of its members: num_steps, "),
         ("adapt", "[1]", None),
-        ("algorithm.outer", "elbo", "outer must be one of expected_nll, predictive_nll, abml, but is 'elbo'."),
-        ("algorithm.num_inner_steps", "-1", "num_inner_steps must be at least 1, but is -1."),
+        ("algorithm.inner.num_steps", "-1", "num_steps must be at least 1, but is -1."),
     ],
 )
 def test_refused_changes(key, value, message):
@@ -316,7 +317,7 @@ def test_an_unknown_recipe(name, nearest):
 def test_what_is_no_recipe(change):
     values = json.loads(get_recipe("sinusoid_5shot_maml").to_json())
     if change == "without":
-        del values["algorithm"]["name"]
+        del values["algorithm"]["type"]
     elif change == "more":
         values["trainer"]["patience"] = 3
     elif change == "none":

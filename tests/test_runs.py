@@ -181,10 +181,10 @@ def test_evaluating_a_run(trained):
 
 def test_evaluating_with_changes(trained):
     folder, *_ = trained
-    changes = {"algorithm.num_inner_steps": "1", "num_test_tasks": "2", "data.num_test_queries": "3"}
+    changes = {"algorithm.inner.num_steps": "1", "num_test_tasks": "2", "data.num_test_queries": "3"}
     found = runs.evaluate_run(folder, changes=changes)
-    assert found.recipe.algorithm.num_inner_steps == 1 and found.evaluation.mean.shape == (2, 3, 1)
-    assert runs.read_evaluation(folder).algorithm["num_inner_steps"] == 1
+    assert found.recipe.algorithm.inner.num_steps == 1 and found.evaluation.mean.shape == (2, 3, 1)
+    assert runs.read_evaluation(folder).algorithm["inner"]["num_steps"] == 1
     assert runs.read_recipe(folder) == RECIPE
 
 

@@ -13,6 +13,8 @@ from ibaml.data.linear_regression import LinearRegressionTasks
 from ibaml.likelihoods import GaussianNoise
 from ibaml.model import build_model
 from ibaml.priors import DiagonalGaussian
+from ibaml.solvers.inner import NaturalGradient
+from ibaml.solvers.linear import CG
 from ibaml.types import Tensor
 
 DOUBLE = torch.float64
@@ -58,7 +60,7 @@ def meta_train(
             draws = torch.randn(num_tasks, num_weight_samples // 2, 1, 2, generator=source, dtype=DOUBLE)
             outer_noise = {"weight": torch.cat([draws, -draws], dim=1)}
         meta_gradient = partial(algorithm.hypergradient, model.nll, MetaParameters(prior, shared))
-        gradient, info = torch.func.vmap(meta_gradient)(episode, TaskNoise(inner_noise, outer_noise, {}))
+        gradient, info = torch.func.vmap(meta_gradient)(episode, TaskNoise(inner_noise, outer_noise))
         assert info.inner_grad_norm.max() < 1e-9
         assert info.linear_converged.all()
         mean.grad, log_var.grad = (leaf.mean(0) for leaf in tree.leaves(gradient.prior))
@@ -75,10 +77,8 @@ def converged_ibaml(outer: str) -> Algorithm:
     return algorithms.ibaml(
         outer=outer,
         temperature=1.0,
-        inner_optimizer="natural_gradient",
-        inner_learning_rate=1.0,
-        num_inner_steps=10,
-        num_linear_steps=2,
+        inner=NaturalGradient(num_steps=10, learning_rate=1.0),
+        linear=CG(max_steps=2),
     )
 
 

@@ -22,13 +22,19 @@ from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
 from ibaml.networks import MLP
 from ibaml.processes import Processes, ProcessLostError
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode
 
 ALGORITHMS = {
-    "maml": make_algorithm("maml", inner_learning_rate=0.05, num_inner_steps=2),
+    "maml": make_algorithm("maml", inner=GradientDescent(num_steps=2, learning_rate=0.05)),
     "ibaml": make_algorithm(
-        "ibaml", inner_learning_rate=0.01, num_inner_steps=2, num_samples=2, num_linear_steps=2, temperature=0.1
+        "ibaml",
+        inner=GradientDescent(num_steps=2, learning_rate=0.01),
+        num_samples=2,
+        linear=CG(max_steps=2),
+        temperature=0.1,
     ),
 }
 SETTINGS = TrainerSettings(

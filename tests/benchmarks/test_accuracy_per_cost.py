@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -19,6 +18,9 @@ from benchmarks.accuracy_per_cost import (
 )
 from benchmarks.conv_reference import build_conv_problem
 from benchmarks.settings import AccuracySettings
+
+from ibaml.solvers.inner import GradientDescent, NaturalGradient
+from ibaml.solvers.linear import CG
 
 SMALL = AccuracySettings(
     budgets=((3, 3),), relative_learning_rates=(0.5, 1.0), num_tuning_tasks=1, num_tasks=1, num_channels=2, image_size=8
@@ -37,12 +39,22 @@ def test_reference_is_converged(conv):
 
 
 def test_a_long_descent_with_many_products_reaches_the_reference(conv):
-    reached = partial(
-        conv.estimate, inner_learning_rate=1 / conv.largest_curvature, precondition=True, linear_rtol=1e-9
-    )
     # The variances are the slow part: their curvature is the KL weight alone.
-    few, many = (nrmse(reached(num_steps, 100, [0, 1]), conv.exact) for num_steps in (3, 300))
-    natural = reached(400, 200, [0, 1], inner_optimizer="natural_gradient", inner_learning_rate=0.2)
+    few, many = (
+        nrmse(
+            conv.estimate(
+                GradientDescent(num_steps=num_steps, learning_rate=1 / conv.largest_curvature),
+                CG(max_steps=100, rtol=1e-9),
+                [0, 1],
+                precondition=True,
+            ),
+            conv.exact,
+        )
+        for num_steps in (3, 300)
+    )
+    natural = conv.estimate(
+        NaturalGradient(num_steps=400, learning_rate=0.2), CG(max_steps=200, rtol=1e-9), [0, 1], precondition=True
+    )
     assert many < few
     assert nrmse(natural, conv.exact) < 1e-5
 

@@ -15,7 +15,9 @@ from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorith
 from ibaml.likelihoods import GaussianNoise
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
-from ibaml.priors import DiagonalGaussian, kl_divergence
+from ibaml.priors import DiagonalGaussian, DiagonalPrior, kl_divergence
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.types import Batch, Episode, Params, Tensor
 
 DOUBLE = torch.float64
@@ -57,14 +59,13 @@ def make_problem(
     )
     algorithm = make_algorithm(
         "ibaml",
-        num_inner_steps=settings.num_inner_steps,
-        inner_learning_rate=settings.inner_rate,
-        inner_momentum=settings.momentum,
-        num_linear_steps=settings.num_linear_steps,
-        linear_rtol=0.0,
+        inner=GradientDescent(
+            num_steps=settings.num_inner_steps, learning_rate=settings.inner_rate, momentum=settings.momentum
+        ),
+        linear=CG(max_steps=settings.num_linear_steps, rtol=0.0),
         temperature=temperature,
         num_samples=3,
-        initial_log_var=(-5.0, -3.0),
+        prior=DiagonalPrior(initial_log_var=(-5.0, -3.0)),
     )
     network = MLP(1, input_shape=sizes[0], hidden_sizes=sizes[1:-1], activation="tanh", generator=source).double()
     model = build_model(network, GaussianNoise(1, NOISE_VARIANCE))

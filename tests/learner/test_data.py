@@ -18,6 +18,7 @@ from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner.defaults import table_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_model
 from ibaml.networks import MLP
+from ibaml.solvers.inner import RelativeAdam
 from ibaml.table_evaluation import read_episodes
 from ibaml.train.checkpoint import save_tensors
 from ibaml.train.trainer import TrainerSettings
@@ -240,8 +241,7 @@ def test_an_update_is_adaptation_to_all_data():
     algorithm = dataclasses.replace(
         table_algorithm("ibaml", (2,), is_regression=True),
         num_samples=60,
-        num_inner_steps=120,
-        inner_learning_rate=0.06,
+        inner=RelativeAdam(num_steps=120, learning_rate=0.06),
     )
     network = MLP(1, input_shape=2, hidden_sizes=()).double()
     learner = MetaLearner(network, algorithm, "gaussian").fit(

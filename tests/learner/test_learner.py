@@ -14,21 +14,22 @@ from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.learner.folder import MODEL
 from ibaml.networks import MLP, Conv4
-from ibaml.priors import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.solvers.inner import GradientDescent
 from ibaml.train.checkpoint import load_tensors, save_tensors
 from ibaml.train.trainer import TrainerSettings
 from ibaml.types import Batch, Episode
 
 SETTINGS = TrainerSettings(num_steps=3, tasks_per_step=2, num_validation_tasks=2, validate_every=2)
 ALGORITHMS = {
-    name: make_algorithm(name, num_inner_steps=3, inner_learning_rate=0.1, **settings)
+    name: make_algorithm(name, inner=GradientDescent(num_steps=3, learning_rate=0.1), **settings)
     for name, settings in {
         "maml": {},
         "fomaml": {},
         "imaml": {},
-        "abml": {"num_samples": 2, "initial_log_var": (-3.0, -2.0)},
-        "vampire": {"num_samples": 2, "initial_log_var": (-3.0, -2.0)},
-        "ibaml": {"num_samples": 2, "initial_log_var": (-3.0, -2.0)},
+        "abml": {"num_samples": 2, "prior": DiagonalPrior(initial_log_var=(-3.0, -2.0))},
+        "vampire": {"num_samples": 2, "prior": DiagonalPrior(initial_log_var=(-3.0, -2.0))},
+        "ibaml": {"num_samples": 2, "prior": DiagonalPrior(initial_log_var=(-3.0, -2.0))},
     }.items()
 }
 
@@ -246,7 +247,9 @@ def test_weights_algorithms_have_no_epistemic_uncertainty(name):
 def test_epistemic_uncertainty_grows_with_the_variance_of_the_prior():
     values = []
     for low in (-12.0, -2.0):
-        algorithm = make_algorithm("ibaml", num_inner_steps=1, initial_log_var=(low, low))
+        algorithm = make_algorithm(
+            "ibaml", inner=GradientDescent(num_steps=1), prior=DiagonalPrior(initial_log_var=(low, low))
+        )
         learner = MetaLearner(image_network(), algorithm).fit(image_tasks(), num_steps=1)
         values.append(learner.adapt(*TASK.support).predict(TASK.query.x).epistemic.mean())
     assert values[1] > 100 * values[0]
@@ -264,7 +267,7 @@ def test_seeds_of_adaptation_and_prediction():
 
 
 def test_grad_norm_is_that_of_the_inner_problem():
-    algorithm = make_algorithm("imaml", num_inner_steps=800, inner_learning_rate=0.3, proximal_strength=0.5)
+    algorithm = make_algorithm("imaml", inner=GradientDescent(num_steps=800, learning_rate=0.3), proximal_strength=0.5)
     learner = MetaLearner(image_network(), algorithm)
     learner._meta = algorithm.init(learner.model.adapted, learner.model.shared, generator=generator())
     few = fitted("imaml").adapt(*TASK.support).grad_norm
@@ -346,7 +349,7 @@ def test_images_through_a_convolutional_network(tmp_path):
 def test_the_file_is_plain(tmp_path):
     file = fitted("ibaml").save(tmp_path) / MODEL
     with safe_open(file, framework="pt") as content:
-        assert {name.split("/")[0] for name in content.keys()} == {"prior_mean", "prior_log_var"}  # noqa: SIM118
+        assert {name.rsplit("/", 1)[0] for name in content.keys()} == {"prior/mean", "prior/log_var"}  # noqa: SIM118
     _, metadata = load_tensors(file)
     assert metadata["version"] == ibaml.__version__
     assert metadata["network"]["name"] == "MLP" and metadata["algorithm"]["name"] == "ibaml"

@@ -237,8 +237,11 @@ def test_meta_parameters_take_the_dtype_of_the_model():
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        (meta("maml"), r"prior_log_var/head\.bias is not in the model.*prior_weights/head\.bias is missing"),
-        (meta(hidden=5), r"prior_log_var/head\.weight has shape \(2, 4\), the model \(2, 5\)"),
+        (
+            meta("maml"),
+            r"prior/head\.bias is missing.*prior/log_var/head\.bias is not in the model",
+        ),
+        (meta(hidden=5), r"prior/log_var/head\.weight has shape \(2, 4\), the model \(2, 5\)"),
         (
             meta()._replace(shared={"likelihood.log_noise_variance": torch.zeros(2)}),
             r"shared/features\.0\.bias is not in the model",
@@ -258,7 +261,7 @@ def test_a_long_list_of_differences_is_cut():
 
     with pytest.raises(ValueError, match=r"(; .*){4}; and more\. Build") as caught:
         meta_from_tensors(meta_to_tensors(of("a")), like=of("b"), source="file")
-    assert str(caught.value).count("prior_weights/") == 5
+    assert str(caught.value).count("prior/") == 5
 
 
 def test_categorical_models_have_no_likelihood_parameters():

@@ -22,7 +22,9 @@ from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
-from ibaml.priors import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
 from ibaml.train import trainer
 from ibaml.train.checkpoint import load_tensors, save_tensors
 from ibaml.train.log import METRICS, read_metrics
@@ -38,9 +40,13 @@ from ibaml.types import Batch, Episode, TaskSampler, Tensor
 
 TIMINGS = ("seconds", "tasks_per_second")
 ALGORITHMS = {
-    "maml": make_algorithm("maml", inner_learning_rate=0.1, num_inner_steps=2),
+    "maml": make_algorithm("maml", inner=GradientDescent(num_steps=2, learning_rate=0.1)),
     "ibaml": make_algorithm(
-        "ibaml", inner_learning_rate=0.1, num_inner_steps=2, num_samples=2, num_linear_steps=2, temperature=0.1
+        "ibaml",
+        inner=GradientDescent(num_steps=2, learning_rate=0.1),
+        num_samples=2,
+        linear=CG(max_steps=2),
+        temperature=0.1,
     ),
 }
 SMALL = TrainerSettings(
@@ -256,7 +262,7 @@ torch.set_num_threads({num_threads})
 network = MLP(1, input_shape=1, hidden_sizes=(8, 8), activation="tanh", generator=torch.Generator().manual_seed(0))
 result = Trainer(
     build_model(network, make_likelihood("gaussian", 1)),
-    make_algorithm("ibaml", num_inner_steps=2, num_samples=2, num_linear_steps=2),
+    make_algorithm("ibaml", inner=GradientDescent(num_steps=2), num_samples=2, linear=CG(max_steps=2)),
     TrainerSettings(num_steps=1_000_000, tasks_per_step=2, validate_every=5, num_validation_tasks=2, log_every=1),
     run_folder=Path(sys.argv[1]),
 ).fit(SinusoidTasks(num_shots=3, num_queries=3), SinusoidTasks(num_shots=3, num_queries=3))
@@ -288,7 +294,7 @@ def test_a_terminated_process_can_be_resumed_exactly(tmp_path):
         # At a constant rate the number of steps is free.
         Trainer(
             sinusoid_model(),
-            make_algorithm("ibaml", num_inner_steps=2, num_samples=2, num_linear_steps=2),
+            make_algorithm("ibaml", inner=GradientDescent(num_steps=2), num_samples=2, linear=CG(max_steps=2)),
             settings,
             run_folder=tmp_path / folder,
         ).fit(tasks, tasks)
@@ -350,10 +356,10 @@ def test_other_trainer_settings_are_refused(tmp_path, changes, message):
 
 def test_another_algorithm_setting_is_refused(tmp_path):
     fit(tmp_path)
-    other = dataclasses.replace(ALGORITHMS["maml"], num_inner_steps=3)
+    other = dataclasses.replace(ALGORITHMS["maml"], inner=GradientDescent(num_steps=3, learning_rate=0.1))
     refused_unchanged(
         tmp_path,
-        "algorithm.num_inner_steps was 2 and is now 3",
+        "algorithm.inner.num_steps was 2 and is now 3",
         lambda: Trainer(image_model(), other, SMALL, run_folder=tmp_path).fit(image_tasks()),
     )
 
@@ -377,7 +383,7 @@ def test_another_network_is_refused(tmp_path):
 def test_another_algorithm_is_refused(tmp_path):
     fit(tmp_path)
     refused_unchanged(
-        tmp_path, "another network or algorithm: prior_log_var/.* is missing", lambda: fit(tmp_path, "ibaml")
+        tmp_path, "another network or algorithm: prior/log_var/.* is missing", lambda: fit(tmp_path, "ibaml")
     )
 
 
@@ -464,7 +470,7 @@ def test_the_chosen_state_is_in_its_own_file(tmp_path):
     tensors, metadata = load_tensors(tmp_path / BEST)
     assert metadata["step"] == result.best_step
     for name, value in result.meta.prior.log_var.items():
-        assert torch.equal(tensors[f"prior_log_var/{name}"], value)
+        assert torch.equal(tensors[f"prior/log_var/{name}"], value)
     assert metadata["description"]["algorithm"]["name"] == "ibaml"
 
 
@@ -498,7 +504,7 @@ class Recorded(Trainer):
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "imaml", "abml", "vampire", "ibaml"])
 def test_chunks_give_the_same_gradients(name):
-    algorithm = make_algorithm(name, num_inner_steps=2, inner_learning_rate=0.1)
+    algorithm = make_algorithm(name, inner=GradientDescent(num_steps=2, learning_rate=0.1))
     gradients = []
     for chunk in (None, 1, 2, 8):
         settings = dataclasses.replace(SMALL, num_steps=1, tasks_per_step=5, tasks_per_chunk=chunk, gradient_clip=None)
@@ -677,9 +683,9 @@ def test_training_lowers_the_loss_after_adaptation(name):
 
         return Episode(batch(4), batch(4))
 
-    settings: dict = {"inner_learning_rate": 0.2, "num_inner_steps": 2}
+    settings: dict = {"inner": GradientDescent(num_steps=2, learning_rate=0.2)}
     if name in ("abml", "vampire", "ibaml"):
-        settings |= {"num_samples": 2, "temperature": 0.01, "initial_log_var": (-7.0, -7.0)}
+        settings |= {"num_samples": 2, "temperature": 0.01, "prior": DiagonalPrior(initial_log_var=(-7.0, -7.0))}
     if name == "imaml":
         settings |= {"proximal_strength": 0.1}
     algorithm = make_algorithm(name, **settings)
@@ -802,7 +808,7 @@ def test_divergence_names_step_causes_and_the_saved_state(tmp_path, folder):
         run.fit(SinusoidTasks(num_shots=3, num_queries=3))
     message = str(caught.value)
     step = int(re.match(r"step (\d+): the hypergradient is not finite \(norm ", message).group(1))
-    assert "inner_learning_rate (0.1) or learning_rate (1e+30) too large" in message
+    assert "learning_rate=0.1" in message and "or learning_rate (1e+30) too large" in message
     assert re.search(r"tasks \[[\d, ]+\] of the step; their inner gradient norms \[", message)
     if folder:
         assert message.endswith(f"The state before is saved in {tmp_path / CHECKPOINT}.")
@@ -814,7 +820,7 @@ def test_divergence_names_step_causes_and_the_saved_state(tmp_path, folder):
 
 
 def test_divergence_in_the_first_step_can_be_resumed(tmp_path):
-    algorithm = dataclasses.replace(ALGORITHMS["maml"], inner_learning_rate=1e30, num_inner_steps=5)
+    algorithm = dataclasses.replace(ALGORITHMS["maml"], inner=GradientDescent(num_steps=5, learning_rate=1e30))
     for _ in range(2):
         with pytest.raises(TrainingDivergedError, match="step 1: the hypergradient is not finite"):
             Trainer(sinusoid_model(), algorithm, SMALL, run_folder=tmp_path).fit(
@@ -830,7 +836,7 @@ def test_divergence_in_validation_is_reported_with_the_state_saved(tmp_path):
     run = Trainer(sinusoid_model(), ALGORITHMS["maml"], settings, run_folder=tmp_path)
     message = (
         r"validation after step 2: test task 0 gives predictions that are not finite\. Likely causes: "
-        r"inner_learning_rate \(0\.1\) too large, or inputs far from unit scale\. The state before is saved in .*"
+        r"inner steps too large \(unrolled gradient, .*\), or inputs far from unit scale\. The state before is saved"
     )
     with pytest.raises(TrainingDivergedError, match=message):
         run.fit(SinusoidTasks(num_shots=3, num_queries=3), wild)
@@ -991,5 +997,5 @@ def test_a_checkpoint_of_unknown_best_is_refused(tmp_path):
     tensors, metadata = load_tensors(tmp_path / CHECKPOINT)
     kept = {name: value for name, value in tensors.items() if not name.startswith("best/")}
     save_tensors(tmp_path / CHECKPOINT, kept, metadata)
-    with pytest.raises(ValueError, match=r"belongs to another network or algorithm: prior_weights/.* is missing"):
+    with pytest.raises(ValueError, match=r"belongs to another network or algorithm: prior/.* is missing"):
         fit(tmp_path)
