@@ -8,14 +8,17 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from ibaml.types import Tensor
+
+# Imported where images are decoded: importing the library needs none.
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -197,12 +200,14 @@ def class_starts(sizes: Sequence[int]) -> Tensor:
     return torch.tensor([0, *np.cumsum(sizes).tolist()])
 
 
-def decode_image(content: bytes, name: str, *, channels: int) -> Image.Image:
+def decode_image(content: bytes, name: str, *, channels: int) -> "Image.Image":
     """Decodes an image file, to RGB for three channels and to grey for one.
 
     Raises:
         ValueError: If it cannot be read.
     """
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(content)) as opened:
             return opened.convert("RGB" if channels == 3 else "L")
@@ -213,13 +218,15 @@ def decode_image(content: bytes, name: str, *, channels: int) -> Image.Image:
         ) from error
 
 
-def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_image(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
     """Resamples an image to (height, width), antialiased (Lanczos), unless it has that size; its shape may change."""
+    from PIL import Image
+
     height, width = size
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image) -> Pixels:
+def to_pixels(image: "Image.Image") -> Pixels:
     """Returns an image as uint8 of shape ``[channels, height, width]``."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

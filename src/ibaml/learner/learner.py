@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ibaml import __version__, records, tree
@@ -28,6 +27,10 @@ from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_epis
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode, TaskSampler, Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 __all__ = ["MODEL", "MetaLearner", "NotFittedError", "TaskPosterior"]
 
@@ -252,7 +255,7 @@ class MetaLearner:
             settings,
             run_folder=None if run_folder is None else Path(run_folder),
             device=self.device,
-            console=Console(stderr=True) if progress else None,
+            console=_console() if progress else None,
             processes=processes,
         )
         self.training_result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
@@ -466,3 +469,9 @@ class MetaLearner:
         """Returns what training leaves alone but predictions depend on: frozen parameters and the module's buffers."""
         frozen = {f"frozen/{name}": value for name, value in self.model.frozen.items()}
         return frozen | {f"buffer/{name}": value for name, value in self.model.network.named_buffers()}
+
+
+def _console() -> "Console":
+    from rich.console import Console  # only for those who want to see the progress
+
+    return Console(stderr=True)

@@ -5,9 +5,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 METRICS = "metrics.csv"
 
@@ -76,17 +77,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class TrainingBar:
     """A progress bar on a terminal; a line per validation elsewhere."""
 
-    def __init__(self, console: Console | None, num_steps: int, step: int) -> None:
+    def __init__(self, console: "Console | None", num_steps: int, step: int) -> None:
+        from rich import progress  # takes long, and importing the library needs none
+
         self._console = console
         self._smooth: dict[str, float] = {}
-        self._progress = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+        self._progress = progress.Progress(
+            progress.TextColumn("[bold]train"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[status]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             disable=console is None or not console.is_terminal,
         )

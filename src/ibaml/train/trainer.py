@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from rich.console import Console
 
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
@@ -32,6 +31,9 @@ from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
@@ -85,7 +87,7 @@ class Trainer:
         *,
         run_folder: Path | None = None,
         device: torch.device | str = "cpu",
-        console: Console | None = None,
+        console: "Console | None" = None,
         processes: Processes | None = None,
     ) -> None:
         self.processes = processes or Processes()

@@ -4,7 +4,8 @@ from pathlib import Path
 import pooch
 import pytest
 
-from ibaml.data import find_data_file, locate
+from ibaml.data import find_data_file
+from ibaml.data.files import locate
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
-
-import pooch
 
 ENVIRONMENT_VARIABLE = "IBAML_DATA"
 """Environment variable that names the folder with data files."""
@@ -66,8 +65,14 @@ def search_folders(root: str | os.PathLike[str] | None = None) -> list[Path]:
         folders.append(Path(root).expanduser())
     if environment := os.environ.get(ENVIRONMENT_VARIABLE):
         folders.append(Path(environment).expanduser())
-    folders.append(Path(pooch.os_cache("ibaml")))
+    folders.append(Path(_pooch().os_cache("ibaml")))
     return folders
+
+
+def _pooch() -> ModuleType:
+    import pooch  # takes long, and importing the library needs no data file
+
+    return pooch
 
 
 def cache_folders(cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
@@ -106,7 +111,7 @@ def find_data_file(name: str, root: str | os.PathLike[str] | None = None, *, dow
     source = SOURCES.get(name)
     if download and source is not None and source.url is not None:
         target = folders[0] if root is not None else folders[-1]
-        return Path(pooch.retrieve(source.url, known_hash=source.checksum, fname=name, path=target))
+        return Path(_pooch().retrieve(source.url, known_hash=source.checksum, fname=name, path=target))
     places = ", ".join(str(folder) for folder in folders)
     advice = source.help if source is not None else "Put it into one of them."
     unset = "" if os.environ.get(ENVIRONMENT_VARIABLE) else f" (${ENVIRONMENT_VARIABLE} is not set)"

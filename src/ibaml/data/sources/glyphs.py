@@ -11,18 +11,20 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.files.cache import read_class_images, write_class_images
 from ibaml.data.files.locate import cache_folders
 from ibaml.data.images import ClassImages
 from ibaml.data.sources.base import ImageSource, Split
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
 
 SCRIPTS: dict[Split, tuple[str, ...]] = {
     "train": (
@@ -194,14 +196,15 @@ def _cache_name(split: Split, image_size: int) -> str:
     return f"glyphs-v{_RENDERING_VERSION}-{fonts}-{renderer}-{image_size}-{split}.npz"
 
 
-def _open_faces(image_size: int) -> tuple[list[ImageFont.FreeTypeFont], list[dict[int, int]]]:
+def _open_faces(image_size: int) -> tuple[list["ImageFont.FreeTypeFont"], list[dict[int, int]]]:
     """Opens every face at a size whose ink is larger than in the final image, with its map of code point to glyph."""
     # Imported here because a cached split needs neither, and matplotlib takes long to import.
     import matplotlib
     from matplotlib.ft2font import FT2Font
+    from PIL import ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts: list[ImageFont.FreeTypeFont] = []
+    fonts: list["ImageFont.FreeTypeFont"] = []
     charmaps: list[dict[int, int]] = []
     for face in _FACES:
         path = folder / face
@@ -235,8 +238,10 @@ def _list_characters(charmaps: Sequence[dict[int, int]]) -> list[_Character]:
     return characters
 
 
-def _render_faces(character: _Character, fonts: Sequence[ImageFont.FreeTypeFont]) -> dict[int, Bitmap]:
+def _render_faces(character: _Character, fonts: Sequence["ImageFont.FreeTypeFont"]) -> dict[int, Bitmap]:
     """Returns the ink of the character in each of its faces, cropped to the ink; blank ones are left out."""
+    from PIL import Image, ImageDraw
+
     bitmaps: dict[int, Bitmap] = {}
     text = chr(character.code_point)
     for face in character.faces:
@@ -260,6 +265,8 @@ def _place(bitmap: Bitmap, image_size: int, matrix: npt.NDArray[np.float64], shi
     Returns:
         uint8, shape ``[image_size, image_size]``.
     """
+    from PIL import Image, ImageOps
+
     # Drawn twice as large and averaged over 2 x 2 pixels: bilinear sampling alone would skip thin strokes.
     canvas_size = 2 * image_size
     height, width = bitmap.shape

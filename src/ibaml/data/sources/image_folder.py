@@ -93,6 +93,7 @@ def load_image_folder(
 
     Examples:
         >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
         >>> with TemporaryDirectory() as folder:
         ...     for name in ("cat", "dog"):
         ...         (Path(folder) / "train" / name).mkdir(parents=True)

@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.files.cache import cached_images
@@ -190,6 +189,8 @@ def _gather(
     image_size: int,
 ) -> ClassImages:
     """Sorts pickled images by class."""
+    from PIL import Image
+
     if (
         not isinstance(images, np.ndarray)
         or images.dtype != np.uint8

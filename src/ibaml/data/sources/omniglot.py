@@ -10,7 +10,6 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from ibaml.data.arguments import require_positive_int
 from ibaml.data.files.cache import cached_images
@@ -171,6 +170,8 @@ def _load_archive(path: Path, image_size: int, cache_dir: str | os.PathLike[str]
 
 def _decode(archive: zipfile.ZipFile, members: list[str], image_size: int, path: Path) -> ClassImages:
     """Decodes the members, which are sorted by name and so by class."""
+    from PIL import Image, ImageOps
+
     if not members:
         raise ValueError(
             f"{path} has no file named like images_background/Alphabet/character01/0001_01.png; "
