@@ -27,8 +27,8 @@ from ibaml.data import LinearRegressionTasks
 from ibaml.experiments.fig1.linear_gaussian import LinearGaussianProblem
 from ibaml.experiments.fig1.run import Fig1Settings
 from ibaml.experiments.report import describe_device
+from ibaml.learner.folder import write_text
 from ibaml.priors.diagonal import DiagonalGeometry
-from ibaml.runs import write_text
 from ibaml.solvers.inner import Adam, GradientDescent, InnerSolver, NaturalGradient
 from ibaml.solvers.linear import CG
 from ibaml.types import PyTree

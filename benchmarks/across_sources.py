@@ -21,9 +21,9 @@ from PIL import Image
 from ibaml import MetaLearner, SplitSettings, tree
 from ibaml.data import ClassImages, EpisodeSampler, load_class_folder, load_glyphs, load_omniglot
 from ibaml.evaluation import draw_tasks
+from ibaml.learner.folder import write_text
 from ibaml.metrics import Estimate, estimate
 from ibaml.recipes import get_recipe
-from ibaml.runs import write_text
 from ibaml.types import Episode, Tensor
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
         return
     from benchmarks.candidates import BASELINE, LIBRARY
     from benchmarks.problems import NETWORKS
-    from ibaml.runs import write_text
+    from ibaml.learner.folder import write_text
 
     lines: list[str] = []
     for network, algorithm in _CASES:

@@ -21,7 +21,8 @@ from benchmarks.measure import CaseResult, check_on_small_network, measure_case 
 from benchmarks.problems import Case  # noqa: E402
 from benchmarks.settings import BenchmarkSettings  # noqa: E402
 from ibaml.experiments.report import describe_device  # noqa: E402
-from ibaml.runs import resolve_device, write_text  # noqa: E402
+from ibaml.learner.folder import write_text
+from ibaml.train.devices import resolve_device  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent
 # About how many milliseconds one gradient on a support image takes; only for the estimate of the time that is left.

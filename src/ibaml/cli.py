@@ -1,26 +1,24 @@
-"""The command line: ``ibaml recipes | train | evaluate | compare | predict | reproduce``."""
+"""The command line: ``ibaml recipes | train | evaluate | compare | predict | reproduce``. It parses and prints."""
 
 import contextlib
-import csv
+import dataclasses
 import functools
 import operator
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
-from ibaml import plots, runs
-from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.experiments.registry import EXPERIMENTS, experiment_name
 from ibaml.experiments.report import Place, run_experiment
-from ibaml.file_prediction import load_fitted, predict_files
-from ibaml.metrics import paired_difference, reliability_curve
+from ibaml.learner.compare import compare as compare_models
+from ibaml.learner.files import predict_files
+from ibaml.metrics import Estimate
 from ibaml.processes import (
     ProcessLostError,
     connect,
@@ -30,16 +28,13 @@ from ibaml.processes import (
     num_launched,
     require_devices,
 )
-from ibaml.recipes import RECIPES, Recipe, get_recipe
-from ibaml.train.log import METRICS, read_metrics
-from ibaml.train.trainer import TrainingDivergedError, TrainingResult
-from ibaml.types import Batch, Episode
+from ibaml.recipes import RECIPES, get_recipe, runs
+from ibaml.recipes.flags import parse_flags
+from ibaml.train import TrainingDivergedError
+from ibaml.train.devices import resolve_device
+from ibaml.train.progress import ProgressBar
 
 _console = Console(stderr=True)
-# Append: a second --set adds to the first.
-_Settings: TypeAlias = Annotated[
-    tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE ...")
-]
 if TYPE_CHECKING:
     _Experiment: TypeAlias = object
 else:
@@ -50,7 +45,6 @@ else:
             for name, each in EXPERIMENTS.items()
         ],
     )
-_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "quantile_calibration_error")
 
 
 class _Launch(NamedTuple):
@@ -60,33 +54,11 @@ class _Launch(NamedTuple):
     resume: str
 
 
-def list_recipes() -> None:
-    """List the recipes: named, complete configurations."""
-    table = Table(Column("recipe", no_wrap=True), "what it is", "steps x tasks", box=None, pad_edge=False)
-    for name in RECIPES:
-        recipe = get_recipe(name)
-        table.add_row(name, recipe.description, f"{recipe.trainer.num_steps:,} x {recipe.trainer.tasks_per_step}")
-    Console().print(table)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train a recipe.
 
-
-def train(
-    recipe: tyro.conf.Positional[str],
-    /,
-    *,
-    run_folder: Path | None = None,
-    data: Path | None = None,
-    max_minutes: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    devices: int = 1,
-    threads: int | None = None,
-    set: _Settings = (),  # noqa: A002
-) -> int | _Launch:
-    """Train a recipe, or resume it if the run folder holds a checkpoint.
-
-    Args:
-        recipe: Name of a recipe; `ibaml recipes` lists them.
+    Attributes:
         run_folder: Where everything goes [default: runs/RECIPE].
         data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
         max_minutes: Stop after so many minutes, ready to resume.
@@ -95,164 +67,169 @@ def train(
         device: "auto" (CUDA if present), "cpu", "cuda", "cuda:1", ...
         devices: Number of processes that share the tasks of a step: one for each GPU, or any number on the CPU.
         threads: Number of CPU threads [default: torch's choice].
-        set: Change settings of the recipe, such as algorithm.inner.num_steps=10 trainer.learning_rate=0.002.
     """
-    chosen = get_recipe(recipe)
-    folder = run_folder or Path("runs") / recipe
-    if (folder / runs.RECIPE).is_file() and (stored := runs.read_recipe(folder)).name == recipe:
-        chosen = stored
-    changes = dict(_split_setting(item) for group in set for item in group)
-    if steps is not None:
-        changes["trainer.num_steps"] = str(steps)
-    if seed is not None:
-        changes["trainer.seed"] = str(seed)
-    chosen = chosen.override(changes)
-    where = runs.resolve_device(device)
-    require_devices(where, devices)
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads must be at least 1, but is {threads}.")
-    resume = f"ibaml train {recipe} --run-folder {folder}"
-    if devices > 1 and num_launched() == 1:
-        return _Launch(devices, resume)
-    if devices not in (1, num_launched()):
-        raise ValueError(f"--devices is {devices}, but torchrun has started {num_launched()} processes: leave it out.")
 
-    with connect(where) as processes:
+    run_folder: Path | None = None
+    data: Path | None = None
+    max_minutes: float | None = None
+    steps: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    devices: int = 1
+    threads: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How to evaluate a run.
+
+    Attributes:
+        tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
+        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+        test: Test tasks of a model that no recipe made: a CSV or Parquet table with the columns of training, or a
+            folder of class folders of images.
+        device: "auto" (CUDA if present), "cpu", "cuda", ...
+    """
+
+    tasks: int | None = None
+    seed: int = 0
+    data: Path | None = None
+    test: Path | None = None
+    device: str = "auto"
+
+
+def list_recipes() -> None:
+    """List the recipes: named, complete configurations."""
+    for name in RECIPES:
+        recipe = get_recipe(name)
+        size = f"{recipe.trainer.num_steps:,} steps of {recipe.trainer.tasks_per_step} tasks"
+        Console().print(f"{name}\n    {recipe.description}; {size}", soft_wrap=True, markup=False, highlight=False)
+
+
+def train(
+    recipe: tyro.conf.Positional[str],
+    /,
+    *,
+    options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions(),  # noqa: B008 - frozen
+) -> int | _Launch:
+    """Train a recipe, or resume it if the run folder holds a checkpoint.
+
+    Every setting of the recipe is a flag as well: `ibaml train RECIPE --help` lists them.
+
+    Args:
+        recipe: Name of a recipe; `ibaml recipes` lists them.
+        options: How.
+    """
+    return train_with_flags(recipe, (), options)
+
+
+def train_with_flags(name: str, flags: Sequence[str], default: TrainOptions = TrainOptions()) -> int | _Launch:  # noqa: B008
+    """Trains a recipe with the settings that flags change."""
+    command, what = f"ibaml train {name}", "Train this recipe, or resume it if the run folder holds a checkpoint."
+    options, chosen = parse_flags(default, get_recipe(name), flags, command=command, description=what)
+    folder = options.run_folder or Path("runs") / name
+    if (folder / runs.RECIPE).is_file() and (stored := runs.read_recipe(folder)).name == name:
+        # A run keeps its settings, without their being named again.
+        options, chosen = parse_flags(default, stored, flags, command=command, description=what)
+    changes = {"trainer.num_steps": options.steps, "trainer.seed": options.seed}
+    chosen = chosen.replace({key: value for key, value in changes.items() if value is not None})
+    device = resolve_device(options.device)
+    require_devices(device, options.devices)
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, but is {options.threads}.")
+    resume = f"ibaml train {name} --run-folder {folder}"
+    if options.devices > 1 and num_launched() == 1:
+        return _Launch(options.devices, resume)
+    if options.devices not in (1, num_launched()):
+        raise ValueError(
+            f"--devices is {options.devices}, but torchrun has started {num_launched()} processes: leave it out."
+        )
+    with connect(device) as processes:
         # Fabric has divided the cores among the processes of this machine.
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         result = runs.train_run(
             chosen,
             folder,
-            data=data,
+            data=options.data,
             device=processes.device,
-            max_minutes=max_minutes,
+            max_minutes=options.max_minutes,
             console=_console,
             processes=processes,
         )
         if processes.is_first:
-            _report_training(chosen, folder, result, resume)
+            then = f"Evaluate it with: ibaml evaluate {folder}"
+            if result.stop_reason != "completed":
+                then = f"Resume with the same command: {resume}"
+            _tell(
+                f"Training {result.stop_reason} at step {result.num_steps}; the best state is of step "
+                f"{result.best_step}.\n{then}"
+            )
     return 130 if result.stop_reason == "interrupted" else 0
 
 
-def _report_training(recipe: Recipe, folder: Path, result: TrainingResult, resume: str) -> None:
-    history = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    if history:
-        plots.save(plots.training_curves(history, title=recipe.name), folder / "training.png")
-    _console.print(
-        f"Training {result.stop_reason} at step {result.num_steps}; the best state is of step {result.best_step}.\n"
-        + (
-            f"Evaluate it with: ibaml evaluate {folder}"
-            if result.stop_reason == "completed"
-            else f"Resume with the same command: {resume}"
-        ),
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def evaluate_run(
+def evaluate(
     run: tyro.conf.Positional[Path],
     /,
     *,
-    tasks: int | None = None,
-    seed: int = 0,
-    data: Path | None = None,
-    device: str = "auto",
-    set: _Settings = (),  # noqa: A002
+    options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = EvaluateOptions(),  # noqa: B008 - frozen
 ) -> None:
-    """Evaluate a run's best state on a fixed, seeded set of test tasks.
+    """Evaluate a trained model on a fixed, seeded set of test tasks.
+
+    Settings of a recipe's data and algorithm are flags as well: `ibaml evaluate RUN --help` lists them.
 
     Args:
-        run: Run folder.
-        tasks: Number of test tasks, instead of the recipe's.
-        seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
-        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
-        device: "auto" (CUDA if present), "cpu", "cuda", ...
-        set: Change settings for the evaluation alone, such as algorithm.inner.num_steps=20.
+        run: Folder of a trained model.
+        options: How.
     """
-    changes = dict(_split_setting(item) for group in set for item in group)
-    num_tasks = runs.read_recipe(run).override(changes).num_test_tasks if tasks is None else tasks
-    where = runs.resolve_device(device)
-    with _progress("evaluate", num_tasks) as on_progress:
-        recipe, result, step, target, sampler = runs.evaluate_run(
-            run,
-            num_tasks=num_tasks,
-            seed=seed,
-            data=data,
-            device=where,
-            changes=changes,
-            on_progress=on_progress,
-        )
-    _draw_evaluation(recipe, result, draw_tasks(sampler, 0, 1, seed=seed), target)
+    evaluate_with_flags(str(run), (), options)
 
-    algorithm = recipe.algorithm
-    temperature = f", temperature {algorithm.temperature}" if algorithm.temperature is not None else ""
-    table = Table("metric", "mean", "95% interval", box=None, pad_edge=False)
-    for name, value in result.report.items():
-        table.add_row(name, f"{value.mean:.4f}", f"+- {value.half_width:.4f}")
-    output = Console()
-    output.print(
-        f"{recipe.name}: {num_tasks} test tasks, seed {seed}, state of step {step}{temperature}",
-        soft_wrap=True,
-        markup=False,
+
+def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions = EvaluateOptions()) -> None:  # noqa: B008
+    """Evaluates a trained model with the settings that flags change for this evaluation alone."""
+    folder = Path(run)
+    recipe = runs.read_recipe(folder) if (folder / runs.RECIPE).is_file() else None
+    options, recipe = parse_flags(
+        default,
+        recipe,
+        flags,
+        command=f"ibaml evaluate {run}",
+        description="Evaluate this model on a fixed, seeded set of test tasks.",
+        only=("data", "algorithm", "num_test_tasks"),
     )
-    output.print(table)
-    _console.print(f"Report, per-task values and pictures are in {target}.", soft_wrap=True, markup=False)
+    with ProgressBar(_console, "evaluate") as bar:
+        result = runs.evaluate_run(
+            folder,
+            recipe=recipe,
+            test=options.test,
+            num_tasks=options.tasks,
+            seed=options.seed,
+            data=options.data,
+            device=resolve_device(options.device),
+            on_progress=bar.update,
+        )
+    output = Console()
+    output.print(result.headline, soft_wrap=True, markup=False, highlight=False)
+    output.print(_as_table(result.evaluation.report))
+    _tell(f"Report, per-task values and pictures are in {result.target}.")
 
 
 def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> None:
-    """Compare evaluated runs on the same test tasks, task by task.
+    """Compare evaluated models on the same test tasks, task by task.
 
     Args:
-        run: Two or more run folders; differences are to the first.
+        run: Two or more folders of models; differences are to the first.
         out: Folder for the table and the plot [default: runs/compare_...].
     """
-    if len(run) < 2:
-        raise ValueError(f"compare needs at least two run folders, but got {len(run)}.")
-    for index, folder in enumerate(run):
-        if folder.resolve() in (other.resolve() for other in run[:index]):
-            raise ValueError(f"{folder} is named twice: compare needs different run folders.")
-    names = [folder.name for folder in run]
-    if len({*names}) < len(names):
-        names = [str(folder) for folder in run]
-    stored = dict(zip(names, (runs.read_evaluation(folder) for folder in run), strict=True))
-    first = stored[names[0]]
-    for name, other in stored.items():
-        if other.tasks != first.tasks:
-            difference = _describe_difference(first.tasks, other.tasks)
-            raise ValueError(
-                f"{names[0]} and {name} were evaluated on different tasks ({difference}): evaluate both with the same "
-                "--tasks and --seed, on the same data."
-            )
-    out = out or Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
-    out.mkdir(parents=True, exist_ok=True)
-
-    table = Table("metric", *names, *(f"{name} - {names[0]}" for name in names[1:]), box=None, pad_edge=False)
-    rows: list[list[str]] = []
-    # Evaluations stored by an earlier version may lack a metric.
-    common = [metric for metric in first.per_task if all(metric in other.per_task for other in stored.values())]
-    for metric in common:
-        value = first.per_task[metric]
-        row = [metric, *(f"{stored[name].report[metric]:.4f}" for name in names)]
-        for name in names[1:]:
-            difference = paired_difference(stored[name].per_task[metric], value)
-            verdict = ""
-            # Of a coverage neither more nor less is better, only nearer to its level.
-            if metric != "coverage_90" and abs(difference.mean) > difference.half_width:
-                better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
-                verdict = " better" if better else " worse"
-            row.append(f"{difference:+.4f}{verdict}")
+    result = compare_models(run, out)
+    table = Table(*result.header, box=None, pad_edge=False)
+    for row in result.rows:
         table.add_row(*row)
-        rows.append(row)
-    with (out / "comparison.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["metric", *names, *(f"{name} - {names[0]}" for name in names[1:])], *rows])
-    figure = plots.comparison({name: evaluation.per_task for name, evaluation in stored.items()})
-    plots.save(figure, out / "comparison.png")
     output = Console()
-    output.print(f"{first.tasks['num_tasks']} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
+    output.print(f"{result.num_tasks} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
     output.print(table)
-    _console.print(f"Table and plot are in {out}.", soft_wrap=True, markup=False)
+    _tell(f"Table and plot are in {result.folder}.")
 
 
 def predict(
@@ -265,19 +242,19 @@ def predict(
     level: float = 0.9,
     device: str = "auto",
 ) -> None:
-    """Adapt a saved model to the examples of a new task and predict the rest.
+    """Adapt a trained model to the examples of a new task and predict the rest.
 
     Args:
-        run: Folder of a saved model (MetaLearner.save), or of a run trained on images.
+        run: Folder of a trained model.
         support: Labelled examples: a CSV or Parquet table, or a folder of class folders of images.
         query: Examples to predict: a table, or a folder of images.
         out: CSV or Parquet file for the predictions.
         level: Probability that a regression interval holds the target.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
-    fitted = load_fitted(run, device=runs.resolve_device(device))
+    fitted = runs.load_fitted(run, device=resolve_device(device))
     count = predict_files(fitted, support, query, out, level=level)
-    _console.print(f"{count} predictions are in {out}.", soft_wrap=True, markup=False)
+    _tell(f"{count} predictions are in {out}.")
 
 
 def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | None = None) -> None:
@@ -292,32 +269,33 @@ def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | 
     folder = out or Path("reproductions") / name
     wanted = EXPERIMENTS[name]
     # Training shows a bar of its own.
-    with contextlib.nullcontext() if wanted.trains else _progress(name, None) as on_progress:
+    with contextlib.nullcontext() if wanted.trains else ProgressBar(_console, name) as bar:
+        on_progress = None if bar is None else bar.update
         summary = run_experiment(wanted, experiment, Place(folder, data, _console, on_progress))
     Console().print(summary, soft_wrap=True, markup=False, highlight=False)
-    _console.print(f"Tables, pictures and settings are in {folder}.", soft_wrap=True, markup=False)
+    _tell(f"Tables, pictures and settings are in {folder}.")
+
+
+_COMMANDS = {
+    "recipes": list_recipes,
+    "train": train,
+    "evaluate": evaluate,
+    "compare": compare,
+    "predict": predict,
+    "reproduce": reproduce,
+}
+_WITH_FLAGS: Mapping[str, Callable[[str, Sequence[str]], int | _Launch | None]] = {
+    "train": train_with_flags,
+    "evaluate": evaluate_with_flags,
+}
+"""Commands whose first argument says which further flags there are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits."""
-    commands = {
-        "recipes": list_recipes,
-        "train": train,
-        "evaluate": evaluate_run,
-        "compare": compare,
-        "predict": predict,
-        "reproduce": reproduce,
-    }
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            args=arguments,
-            prog="ibaml",
-            # `ibaml reproduce fig1 --out ...`, not `ibaml reproduce --out ... experiment:fig1 --experiment.seed ...`
-            config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-            description="Implicit Bayesian meta-learning: few-shot predictions that know how sure they are.",
-        )
+        code = _run(arguments)
         if isinstance(code, _Launch):
             code = _launch(arguments, code)
     except (
@@ -335,9 +313,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _console.print(f"[bold red]error{origin}:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         code = 2
     except KeyboardInterrupt:
-        _console.print("Interrupted.")
+        _tell("Interrupted.")
         code = 130
     sys.exit(code or 0)
+
+
+def _run(arguments: Sequence[str]) -> int | _Launch | None:
+    if len(arguments) > 1 and arguments[0] in _WITH_FLAGS and not arguments[1].startswith("-"):
+        return _WITH_FLAGS[arguments[0]](arguments[1], arguments[2:])
+    return tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS,
+        args=list(arguments),
+        prog="ibaml",
+        # `ibaml reproduce fig1 --out ...`, not `ibaml reproduce --out ... experiment:fig1 --experiment.seed ...`
+        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        description="Implicit Bayesian meta-learning: few-shot predictions that know how sure they are.",
+    )
 
 
 def _launch(arguments: Sequence[str], wanted: _Launch) -> int:
@@ -350,54 +341,15 @@ def _launch(arguments: Sequence[str], wanted: _Launch) -> int:
         ) from error
 
 
-def _draw_evaluation(recipe: Recipe, result: Evaluation, first: Episode, target: Path) -> None:
-    support, query = (Batch(batch.x[0], batch.y[0]) for batch in first)
-    episode = Episode(support, query)
-    if result.log_probs is None:
-        if result.mean is not None and result.variance is not None and support.x.shape[-1] == 1:
-            figure = plots.example_regression(
-                episode, result.mean[0], result.variance[0], title=f"{recipe.name}: one task"
-            )
-            plots.save(figure, target / "example_task.png")
-        return
-    curve = reliability_curve(result.log_probs.exp(), result.targets)
-    plots.save(plots.reliability_diagram({recipe.name: curve}), target / "reliability.png")
-    if recipe.data.is_image:
-        figure = plots.example_task(episode, result.log_probs[0].exp(), title=f"{recipe.name}: one test task")
-        plots.save(figure, target / "example_task.png")
+def _as_table(report: Mapping[str, Estimate]) -> Table:
+    table = Table("metric", "mean", "95% interval", box=None, pad_edge=False)
+    for name, value in report.items():
+        table.add_row(name, f"{value.mean:.4f}", f"+- {value.half_width:.4f}")
+    return table
 
 
-@contextlib.contextmanager
-def _progress(name: str, total: int | None) -> Generator[Callable[..., None], None, None]:
-    """Shows a bar and yields ``(done, total=total)``, which moves it."""
-    with Progress(
-        TextColumn(f"[bold]{name}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=_console,
-        disable=not _console.is_terminal,
-    ) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done, total=total: progress.update(task, completed=done, total=total)
-
-
-def _split_setting(item: str) -> tuple[str, str]:
-    key, separator, value = item.partition("=")
-    if not separator:
-        raise ValueError(f"--set expects KEY=VALUE, such as algorithm.inner.num_steps=10, but got {item!r}.")
-    return key, value
-
-
-def _describe_difference(first: dict[str, Any], second: dict[str, Any]) -> str:
-    flat = [
-        {**tasks["data"], **{key: value for key, value in tasks.items() if key != "data"}} for tasks in (first, second)
-    ]
-    return ", ".join(
-        f"{key} {flat[0][key]} and {flat[1].get(key)}" for key in flat[0] if flat[0][key] != flat[1].get(key)
-    )
+def _tell(text: str) -> None:
+    _console.print(text, soft_wrap=True, markup=False)
 
 
 def _escape(text: str) -> str:

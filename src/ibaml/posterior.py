@@ -65,6 +65,8 @@ class FittedModel:
         meta: The learned prior and shared parameters.
         preprocessing: How data become tensors; None if they come as tensors that fit the network.
         device: Where to compute.
+        temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
+        step: Meta-step of ``meta``, if it comes from training.
     """
 
     model: Model
@@ -72,6 +74,15 @@ class FittedModel:
     meta: MetaParameters
     preprocessing: Preprocessing | None
     device: torch.device
+    temperature: float = 1.0
+    step: int | None = None
+
+    @property
+    def tempered_model(self) -> Model:
+        """The model with the calibration temperature in its likelihood's predictions."""
+        if self.temperature == 1.0:
+            return self.model
+        return dataclasses.replace(self.model, likelihood=TemperedLikelihood(self.model.likelihood, self.temperature))
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
@@ -147,7 +158,7 @@ class FittedModel:
         """Predicts at encoded inputs; regression in the targets' units."""
         noise = self.algorithm.draw_evaluation_noise(self.meta, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            prediction = predict(self.model, self.algorithm, self.meta, posterior, x, noise)
+            prediction = predict(self.tempered_model, self.algorithm, self.meta, posterior, x, noise)
         if isinstance(prediction, RegressionPrediction) and self.preprocessing and self.preprocessing.targets:
             targets = self.preprocessing.targets
             return prediction.rescaled(targets.mean.to(x.device), targets.scale.to(x.device))
@@ -180,6 +191,9 @@ class TaskPosterior:
         self.value = value
         self.grad_norm = grad_norm
         self.num_support = len(support.y)
+
+    def __repr__(self) -> str:
+        return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
 
     def predict(self, x_query: Any, *, seed: int = 0) -> Prediction:
         """Predicts at new inputs of the task.

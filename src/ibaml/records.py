@@ -78,3 +78,44 @@ def _read(value: Any, known: Mapping[str, type]) -> Any:
         return known[name](**items)
     except TypeError as error:
         raise ValueError(f"{name} cannot be built from {items}: {error}") from error
+
+
+def replace(record: Any, changes: Mapping[str, Any]) -> Any:
+    """Returns a record with some fields changed, also those of records and mappings within it.
+
+    Args:
+        record: A dataclass instance.
+        changes: Dotted name of a field to its value, such as ``{"trainer.num_steps": 10}``.
+
+    Raises:
+        ValueError: If there is no such field, with the nearest name, or a record refuses a value.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Size:
+        ...     height: int
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Image:
+        ...     size: Size
+        >>> replace(Image(Size(2)), {"size.height": 3}).size
+        Size(height=3)
+    """
+    for path, value in changes.items():
+        record = _replace(record, path.split("."), value, path)
+    return record
+
+
+def _replace(owner: Any, names: list[str], value: Any, path: str) -> Any:
+    """Returns the owner with a field, or one of a field's fields, changed."""
+    name, *rest = names
+    if isinstance(owner, Mapping):
+        return {**owner, name: _replace(owner[name], rest, value, path) if rest else value}
+    fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if name not in fields:
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+        hint = f"; did you mean {'.'.join([*path.split('.')[: -len(names)], nearest[0], *rest])!r}?" if nearest else "."
+        raise ValueError(f"there is no setting {path!r}{hint}")
+    if rest:
+        value = _replace(getattr(owner, name), rest, value, path)
+    changed: Any = dataclasses.replace(owner, **{name: value})  # pyright: ignore[reportArgumentType]
+    return changed

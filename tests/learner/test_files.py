@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml import MetaLearner, SplitSettings, file_prediction
+from ibaml import MetaLearner, SplitSettings
 from ibaml.cli import main
 from ibaml.data.sources import ImageFolder
-from ibaml.file_prediction import load_fitted, predict_files, read_table
+from ibaml.learner import files
+from ibaml.learner.files import predict_files, read_table
 from ibaml.recipes import get_recipe
-from ibaml.runs import train_run
+from ibaml.recipes.runs import load_fitted, train_run
 
 CPU = torch.device("cpu")
 
@@ -197,6 +198,6 @@ def test_levels_and_models_it_refuses(tmp_path, model, monkeypatch):
     def absent(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(file_prediction.importlib, "import_module", absent)
+    monkeypatch.setattr(files.importlib, "import_module", absent)
     with pytest.raises(ImportError, match=r"tables need pandas and pyarrow: pip install 'ibaml\[tables\]'"):
         read_table(tmp_path / "t.csv")

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibaml import evaluation, tree
-from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
+from ibaml import evaluation, records, tree
+from ibaml.algorithms import RECORDS, MetaParameters, make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.model import Model, build_model
@@ -26,11 +26,9 @@ from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.train import trainer
-from ibaml.train.checkpoint import load_tensors, save_tensors
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors, save_tensors
 from ibaml.train.log import METRICS, read_metrics
 from ibaml.train.trainer import (
-    BEST,
-    CHECKPOINT,
     Trainer,
     TrainerSettings,
     TrainingDivergedError,
@@ -135,11 +133,10 @@ def state_of(folder: Path) -> tuple[dict[str, Tensor], dict]:
 
 def assert_identical(first: Path, second: Path) -> None:
     """Every bit of both checkpoints and every logged number but times agree."""
-    for name in (CHECKPOINT, BEST):
-        one, other = load_tensors(first / name)[0], load_tensors(second / name)[0]
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), key
+    one, other = load_tensors(first / CHECKPOINT)[0], load_tensors(second / CHECKPOINT)[0]
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
     assert state_of(first)[1] == state_of(second)[1]
     assert rows_of(first) == rows_of(second)
 
@@ -256,7 +253,9 @@ from ibaml.data import SinusoidTasks
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
 from ibaml.networks import MLP
-from ibaml.train.trainer import Trainer, TrainerSettings
+from ibaml.solvers.inner import GradientDescent
+from ibaml.solvers.linear import CG
+from ibaml.train import Trainer, TrainerSettings
 
 torch.set_num_threads({num_threads})
 network = MLP(1, input_shape=1, hidden_sizes=(8, 8), activation="tanh", generator=torch.Generator().manual_seed(0))
@@ -383,7 +382,9 @@ def test_another_network_is_refused(tmp_path):
 def test_another_algorithm_is_refused(tmp_path):
     fit(tmp_path)
     refused_unchanged(
-        tmp_path, "another network or algorithm: prior/log_var/.* is missing", lambda: fit(tmp_path, "ibaml")
+        tmp_path,
+        "another network or algorithm: prior/features.0.bias is not in the model",
+        lambda: fit(tmp_path, "ibaml"),
     )
 
 
@@ -401,7 +402,9 @@ def test_another_frozen_body_is_refused(tmp_path):
 
 def test_a_saved_model_is_no_training_checkpoint(tmp_path):
     fit(tmp_path)
-    (tmp_path / CHECKPOINT).write_bytes((tmp_path / BEST).read_bytes())
+    tensors, metadata = load_tensors(tmp_path / CHECKPOINT)
+    del tensors["generator"]
+    save_tensors(tmp_path / CHECKPOINT, tensors, metadata)
     with pytest.raises(ValueError, match="is no training checkpoint: it holds a model without optimiser state"):
         fit(tmp_path)
 
@@ -465,13 +468,46 @@ def test_log_rows_are_averages_over_log_every_steps(tmp_path):
     assert {"validation_accuracy", "validation_ece", "validation_brier"} <= validated[0].keys()
 
 
-def test_the_chosen_state_is_in_its_own_file(tmp_path):
-    result = fit(tmp_path, "ibaml")
-    tensors, metadata = load_tensors(tmp_path / BEST)
-    assert metadata["step"] == result.best_step
-    for name, value in result.meta.prior.log_var.items():
-        assert torch.equal(tensors[f"prior/log_var/{name}"], value)
-    assert metadata["description"]["algorithm"]["name"] == "ibaml"
+@pytest.mark.parametrize("stop", [None, 1, 3])
+def test_a_new_choice_is_handed_on_once(tmp_path, stop):
+    """After each checkpoint that holds a new chosen state, and first of all after a resumption."""
+    chosen = []
+
+    def run(max_minutes: float | None = None) -> TrainingResult:
+        def keep(meta: MetaParameters, step: int) -> None:
+            assert state_of(tmp_path)[1]["best_step"] == step
+            chosen.append((step, tree.map(torch.clone, meta)))
+
+        return Trainer(image_model(), ALGORITHMS["maml"], SMALL, run_folder=tmp_path, on_chosen=keep).fit(
+            image_tasks(0), image_tasks(1), max_minutes=max_minutes
+        )
+
+    for _ in range(stop or 0):
+        run(max_minutes=1e-9)
+    first_of_last_run = len(chosen)
+    result = run()
+    steps = [step for step, _ in chosen[first_of_last_run:]]
+    assert steps == sorted(set(steps)) and steps[-1] == result.best_step
+    assert_same_meta(chosen[-1][1], result.meta)
+
+
+def test_no_choice_is_handed_on_before_there_is_one(tmp_path):
+    class Early(Interrupted):
+        signals = {1: [signal.SIGINT]}
+
+    Early(
+        image_model(), ALGORITHMS["maml"], SMALL, run_folder=tmp_path, on_chosen=lambda *_: pytest.fail("chosen")
+    ).fit(image_tasks(0), image_tasks(1))
+
+
+def test_other_data_are_refused(tmp_path):
+    def run(**data: object) -> None:
+        Trainer(image_model(), ALGORITHMS["maml"], SMALL, run_folder=tmp_path, data_identity=data).fit(image_tasks())
+
+    run(labels=["a", "b"], training_tasks="123")
+    run(labels=["a", "b"], training_tasks="123")
+    message = "was trained on other data: data.labels was \\['a', 'b'\\] and is now \\['a', 'c'\\]. Use the same data"
+    refused_unchanged(tmp_path, message, lambda: run(labels=["a", "c"], training_tasks="456"))
 
 
 # What a step does
@@ -989,7 +1025,7 @@ def test_metadata_of_a_checkpoint_is_json(tmp_path):
     fit(tmp_path, "ibaml")
     _, metadata = load_tensors(tmp_path / CHECKPOINT)
     assert json.loads(json.dumps(metadata)) == metadata
-    assert isinstance(Algorithm(**metadata["description"]["algorithm"]), Algorithm)
+    assert records.from_json(metadata["description"]["algorithm"], RECORDS) == ALGORITHMS["ibaml"]
 
 
 def test_a_checkpoint_of_unknown_best_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import torch
 
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
 from ibaml.data.images import ClassImages, scale_pixels
-from ibaml.types import Batch, Episode, Tensor
+from ibaml.types import Batch, Episode, PyTree, Tensor
 
 
 class EpisodeSampler:
@@ -74,6 +74,11 @@ class EpisodeSampler:
     def num_outputs(self) -> int:
         """Number of classes in a task."""
         return self.num_ways
+
+    def content(self) -> PyTree:
+        """Returns what decides the draws: the same for images on any device, whose tasks may differ in a last digit."""
+        images = self.images
+        return images.images, self._class_start, self._class_sizes, self.num_ways, self.num_shots, self.num_queries
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks.

@@ -6,7 +6,7 @@ import torch
 
 from ibaml import tree
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
-from ibaml.types import Episode
+from ibaml.types import Episode, PyTree
 
 
 class FixedEpisodes:
@@ -50,6 +50,10 @@ class FixedEpisodes:
         if targets[0].is_floating_point():
             return targets[0].shape[-1]
         return 1 + max(int(y.max()) for y in targets)
+
+    def content(self) -> PyTree:
+        """Returns what decides the draws."""
+        return self.episodes
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks with replacement.

@@ -7,7 +7,7 @@ import torch
 
 from ibaml import tree
 from ibaml.data.arguments import require_cpu_generator, require_positive_int
-from ibaml.types import Batch, Episode, Tensor
+from ibaml.types import Batch, Episode, PyTree, Tensor
 
 
 class SplitSizes(NamedTuple):
@@ -126,6 +126,10 @@ class TaskSplits:
             groups=[self._groups[index] for index in indices],
             names=[self.names[index] for index in indices],
         )
+
+    def content(self) -> PyTree:
+        """Returns what decides the draws."""
+        return self.tasks, self._groups, self.num_ways, self.num_support, self.num_query
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks and splits them; the support and query sizes are those of the draw.

@@ -22,9 +22,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from rich.console import Console
 
-from ibaml import plots, runs
+from ibaml import plots
+from ibaml.learner.folder import write_text
+from ibaml.learner.run_folder import describe_environment
 from ibaml.metrics import Estimate
-from ibaml.train.trainer import require_writable
+from ibaml.train.checkpoint import require_writable
 
 Settings = TypeVar("Settings")
 Rows = Sequence[Mapping[str, object]]
@@ -97,15 +99,15 @@ def run_experiment(experiment: Experiment[Settings], settings: Settings, place: 
     require_writable(folder)
     start = time.monotonic()
     report = experiment.report(settings, place)
-    environment = {**runs.describe_environment(), "seconds": round(time.monotonic() - start, 1)}
+    environment = {**describe_environment(), "seconds": round(time.monotonic() - start, 1)}
     asked: Any = settings
-    runs.write_text(folder / "settings.json", json.dumps(dataclasses.asdict(asked), indent=2, default=str) + "\n")
-    runs.write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "settings.json", json.dumps(dataclasses.asdict(asked), indent=2, default=str) + "\n")
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
     for name, rows in report.tables.items():
         _write_csv(folder / f"{name}.csv", rows)
     for name, figure in report.figures.items():
         plots.save(figure, folder / f"{name}.png")
-    runs.write_text(folder / "README.md", report.summary)
+    write_text(folder / "README.md", report.summary)
     return report.summary
 
 

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from ibaml import runs
 from ibaml.experiments.report import Place
-from ibaml.recipes import Recipe
-from ibaml.train.checkpoint import load_tensors
-from ibaml.train.trainer import BEST, CHECKPOINT
+from ibaml.learner.folder import MODEL
+from ibaml.recipes import Recipe, runs
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors
 
 
 class TrainedRun(NamedTuple):
@@ -56,14 +55,11 @@ def read_run(recipe: Recipe, folder: Path) -> TrainedRun:
         ValueError: If a file is damaged.
     """
     where = run_folder(recipe, folder)
-    done, best = (load_tensors(where / name)[1] if (where / name).is_file() else None for name in (CHECKPOINT, BEST))
-    return TrainedRun(
-        recipe,
-        where,
-        0 if done is None else int(done["step"]),
-        None if best is None else int(best["step"]),
-        0.0 if done is None else float(done["seconds"]),
-    )
+    if not (where / CHECKPOINT).is_file():
+        return TrainedRun(recipe, where, 0, None, 0.0)
+    progress = load_tensors(where / CHECKPOINT)[1]
+    best_step = int(progress["best_step"]) if (where / MODEL).is_file() else None
+    return TrainedRun(recipe, where, int(progress["step"]), best_step, float(progress["seconds"]))
 
 
 def train_or_resume(

@@ -1,11 +1,12 @@
-"""Saved models: a folder with the tensors (safetensors) and the settings (JSON), read without running code.
+"""The one format of a trained model on disk: a folder of safetensors and JSON, read without running code.
 
 | file | what |
 |---|---|
-| model.safetensors | tensors, and in its header the settings and a checksum of both |
+| model.safetensors | the chosen state, and in its header the settings and a checksum of both |
 | model.json | the settings as text to read, with versions and the checksum of the tensors |
 
-A byte changed in either file is noticed, as is a file of a newer format.
+``MetaLearner.save``, ``MetaLearner.fit(run_folder=...)`` and ``ibaml train`` write it; a run folder has more files
+beside these (``ibaml.learner.run_folder``). A byte changed in either file is noticed, as is a file of another format.
 """
 
 import json
@@ -13,58 +14,139 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ibaml.train.checkpoint import digest, load_tensors, save_tensors
+from torch import nn
+
+from ibaml import algorithms, records
+from ibaml.data.prepare import SplitSettings
+from ibaml.data.preprocessing import Preprocessing
+from ibaml.learner.settings import LearnerSettings
+from ibaml.networks import NetworkSettings
+from ibaml.posterior import FittedModel
+from ibaml.train.checkpoint import digest, load_tensors, meta_to_tensors, save_tensors
 from ibaml.types import Tensor
 
 MODEL = "model.safetensors"
 SETTINGS = "model.json"
-MODEL_FORMAT = 2
-"""Format of the folder: 1 had no preprocessing and no model.json."""
+MODEL_FORMAT = 3
+"""Format of the folder."""
+
+RECORDS: tuple[type, ...] = (LearnerSettings, NetworkSettings, SplitSettings, *algorithms.RECORDS)
+"""The records that a model's settings consist of."""
 
 _PACKAGES = ("ibaml", "torch", "numpy", "safetensors")
+_SCALES = "preprocessing/"
 
 
-def write_model(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Path:
+class StoredModel(NamedTuple):
+    """A model as it was read, before its network is built.
+
+    Attributes:
+        path: The file of the tensors, for messages.
+        tensors: Meta-parameters, frozen parameters and buffers by name.
+        settings: Settings of the learner.
+        seed: Seed of the learner.
+        splits: How tasks were split.
+        preprocessing: How data become tensors; None if they came as tensors.
+        temperature: Calibration temperature.
+        step: Meta-step of the state; None for a model that was not stored by training.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    settings: LearnerSettings
+    seed: int
+    splits: SplitSettings
+    preprocessing: Preprocessing | None
+    temperature: float
+    step: int | None
+
+
+def write_model(
+    folder: Path,
+    fitted: FittedModel,
+    *,
+    settings: LearnerSettings,
+    seed: int,
+    splits: SplitSettings,
+) -> Path:
     """Writes a model and returns its folder, for ``read_model``.
+
+    Args:
+        folder: Created if absent.
+        fitted: The model.
+        settings: Settings of its learner.
+        seed: Seed of its learner.
+        splits: How tasks were split.
 
     Raises:
         OSError: If the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    preprocessing = fitted.preprocessing
+    scales = {} if preprocessing is None else preprocessing.tensors()
+    tensors = {
+        **meta_to_tensors(fitted.meta),
+        **fixed_tensors(fitted.model.frozen, fitted.model.network),
+        **{f"{_SCALES}{name}": value for name, value in scales.items()},
+    }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {
-        **settings,
         "model_format": MODEL_FORMAT,
         "versions": {name: version(name) for name in _PACKAGES},
+        "step": fitted.step,
+        "learner": records.to_json(settings),
+        "seed": seed,
+        "splits": records.to_json(splits),
+        "preprocessing": None if preprocessing is None else preprocessing.settings(),
+        "calibration_temperature": fitted.temperature,
         "tensors_sha256": digest(plain),
     }
     save_tensors(folder / MODEL, plain, metadata)
-    temporary = folder / f".{SETTINGS}.{os.getpid()}"
-    temporary.write_text(_as_text(metadata), encoding="utf-8", newline="\n")
-    os.replace(temporary, folder / SETTINGS)
+    write_text(folder / SETTINGS, _as_text(metadata))
     return folder
 
 
-def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model(folder: Path) -> StoredModel:
     """Reads what ``write_model`` wrote.
 
     Raises:
-        FileNotFoundError: If there is no saved model.
-        ValueError: If a file is damaged, foreign or of a newer format.
+        FileNotFoundError: If there is no trained model.
+        ValueError: If a file is damaged, foreign or of another format.
     """
     path = folder / MODEL
-    tensors, metadata = load_tensors(path)
-    if "likelihood" not in metadata:
-        raise ValueError(f"{path} is no saved MetaLearner: it was not written by MetaLearner.save.")
-    found = metadata.get("model_format", 1)
-    if found == 1:
-        return tensors, metadata
+    metadata = read_metadata(folder)
+    tensors, _ = load_tensors(path)
+    scales = {name.removeprefix(_SCALES): value for name, value in tensors.items() if name.startswith(_SCALES)}
+    preprocessing = metadata["preprocessing"]
+    return StoredModel(
+        path,
+        tensors,
+        settings=records.from_json(metadata["learner"], RECORDS),
+        seed=metadata["seed"],
+        splits=records.from_json(metadata["splits"], RECORDS),
+        preprocessing=None if preprocessing is None else Preprocessing.restore(preprocessing, scales),
+        temperature=metadata["calibration_temperature"],
+        step=metadata["step"],
+    )
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Reads the settings of a model alone, with its step and versions; errors are those of ``read_model``."""
+    path = folder / MODEL
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MODEL}: it holds no trained model, or a run that has not reached its first validation."
+        )
+    _, metadata = load_tensors(path)
+    if "model_format" not in metadata:
+        raise ValueError(f"{path} is no trained model: it was not written by MetaLearner.save or training.")
+    found = metadata["model_format"]
     if found != MODEL_FORMAT:
         raise ValueError(
             f"{path} has model format {found}, but this version of ibaml reads {MODEL_FORMAT}: it was written by "
-            f"ibaml {metadata.get('versions', {}).get('ibaml', 'of another version')}; update ibaml."
+            f"ibaml {metadata.get('versions', {}).get('ibaml', 'of another version')}; use that version."
         )
     settings = folder / SETTINGS
     if not settings.is_file():
@@ -74,7 +156,36 @@ def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{settings} is not the one that was saved with {MODEL}: it was changed or belongs to another model. "
             "Restore the folder from a copy."
         )
-    return tensors, metadata
+    return metadata
+
+
+def fixed_tensors(frozen: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Returns what training leaves alone but predictions depend on: frozen parameters and the module's buffers."""
+    named = {f"frozen/{name}": value for name, value in frozen.items()}
+    return named | {f"buffer/{name}": value for name, value in network.named_buffers()}
+
+
+def restore_fixed(stored: StoredModel, into: Mapping[str, Tensor]) -> None:
+    """Copies frozen parameters and buffers into those of a network, as ``fixed_tensors`` names them.
+
+    Raises:
+        ValueError: If one is missing or of another shape.
+    """
+    for name, value in into.items():
+        found = stored.tensors.get(name)
+        if found is None or found.shape != value.shape:
+            came = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+            raise ValueError(
+                f"{stored.path} belongs to another network: {name} {came}, the model's has shape {tuple(value.shape)}."
+            )
+        value.copy_(found)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one move: a reader sees the old file or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

@@ -1,38 +1,40 @@
 """MetaLearner: the one object that most users need."""
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ibaml import __version__, records, tree
-from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, make_algorithm
+from ibaml import tree
+from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.calibration import fit_temperature
 from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
-from ibaml.learner.folder import MODEL, read_model, write_model
+from ibaml.learner.folder import fixed_tensors, read_model, restore_fixed, write_model
+from ibaml.learner.identity import data_identity
+from ibaml.learner.run_folder import write_environment, write_summary
+from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import GaussianNoise, make_likelihood
 from ibaml.metrics import Estimate
 from ibaml.model import Model, build_model
-from ibaml.networks import NetworkSettings, network_settings
-from ibaml.posterior import FittedModel, TaskPosterior, TemperedLikelihood
+from ibaml.networks import network_settings
+from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
-from ibaml.types import Episode, TaskSampler, Tensor
+from ibaml.types import Episode, TaskSampler
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-__all__ = ["MODEL", "MetaLearner", "NotFittedError", "TaskPosterior"]
 
 
 class NotFittedError(RuntimeError, ValueError, AttributeError):
@@ -119,15 +121,54 @@ class MetaLearner:
         self.classes: ClassScope = classes
         self.device = torch.device(device)
         self.seed = seed
-        self.preprocessing: Preprocessing | None = None
-        self.calibration_temperature = 1.0
         self.training_result: TrainingResult | None = None
         self._splits = SplitSettings()
-        self._meta: MetaParameters | None = None
         self._model: Model | None = None
+        self._fitted: FittedModel | None = None
         make_likelihood(likelihood, 1)
         if network is not None:
             self._build(network)
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: LearnerSettings,
+        *,
+        network: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> "MetaLearner":
+        """Builds an unfitted learner from its settings.
+
+        Args:
+            settings: What it is.
+            network: The module, if the settings do not name one; by default built with initial weights from the seed.
+            device: Where to compute.
+            seed: Seed of the initial weights and of the learner.
+
+        Raises:
+            ValueError: If a setting is refused.
+        """
+        if network is None and settings.network is not None:
+            network = settings.network.build(generator=torch.Generator().manual_seed(seed))
+        return cls(
+            network,
+            settings.algorithm,
+            settings.likelihood,
+            settings.adapt,
+            freeze=settings.freeze,
+            classes=settings.classes,
+            device=device,
+            seed=seed,
+        )
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}"
+            for name, value in self._parameters.items()
+            if value != inspect.signature(MetaLearner.__init__).parameters[name].default
+        ]
+        return f"MetaLearner({', '.join(changed)}), {'not ' if self._fitted is None else ''}fitted"
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Returns the constructor's arguments as they were given.
@@ -158,16 +199,7 @@ class MetaLearner:
         Raises:
             NotFittedError: Before ``fit``, if no network was given.
         """
-        return self._model if self._model is not None else self._refuse_unfitted()
-
-    @property
-    def meta_parameters(self) -> MetaParameters:
-        """The learned prior and shared parameters.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-        """
-        return self._meta if self._meta is not None else self._refuse_unfitted()
+        return self._model if self._model is not None else self.fitted_model.model
 
     @property
     def fitted_model(self) -> FittedModel:
@@ -176,13 +208,26 @@ class MetaLearner:
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
         """
-        meta, model = self.meta_parameters, self.model
-        if self.calibration_temperature != 1.0:
-            likelihood = TemperedLikelihood(model.likelihood, self.calibration_temperature)
-            model = dataclasses.replace(model, likelihood=likelihood)
-        return FittedModel(
-            model=model, algorithm=self.algorithm, meta=meta, preprocessing=self.preprocessing, device=self.device
-        )
+        if self._fitted is None:
+            raise NotFittedError(
+                "this MetaLearner has not been fitted: call fit(train_tasks) or MetaLearner.load first."
+            )
+        return self._fitted
+
+    @property
+    def meta_parameters(self) -> MetaParameters:
+        """The learned prior and shared parameters; errors as of ``fitted_model``."""
+        return self.fitted_model.meta
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How data become tensors; None before ``fit``, and if they came as tensors."""
+        return None if self._fitted is None else self._fitted.preprocessing
+
+    @property
+    def calibration_temperature(self) -> float:
+        """Factor by which predictions are made less sure: 1 until ``calibrate``."""
+        return 1.0 if self._fitted is None else self._fitted.temperature
 
     def fit(
         self,
@@ -197,7 +242,7 @@ class MetaLearner:
         settings: TrainerSettings | None = None,
         run_folder: str | Path | None = None,
         max_minutes: float | None = None,
-        progress: bool = False,
+        progress: "bool | Console" = False,
         processes: Processes | None = None,
     ) -> "MetaLearner":
         """Meta-trains on tasks.
@@ -215,9 +260,10 @@ class MetaLearner:
             splits: How tasks are split into support and query, afresh at every step.
             num_steps: Number of meta-steps; overrides that of ``settings``.
             settings: Settings of the outer loop. Their seed is the learner's unless they say otherwise.
-            run_folder: Folder for logs and checkpoints; training resumes from one that is there.
+            run_folder: Folder for the model, logs and checkpoints; training resumes from one that is there. The model
+                is stored at every validation that improves it, so that ``MetaLearner.load`` can read it meanwhile.
             max_minutes: Time limit of this call.
-            progress: Show a progress bar.
+            progress: Show progress, on stderr or on a console of one's own.
             processes: The processes that share each step's tasks, as ``ibaml.processes.connect`` gives them.
 
         Returns:
@@ -225,12 +271,12 @@ class MetaLearner:
 
         Raises:
             TypeError: If tasks are of no accepted form, or values of the wrong kind.
-            ValueError: If a task does not fit the network or the likelihood, or cannot be split, or there are more
-                processes than tasks in a step.
+            ValueError: If a task does not fit the network or the likelihood, or cannot be split, or the run folder
+                holds a run with other settings or other data, or there are more processes than tasks in a step.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
         """
-        splits = splits or SplitSettings()
+        splits, processes = splits or SplitSettings(), processes or Processes()
         source = prepare(
             train_tasks,
             validation_tasks,
@@ -249,18 +295,39 @@ class MetaLearner:
             settings = dataclasses.replace(settings, num_steps=num_steps)
         if self._parameters["network"] is None:
             self._build_default(source.train, is_image=source.preprocessing is not None and not is_table)
+        self._splits = splits
+        folder = None if run_folder is None else Path(run_folder)
+
+        def fitted(meta: MetaParameters, step: int) -> FittedModel:
+            return FittedModel(
+                model=self.model,
+                algorithm=self.algorithm,
+                meta=meta,
+                preprocessing=source.preprocessing,
+                device=self.device,
+                step=step,
+            )
+
+        def store(meta: MetaParameters, step: int) -> None:
+            assert folder is not None
+            self._write(folder, fitted(meta, step))
+            write_environment(folder, num_processes=processes.size)
+
         trainer = Trainer(
             self.model,
             self.algorithm,
             settings,
-            run_folder=None if run_folder is None else Path(run_folder),
+            run_folder=folder,
             device=self.device,
-            console=_console() if progress else None,
+            console=_console() if progress is True else progress or None,
             processes=processes,
+            data_identity=None if folder is None else data_identity(source, splits),
+            on_chosen=None if folder is None else store,
         )
         self.training_result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
-        self._meta = self.training_result.meta
-        self.preprocessing, self._splits, self.calibration_temperature = source.preprocessing, splits, 1.0
+        self._fitted = fitted(self.training_result.meta, self.training_result.best_step)
+        if folder is not None:
+            processes.on_first(lambda: write_summary(folder))
         return self
 
     def adapt(self, x_support: Any, y_support: Any, *, seed: int = 0) -> TaskPosterior:
@@ -286,6 +353,24 @@ class MetaLearner:
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)
 
+    def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":
+        """Returns a fitted learner that adapts with other settings, such as more inner steps than in training.
+
+        Args:
+            algorithm: Settings of an algorithm with the same kind of meta-parameters.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            ValueError: If the algorithm has other meta-parameters (weights instead of a Gaussian, or the reverse).
+        """
+        fitted = self.fitted_model
+        like = algorithm.init(fitted.model.adapted, fitted.model.shared, generator=torch.Generator())
+        meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
+        other = copy.copy(self)
+        other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
+        other._fitted = dataclasses.replace(fitted, algorithm=algorithm, meta=meta)
+        return other
+
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
         """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure.
 
@@ -304,10 +389,10 @@ class MetaLearner:
             NotFittedError: Before ``fit`` or ``load``.
             ValueError: If a task does not fit.
         """
-        fitted = dataclasses.replace(self.fitted_model, model=self.model)
+        fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
         episodes = read_episodes(fitted, validation_tasks, self._splits, num_tasks=num_tasks, seed=seed)
         predictions, targets = adapt_to_episodes(fitted, episodes, seed=seed)
-        self.calibration_temperature = fit_temperature(predictions, targets)
+        self._fitted = dataclasses.replace(fitted, temperature=fit_temperature(predictions, targets))
         return self
 
     def evaluate(self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0) -> dict[str, Estimate]:
@@ -335,7 +420,12 @@ class MetaLearner:
         return evaluate_tables(fitted, episodes, seed=seed)
 
     def evaluate_in_full(
-        self, test_tasks: TaskSampler | Sequence[Episode] | str | Path, *, num_tasks: int = 600, seed: int = 0
+        self,
+        test_tasks: TaskSampler | Sequence[Episode] | str | Path,
+        *,
+        num_tasks: int = 600,
+        seed: int = 0,
+        on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """Like ``evaluate``, for samplers, Episodes and image folders; returns per-task metrics and predictions too."""
         fitted = self.fitted_model
@@ -346,7 +436,15 @@ class MetaLearner:
         if isinstance(test_tasks, Sequence):
             num_tasks = len(test_tasks)
         sampler = EpisodesInOrder(test_tasks) if isinstance(test_tasks, Sequence) else test_tasks
-        return evaluate(fitted.model, self.algorithm, self.meta_parameters, sampler, num_tasks=num_tasks, seed=seed)
+        return evaluate(
+            fitted.tempered_model,
+            fitted.algorithm,
+            fitted.meta,
+            sampler,
+            num_tasks=num_tasks,
+            seed=seed,
+            on_progress=on_progress,
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the fitted learner as a folder of safetensors and JSON, readable without running code.
@@ -361,85 +459,65 @@ class MetaLearner:
             NotFittedError: Before ``fit`` or ``load``.
             OSError: If the folder cannot be written.
         """
-        meta = self.meta_parameters
-        assert self.network is not None
-        network = network_settings(self.network)
-        settings: dict[str, Any] = {
-            "version": __version__,
-            "network": None if network is None else dataclasses.asdict(network),
-            "algorithm": records.to_json(self.algorithm),
-            "likelihood": self.likelihood,
-            "adapt": self.adapt_patterns,
-            # By name: requires_grad=False freezes as well, which no pattern would tell.
-            "freeze": sorted(self.model.frozen),
-            "classes": self.classes,
-            "seed": self.seed,
-            "splits": dataclasses.asdict(self._splits),
-            "calibration_temperature": self.calibration_temperature,
-            "preprocessing": None if self.preprocessing is None else self.preprocessing.settings(),
-        }
-        scales = {} if self.preprocessing is None else self.preprocessing.tensors()
-        tensors = meta_to_tensors(meta) | self._fixed_tensors()
-        return write_model(
-            Path(folder), tensors | {f"preprocessing/{name}": value for name, value in scales.items()}, settings
-        )
+        return self._write(Path(folder), self.fitted_model)
 
     @classmethod
     def load(
         cls, folder: str | Path, *, network: nn.Module | None = None, device: torch.device | str = "cpu"
     ) -> "MetaLearner":
-        """Loads a saved learner.
+        """Loads a trained learner.
 
         Args:
-            folder: What ``save`` wrote.
+            folder: What ``save`` or training wrote; of a run in progress, the best state so far.
             network: A module of the same architecture, needed unless the network was one of ``ibaml.networks``.
             device: Where to compute.
 
         Raises:
-            FileNotFoundError: If there is no saved learner, or one of its files is missing.
-            ValueError: If a file is damaged, foreign or of a newer format, or belongs to another network.
+            FileNotFoundError: If there is no trained model, or one of its files is missing.
+            ValueError: If a file is damaged, foreign or of another format, or belongs to another network.
         """
-        path = Path(folder) / MODEL
-        tensors, metadata = read_model(Path(folder))
+        stored = read_model(Path(folder))
+        settings = stored.settings
         if network is None:
-            if metadata["network"] is None:
+            if settings.network is None:
                 raise ValueError(
-                    f"{path} holds a network that is not one of ibaml.networks: pass a module of the same "
+                    f"{stored.path} holds a network that is not one of ibaml.networks: pass a module of the same "
                     "architecture, MetaLearner.load(folder, network=...)."
                 )
-            dtype = next(value.dtype for name, value in tensors.items() if name.startswith("prior"))
-            network = NetworkSettings(**metadata["network"]).build().to(dtype)
-        learner = cls(
-            network,
-            records.from_json(metadata["algorithm"], RECORDS),
-            metadata["likelihood"],
-            metadata["adapt"],
-            freeze=metadata["freeze"],
-            classes=metadata.get("classes", "shared"),
-            device=device,
-            seed=metadata.get("seed", 0),
+            dtype = next(value.dtype for name, value in stored.tensors.items() if name.startswith("prior"))
+            network = settings.network.build().to(dtype)
+        learner = cls.from_settings(settings, network=network, device=device, seed=stored.seed)
+        model = learner.model
+        like = learner.algorithm.init(model.adapted, model.shared, generator=torch.Generator())
+        restore_fixed(stored, fixed_tensors(model.frozen, model.network))
+        learner._splits = stored.splits
+        learner._fitted = FittedModel(
+            model=model,
+            algorithm=learner.algorithm,
+            meta=meta_from_tensors(stored.tensors, like=like, source=str(stored.path)),
+            preprocessing=stored.preprocessing,
+            device=learner.device,
+            temperature=stored.temperature,
+            step=stored.step,
         )
-        like = learner.algorithm.init(learner.model.adapted, learner.model.shared, generator=torch.Generator())
-        learner._meta = meta_from_tensors(tensors, like=like, source=str(path))
-        for name, value in learner._fixed_tensors().items():
-            if name not in tensors or tensors[name].shape != value.shape:
-                came = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-                raise ValueError(
-                    f"{path} belongs to another network: {name} {came}, the model's has shape {tuple(value.shape)}."
-                )
-            value.copy_(tensors[name])
-        learner.calibration_temperature = metadata.get("calibration_temperature", 1.0)
-        if metadata.get("preprocessing") is not None:
-            prefix = "preprocessing/"
-            scales = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            learner.preprocessing = Preprocessing.restore(metadata["preprocessing"], scales)
-            learner._splits = SplitSettings(**metadata["splits"])
         return learner
 
-    def to_input(self, x: Tensor) -> Tensor:
-        """Moves inputs to the learner's device, and real ones to the dtype of its weights."""
-        like = tree.leaves(self.model.adapted)[0]
-        return x.to(device=self.device, dtype=like.dtype if x.is_floating_point() else None)
+    @property
+    def settings(self) -> LearnerSettings:
+        """The learner as a record; its network is None unless it is one of ``ibaml.networks``."""
+        return LearnerSettings(
+            network=None if self.network is None else network_settings(self.network),
+            algorithm=self.algorithm,
+            likelihood=self.likelihood,
+            adapt=_as_patterns(self.adapt_patterns),
+            freeze=_as_patterns(self.freeze_patterns),
+            classes=self.classes,
+        )
+
+    def _write(self, folder: Path, fitted: FittedModel) -> Path:
+        # By name: requires_grad=False freezes as well, which no pattern would tell.
+        settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
+        return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits)
 
     def _build(self, network: nn.Module, *, is_default: bool = False) -> None:
         num_outputs = int(getattr(network, "num_outputs", 1))
@@ -462,16 +540,12 @@ class MetaLearner:
         network = defaults.default_network(shape, tasks.num_outputs, is_image=is_image, seed=self.seed)
         self._build(network, is_default=True)
 
-    def _refuse_unfitted(self) -> Any:
-        raise NotFittedError("this MetaLearner has not been fitted: call fit(train_tasks) or MetaLearner.load first.")
-
-    def _fixed_tensors(self) -> dict[str, Tensor]:
-        """Returns what training leaves alone but predictions depend on: frozen parameters and the module's buffers."""
-        frozen = {f"frozen/{name}": value for name, value in self.model.frozen.items()}
-        return frozen | {f"buffer/{name}": value for name, value in self.model.network.named_buffers()}
-
 
 def _console() -> "Console":
     from rich.console import Console  # only for those who want to see the progress
 
     return Console(stderr=True)
+
+
+def _as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

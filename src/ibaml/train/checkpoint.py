@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +14,14 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters
+from ibaml.train.settings import ONLY_HOW
 from ibaml.types import Tensor
 
 FORMAT = "ibaml-1"
 """Format of the files that this version writes and reads."""
+
+CHECKPOINT = "checkpoint.safetensors"
+"""The file in a run folder that training resumes from."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -117,3 +122,160 @@ def meta_from_tensors(tensors: Mapping[str, Tensor], *, like: MetaParameters, so
 
     named = iter([found[name].to(dtype=value.dtype, device=value.device) for name, value in expected.items()])
     return tree.map(lambda leaf: next(named), like)
+
+
+class TrainingState(NamedTuple):
+    """All that decides the future of a run.
+
+    Attributes:
+        meta: Meta-parameters after the last step.
+        best_meta: Those with the lowest validation nll so far.
+        optimizer: State of the optimiser by the number of the parameter, as ``state_dict()["state"]``.
+        generator: State of the generator of tasks and noise.
+        step: Steps taken.
+        seconds: Seconds spent.
+        best_step: Step of ``best_meta``.
+        best_nll: Its validation nll; infinite before the first validation.
+    """
+
+    meta: MetaParameters
+    best_meta: MetaParameters
+    optimizer: dict[int, dict[str, Tensor]]
+    generator: Tensor
+    step: int
+    seconds: float
+    best_step: int
+    best_nll: float
+
+
+def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of a run.
+
+    Args:
+        folder: Run folder.
+        state: What to write.
+        description: JSON values that a resumed run has to agree with.
+
+    Raises:
+        OSError: If the file cannot be written; an older one is then unchanged.
+    """
+    tensors = meta_to_tensors(state.meta)
+    # By number: the order of insertion after a resumption is not that of the parameters.
+    for index, values in state.optimizer.items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+    tensors["generator"] = state.generator
+    tensors |= {f"best/{name}": value for name, value in meta_to_tensors(state.best_meta).items()}
+    progress = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "best_step": state.best_step,
+        "best_nll": state.best_nll if math.isfinite(state.best_nll) else None,
+    }
+    save_tensors(folder / CHECKPOINT, tensors, {**progress, "description": description})
+
+
+def restore_state(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    like: MetaParameters,
+    description: Mapping[str, Any],
+    source: Path,
+) -> TrainingState:
+    """Rebuilds what ``save_state`` wrote, for a run that agrees with its description.
+
+    Args:
+        tensors: The tensors of the checkpoint, as ``load_tensors`` returns them.
+        metadata: Its metadata.
+        like: Meta-parameters of the run that is to go on.
+        description: The description of that run.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: If it is no checkpoint of a training run, or of one with another network, other settings or other
+            data, with the first difference.
+    """
+    if "step" not in metadata or "generator" not in tensors:
+        raise ValueError(f"{source} is no training checkpoint: it holds a model without optimiser state.")
+    # The tensors first: a mismatch there says plainly what is wrong.
+    meta = meta_from_tensors(tensors, like=like, source=str(source))
+    best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+    best_meta = meta_from_tensors(best, like=like, source=str(source))
+    difference = first_difference(metadata["description"], _plain(description))
+    if difference is not None:
+        what, advice = (
+            ("on other data", "data") if difference.startswith("data.") else ("with other settings", "settings")
+        )
+        raise ValueError(
+            f"{source} was trained {what}: {difference}. Use the same {advice} to resume, or another run folder to "
+            "start anew."
+        )
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            optimizer.setdefault(int(index), {})[key] = value
+    return TrainingState(
+        meta,
+        best_meta,
+        optimizer,
+        tensors["generator"],
+        step=metadata["step"],
+        seconds=metadata["seconds"],
+        best_step=metadata["best_step"],
+        best_nll=math.inf if metadata["best_nll"] is None else metadata["best_nll"],
+    )
+
+
+def load_progress(folder: Path) -> tuple[int, float]:
+    """Returns the steps and seconds of training of a run folder, zero if it has no checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is damaged.
+    """
+    if not (folder / CHECKPOINT).is_file():
+        return 0, 0.0
+    metadata = load_tensors(folder / CHECKPOINT)[1]
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
+def first_difference(saved: Any, current: Any, path: str = "") -> str | None:
+    """Describes the first place where two JSON values differ.
+
+    More steps at a constant rate are no difference, nor is another way to compute the same.
+    """
+    if isinstance(saved, dict) and isinstance(current, dict):
+        # In the order of the current one, which a writer chooses for its readers.
+        for key in [*current, *sorted(saved.keys() - current.keys())]:
+            is_longer = key == "num_steps" and saved.get("schedule") == "constant"
+            if not (path.split(".")[-1] == "trainer" and (is_longer or key in ONLY_HOW)):
+                found = first_difference(saved.get(key), current.get(key), f"{path}.{key}".lstrip("."))
+                if found is not None:
+                    return found
+        return None
+    return None if saved == current else f"{path} was {saved!r} and is now {current!r}"
+
+
+def require_writable(folder: Path) -> None:
+    """Creates the folder and a file in it, so that an unwritable place shows before any work.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"run_folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
+            "change its permissions."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON would return it: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

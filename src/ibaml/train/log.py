@@ -2,10 +2,11 @@
 
 import csv
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ibaml.train.progress import ProgressBar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,35 +75,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         ]
 
 
-class TrainingBar:
-    """A progress bar on a terminal; a line per validation elsewhere."""
+class TrainingBar(ProgressBar):
+    """Progress of training, with running averages of what a step measures."""
 
     def __init__(self, console: "Console | None", num_steps: int, step: int) -> None:
-        from rich import progress  # takes long, and importing the library needs none
-
-        self._console = console
+        super().__init__(console, "step", num_steps, done=step)
+        self._step = step
         self._smooth: dict[str, float] = {}
-        self._progress = progress.Progress(
-            progress.TextColumn("[bold]train"),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[status]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=console is None or not console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=num_steps, completed=step, status="")
-        self._last_line = time.monotonic()
-        self._num_steps, self._step, self._first_step, self._start = num_steps, step, step, time.monotonic()
-
-    def __enter__(self) -> "TrainingBar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def advance(self, row: Mapping[str, float]) -> None:
         """Shows one more step."""
@@ -115,15 +94,4 @@ class TrainingBar:
             f"loss {shown['loss']:.3f} {score} inner grad {shown['inner_grad_norm']:.1e} "
             f"residual {shown['linear_residual']:.1e} {shown['tasks_per_second']:.1f} tasks/s"
         )
-        self._progress.update(self._task, advance=1, status=status)
-        if self._console is not None and not self._console.is_terminal and time.monotonic() - self._last_line > 20:
-            self._last_line = time.monotonic()
-            left = (self._last_line - self._start) / (self._step - self._first_step) * (self._num_steps - self._step)
-            self._console.print(
-                f"step {self._step}/{self._num_steps} {status}, {left / 60:.1f} min left", soft_wrap=True
-            )
-
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        if self._console is not None:
-            self._console.print(line, soft_wrap=True, highlight=False)
+        self.update(self._step, status=status)

@@ -6,16 +6,12 @@ interrupted and resumed ends with the same bits as one that was not (on a CPU, w
 number of processes; with another number of processes sums are rounded in another order).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -27,16 +23,23 @@ from ibaml.evaluation import draw_tasks, evaluate, task_generator
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
-from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
+from ibaml.train.checkpoint import (
+    CHECKPOINT,
+    TrainingState,
+    digest,
+    load_tensors,
+    meta_to_tensors,
+    require_writable,
+    restore_state,
+    save_state,
+)
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
+from ibaml.train.signals import caught_signals
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-CHECKPOINT = "checkpoint.safetensors"
-BEST = "best.safetensors"
 
 StopReason = Literal["completed", "time limit", "interrupted"]
 
@@ -74,6 +77,9 @@ class Trainer:
         device: Where to compute; with several processes, the device of this one.
         console: Where progress is shown; None is silent.
         processes: The processes that share each step's tasks; the first one alone writes and shows progress.
+        data_identity: JSON values that tell the data from others; a checkpoint of a run on others is refused.
+        on_chosen: Called in the first process, after the checkpoint is written, with the chosen meta-parameters and
+            their step, whenever these are new; needs ``run_folder``.
 
     Raises:
         ValueError: If there are more processes than tasks in a step.
@@ -89,6 +95,8 @@ class Trainer:
         device: torch.device | str = "cpu",
         console: "Console | None" = None,
         processes: Processes | None = None,
+        data_identity: Mapping[str, Any] | None = None,
+        on_chosen: Callable[[MetaParameters, int], None] | None = None,
     ) -> None:
         self.processes = processes or Processes()
         if self.processes.size > settings.tasks_per_step:
@@ -120,6 +128,9 @@ class Trainer:
         self._best_step = 0
         self._best_nll = math.inf
         self._best_meta = self._snapshot()
+        self._data_identity = data_identity
+        self._on_chosen = on_chosen
+        self._written_step = 0
         self._num_outputs = 0
         self._stop_wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
         self._agreed_stop = (False, False)
@@ -177,7 +188,7 @@ class Trainer:
             TrainingLog(self.run_folder if self.processes.is_first else None, self._step) as log,
             TrainingBar(self.console, self.settings.num_steps, self._step) as bar,
         ):
-            with _caught_signals() as caught:
+            with caught_signals() as caught:
                 self._stop_wishes = lambda: (bool(caught), time.monotonic() > deadline)
                 while self._step < self.settings.num_steps:
                     step_start = time.monotonic()
@@ -332,15 +343,17 @@ class Trainer:
 
     def _check_targets(self, episodes: Episode, first: int, generator_state: Tensor) -> None:
         """Refuses targets out of range, which would give a finite loss and so a wrong gradient, the state saved."""
-        for index in range(len(episodes.support.y)):
-            for part, batch in (("support", episodes.support), ("query", episodes.query)):
-                name = f"training task {first + index} of step {self._step + 1} {part}.y"
-                try:
-                    self.model.likelihood.check_targets(name, batch.y[index], self._num_outputs)
-                except ValueError:
-                    self._generator.set_state(generator_state)
-                    self._save()
-                    raise
+        for part, batch in (("support", episodes.support), ("query", episodes.query)):
+            check, step = self.model.likelihood.check_targets, self._step + 1
+            try:
+                # One comparison for all tasks; only a refusal looks for the task.
+                check(f"training tasks of step {step} {part}.y", batch.y.flatten(0, 1), self._num_outputs)
+            except ValueError:
+                self._generator.set_state(generator_state)
+                self._save()
+                for index, targets in enumerate(batch.y):
+                    check(f"training task {first + index} of step {step} {part}.y", targets, self._num_outputs)
+                raise
 
     def _report_divergence(self, own: Episode, share: range, info: HypergradientInfo, gradient_norm: Tensor) -> None:
         """Saves the state before the step and raises, after ruling out bad data."""
@@ -390,29 +403,27 @@ class Trainer:
             "network": repr(self.model.network),
             "likelihood": self.model.likelihood.name,
             "frozen_sha256": self._frozen_digest,
+            "data": self._data_identity,
         }
 
     def _save(self) -> None:
         if self.run_folder is None or not self.processes.is_first:
             return
-        tensors = meta_to_tensors(self._meta)
-        # Its order is that of insertion, which after a resumption is not that of the parameters.
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-        tensors["generator"] = self._generator.get_state()
-        tensors |= {f"best/{name}": value for name, value in meta_to_tensors(self._best_meta).items()}
-        progress = {
-            "step": self._step,
-            "seconds": self._seconds,
-            "best_step": self._best_step,
-            "best_nll": self._best_nll if math.isfinite(self._best_nll) else None,
-        }
-        save_tensors(self.run_folder / CHECKPOINT, tensors, {**progress, "description": self._description()})
-        save_tensors(
-            self.run_folder / BEST,
-            meta_to_tensors(self._best_meta),
-            {"step": self._best_step, "description": self._description()},
+        state = TrainingState(
+            self._meta,
+            self._best_meta,
+            self._optimizer.state_dict()["state"],
+            self._generator.get_state(),
+            step=self._step,
+            seconds=self._seconds,
+            best_step=self._best_step,
+            best_nll=self._best_nll,
         )
+        save_state(self.run_folder, state, self._description())
+        # Before the first choice the best state is the untrained one, which is no model.
+        if self._on_chosen is not None and self._best_step not in (0, self._written_step):
+            self._on_chosen(self._best_meta, self._best_step)
+            self._written_step = self._best_step
 
     def _prepare(
         self,
@@ -421,7 +432,7 @@ class Trainer:
         validation_tasks: TaskSampler | None,
     ) -> None:
         if self.run_folder is not None and found is not None:
-            self._resume(self.run_folder / CHECKPOINT, *found)
+            self._resume(self.run_folder, *found)
         self._num_outputs = self._check_first_task(train_tasks, "training task")
         if validation_tasks is not None:
             self._check_first_task(validation_tasks, "validation task")
@@ -448,99 +459,20 @@ class Trainer:
         path = self.run_folder / CHECKPOINT
         return load_tensors(path) if path.exists() else None
 
-    def _resume(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        if "step" not in metadata or "generator" not in tensors:
-            raise ValueError(f"{path} is no training checkpoint: it holds a model without optimiser state.")
-        # The tensors first: a mismatch there says plainly what is wrong.
-        meta = meta_from_tensors(tensors, like=self._meta, source=str(path))
-        difference = first_difference(_plain(metadata["description"]), _plain(self._description()))
-        if difference is not None:
-            raise ValueError(
-                f"{path} was trained with other settings: {difference}. Use the same settings to resume, or another "
-                "run folder to start anew."
-            )
-        for parameter, value in zip(tree.leaves(self._meta), tree.leaves(meta), strict=True):
+    def _resume(self, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        state = restore_state(
+            tensors, metadata, like=self._meta, description=self._description(), source=folder / CHECKPOINT
+        )
+        for parameter, value in zip(tree.leaves(self._meta), tree.leaves(state.meta), strict=True):
             parameter.copy_(value)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = value
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._generator.set_state(tensors["generator"])
-        self._step, self._seconds = metadata["step"], metadata["seconds"]
-        self._best_step = metadata["best_step"]
-        self._best_nll = math.inf if metadata["best_nll"] is None else metadata["best_nll"]
-        best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
-        self._best_meta = meta_from_tensors(best, like=self._meta, source=str(path))
+        self._optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
+        self._generator.set_state(state.generator)
+        self._step, self._seconds = state.step, state.seconds
+        self._best_step, self._best_nll, self._best_meta = state.best_step, state.best_nll, state.best_meta
         if self.console is not None:
             self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")
 
 
-@contextlib.contextmanager
-def _caught_signals() -> Generator[list[int], None, None]:
-    """Collects SIGINT and SIGTERM instead of acting on them; a second SIGINT raises KeyboardInterrupt."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous: dict[int, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def require_writable(folder: Path) -> None:
-    """Creates the folder and a file in it, so that an unwritable place shows before any work.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"run_folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
-            "change its permissions."
-        ) from error
-
-
 def _group(parameters: list[Tensor], learning_rate: float) -> dict[str, Any]:
     return {"params": parameters, "lr": learning_rate, "initial_lr": learning_rate}
-
-
-def _plain(value: Any) -> Any:
-    """Returns the value as JSON would return it: tuples become lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def first_difference(saved: Any, current: Any, path: str = "") -> str | None:
-    """Describes the first place where two JSON values differ.
-
-    More steps at a constant rate are no difference, nor is another way to compute the same.
-    """
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for key in sorted(saved.keys() | current.keys()):
-            is_longer = key == "num_steps" and saved.get("schedule") == "constant"
-            if not (path == "trainer" and (is_longer or key in ONLY_HOW)):
-                found = first_difference(saved.get(key), current.get(key), f"{path}.{key}".lstrip("."))
-                if found is not None:
-                    return found
-        return None
-    return None if saved == current else f"{path} was {saved!r} and is now {current!r}"

@@ -13,8 +13,8 @@ from ibaml.experiments.few_shot.fig3 import Fig3Result, Fig3Settings
 from ibaml.experiments.few_shot.run import RunResult
 from ibaml.experiments.report import Place
 from ibaml.experiments.training import TrainedRun
+from ibaml.learner.evaluations import StoredEvaluation
 from ibaml.metrics import estimate
-from ibaml.runs import StoredEvaluation
 
 SMALL = {
     "data.num_ways": "2",

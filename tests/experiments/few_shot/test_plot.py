@@ -13,8 +13,8 @@ from ibaml.experiments.few_shot.plot import fig3_figure, table1_figure
 from ibaml.experiments.few_shot.run import FewShotSettings, RunResult
 from ibaml.experiments.few_shot.table1 import Table1Result, Table1Settings
 from ibaml.experiments.training import TrainedRun
+from ibaml.learner.evaluations import StoredEvaluation
 from ibaml.metrics import paired_difference
-from ibaml.runs import StoredEvaluation
 
 
 def made_up(

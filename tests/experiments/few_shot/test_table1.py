@@ -11,8 +11,8 @@ from ibaml.experiments.few_shot import table1
 from ibaml.experiments.few_shot.run import RunResult
 from ibaml.experiments.few_shot.table1 import PAPER, Table1Result, Table1Settings
 from ibaml.experiments.training import TrainedRun
+from ibaml.learner.evaluations import StoredEvaluation
 from ibaml.metrics import Estimate, paired_difference
-from ibaml.runs import StoredEvaluation
 
 
 def result(settings: Table1Settings, num_tasks: int = 30) -> Table1Result:

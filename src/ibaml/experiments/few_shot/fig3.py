@@ -10,11 +10,11 @@ queries of all tasks pooled.
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
-from ibaml import runs
 from ibaml.experiments.few_shot.calibration import NUM_BINS, Calibration, calibration
 from ibaml.experiments.few_shot.plot import fig3_figure
 from ibaml.experiments.few_shot.run import REFERENCE, FewShotSettings, RunResult, display_name, notes, run_methods
 from ibaml.experiments.report import Experiment, Place, Report, half_width_columns, markdown_table, percent
+from ibaml.learner.run_folder import EVALUATION
 from ibaml.train.checkpoint import load_tensors
 
 
@@ -51,7 +51,7 @@ def run(settings: Fig3Settings, place: Place) -> Fig3Result:
     results = run_methods(settings, place)
     # From the stored predictions, with the bins stated here rather than those of whoever wrote the report.
     predictions = {
-        one.method: load_tensors(one.trained.folder / runs.EVALUATION / "predictions.safetensors")[0]
+        one.method: load_tensors(one.trained.folder / EVALUATION / "predictions.safetensors")[0]
         for one in results
         if one.evaluation is not None
     }

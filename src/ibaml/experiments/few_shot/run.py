@@ -19,20 +19,20 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from rich.console import Console
 
-from ibaml import runs
 from ibaml.algorithms.gradient_based import OnDistribution, num_inner_steps
 from ibaml.data.sources import ImageSource
 from ibaml.experiments.report import Place, describe_device, require_at_least
 from ibaml.experiments.training import TrainedRun, read_run, run_folder
+from ibaml.learner.evaluations import StoredEvaluation, read_evaluation
 from ibaml.metrics import Estimate, paired_difference
-from ibaml.recipes import Recipe, get_recipe
+from ibaml.recipes import Recipe, get_recipe, runs
 from ibaml.recipes.few_shot import METHODS, Scale, recipe_name
-from ibaml.runs import StoredEvaluation
+from ibaml.train.devices import resolve_device
 
 Source = Literal["tiny_imagenet", "mini_imagenet"]
 Stage = Literal["both", "train", "evaluate"]
@@ -65,7 +65,8 @@ class FewShotSettings:
         seed: Names the set of test tasks.
         device: ``"auto"`` (CUDA if present), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
         only: Restrict to these methods, such as ``("maml_k5", "ibaml_k10")``. Empty: all.
-        changes: Further settings of every recipe, as for ``Recipe.override``: for experiments beyond the paper's.
+        changes: Further settings of every recipe as JSON, such as ``trainer.learning_rate 0.002``, for experiments
+            beyond the paper's.
     """
 
     source: Source = "tiny_imagenet"
@@ -111,15 +112,16 @@ class FewShotSettings:
             ValueError: If a change names no setting or a value is refused.
         """
         return {
-            method: get_recipe(recipe_name(self.source, self.num_shots, method, self.scale)).override(
+            method: get_recipe(recipe_name(self.source, self.num_shots, method, self.scale)).replace(
                 self._all_changes()
             )
             for method in self.methods
             if not self.only or method in self.only
         }
 
-    def _all_changes(self) -> dict[str, str]:
-        return dict(self.changes) | ({} if self.steps is None else {"trainer.num_steps": str(self.steps)})
+    def _all_changes(self) -> dict[str, Any]:
+        changes = {name: _parse(text) for name, text in self.changes.items()}
+        return changes | ({} if self.steps is None else {"trainer.num_steps": self.steps})
 
 
 class RunResult(NamedTuple):
@@ -180,7 +182,7 @@ def run_methods(settings: FewShotSettings, place: Place) -> tuple[RunResult, ...
         max_minutes=settings.max_minutes,
         num_tasks=settings.num_tasks,
         seed=settings.seed,
-        device=runs.resolve_device(settings.device),
+        device=resolve_device(settings.device),
     )
 
 
@@ -334,7 +336,7 @@ def _evaluation(recipe: Recipe, place: Place, num_tasks: int, seed: int, device:
     wanted = json.loads(recipe.to_json())
     trained = read_run(recipe, place.folder)
     try:
-        stored = runs.read_evaluation(trained.folder)
+        stored = read_evaluation(trained.folder)
     except FileNotFoundError:
         stored = None
     tasks = {"data": wanted["data"], "seed": seed, "num_tasks": num_tasks}
@@ -344,7 +346,7 @@ def _evaluation(recipe: Recipe, place: Place, num_tasks: int, seed: int, device:
     _say(place.console, f"Evaluating {recipe.name}, state of step {trained.best_step:,}, on {num_tasks:,} test tasks.")
     last_line = time.monotonic()
 
-    def on_progress(done: int) -> None:
+    def on_progress(done: int, _: int) -> None:
         nonlocal last_line
         if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
@@ -353,7 +355,7 @@ def _evaluation(recipe: Recipe, place: Place, num_tasks: int, seed: int, device:
     runs.evaluate_run(
         trained.folder, num_tasks=num_tasks, seed=seed, data=place.data, device=device, on_progress=on_progress
     )
-    return runs.read_evaluation(trained.folder)
+    return read_evaluation(trained.folder)
 
 
 def _devices(slices: Path) -> dict[str, tuple[str, ...]]:
@@ -363,6 +365,15 @@ def _devices(slices: Path) -> dict[str, tuple[str, ...]]:
     with slices.open(newline="") as file:
         found = [(row["run"], row["device"]) for row in csv.DictReader(file)]
     return {run: tuple(dict.fromkeys(device for name, device in found if name == run)) for run, _ in found}
+
+
+def _parse(text: str) -> Any:
+    """Returns the value of a JSON text; what is no JSON is a string."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _say(console: Console | None, line: str) -> None:

@@ -25,9 +25,9 @@ from ibaml.experiments.report import describe_device
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
-from ibaml.runs import resolve_device
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
+from ibaml.train.devices import resolve_device
 from ibaml.types import Batch, Episode
 
 # The cost of a step does not depend on these, but conjugate gradients stop early where the curvature is negative, and

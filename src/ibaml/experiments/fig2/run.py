@@ -31,7 +31,7 @@ from typing import Any
 
 from ibaml.experiments.fig2.process import measuring_process
 from ibaml.experiments.fig2.settings import EXPLICIT, AlgorithmName, CostPoint, Duration, Fig2Result, Fig2Settings
-from ibaml.runs import resolve_device
+from ibaml.train.devices import resolve_device
 
 
 def run(settings: Fig2Settings, *, on_progress: Callable[[int, int], None] | None = None) -> Fig2Result:

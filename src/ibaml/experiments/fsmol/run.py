@@ -13,14 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ibaml import metrics, runs
+from ibaml import metrics
 from ibaml.data import Assays, AssayTasks, load_assays
 from ibaml.evaluation import predict, task_generator
 from ibaml.experiments.fsmol import baselines
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
+from ibaml.learner import MetaLearner
 from ibaml.prediction import ClassPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe
+from ibaml.train.devices import resolve_device
 from ibaml.types import Batch, Tensor
 
 METRICS = ("delta_auprc", "nll", "ece")
@@ -92,7 +94,7 @@ class FsmolSettings:
         found = [get_recipe(name) for name in self.methods if name not in BASELINES]
         if self.num_steps is None:
             return found
-        return [recipe.override({"trainer.num_steps": str(self.num_steps)}) for recipe in found]
+        return [recipe.replace({"trainer.num_steps": self.num_steps}) for recipe in found]
 
 
 class FsmolResult(NamedTuple):
@@ -130,7 +132,7 @@ def run(settings: FsmolSettings, place: Place) -> FsmolResult:
         TrainingDivergedError: If a loss or gradient is not finite.
         KeyboardInterrupt: If training was interrupted; everything is saved.
     """
-    device = runs.resolve_device(settings.device)
+    device = resolve_device(settings.device)
     assays = load_assays(settings.split, root=place.data, path=settings.file)
     classifiers: dict[str, Classifier] = {name: BASELINES[name] for name in settings.methods if name in BASELINES}
     trained: list[TrainedRun] = []
@@ -159,16 +161,15 @@ def run(settings: FsmolSettings, place: Place) -> FsmolResult:
 
 def _classifier(trained: TrainedRun, device: torch.device) -> Classifier:
     """Returns a run's chosen state as a function that adapts and predicts."""
-    recipe = trained.recipe
-    model = recipe.build_model().to(device)
-    meta, _ = runs.load_best(trained.folder, recipe, model)
+    fitted = MetaLearner.load(trained.folder, device=device).fitted_model
+    model, algorithm, meta = fitted.model, fitted.algorithm, fitted.meta
 
     def classify(support: Batch, x_query: Tensor, generator: torch.Generator) -> Tensor:
-        noise = recipe.algorithm.draw_noise(meta, generator=generator)
-        posterior = recipe.algorithm.adapt(model.nll, meta, Batch(*(part.to(device) for part in support)), noise).value
-        evaluation_noise = recipe.algorithm.draw_evaluation_noise(meta, generator=generator)
+        noise = algorithm.draw_noise(meta, generator=generator)
+        posterior = algorithm.adapt(model.nll, meta, Batch(*(part.to(device) for part in support)), noise).value
+        evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=generator)
         with torch.no_grad():
-            found = predict(model, recipe.algorithm, meta, posterior, x_query.to(device), evaluation_noise)
+            found = predict(model, algorithm, meta, posterior, x_query.to(device), evaluation_noise)
         assert isinstance(found, ClassPrediction)
         return found.probs[:, 1].cpu()
 

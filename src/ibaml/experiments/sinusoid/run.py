@@ -12,15 +12,17 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from ibaml import runs, tree
+from ibaml import tree
 from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.data.sources import Sinusoid
 from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
+from ibaml.learner import MetaLearner
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
 from ibaml.prediction import RegressionPrediction
-from ibaml.recipes import RECIPES, Recipe, get_recipe
+from ibaml.recipes import RECIPES, Recipe, get_recipe, runs
+from ibaml.train.devices import resolve_device
 from ibaml.types import Batch, Episode, Params, Tensor
 
 REFERENCE: Mapping[int, Mapping[int, float]] = {
@@ -90,7 +92,7 @@ class SinusoidSettings:
         found = [get_recipe(_name(num_shots, algorithm)) for num_shots in self.shots for algorithm in self.algorithms]
         if self.num_steps is None:
             return found
-        return [recipe.override({"trainer.num_steps": str(self.num_steps)}) for recipe in found]
+        return [recipe.replace({"trainer.num_steps": self.num_steps}) for recipe in found]
 
 
 class SinusoidPoint(NamedTuple):
@@ -201,7 +203,7 @@ def run(settings: SinusoidSettings, place: Place) -> SinusoidResult:
         The meta-steps that are still to be taken; then, for each run and number of inner steps, one adaptation and ten
         predictions per test task.
     """
-    device = runs.resolve_device(settings.device)
+    device = resolve_device(settings.device)
     trained = [
         train_or_resume(recipe, place, device=device, max_minutes=settings.max_minutes) for recipe in settings.recipes()
     ]
@@ -229,7 +231,7 @@ def _evaluate(
                 num_tasks=settings.num_tasks,
                 seed=settings.seed,
                 device=device,
-                changes={"algorithm.inner.num_steps": str(num_steps)},
+                recipe=recipe.replace({"algorithm.inner.num_steps": num_steps}),
             )
         except FloatingPointError as error:
             if num_steps == own:
@@ -262,8 +264,8 @@ def _point(num_inner_steps: int, evaluation: Evaluation, is_bayesian: bool) -> S
 def _examples(trained: TrainedRun, settings: SinusoidSettings) -> tuple[SinusoidExample, ...]:
     """Predicts the first test tasks before and after adaptation, on the CPU."""
     recipe = trained.recipe
-    model, algorithm = recipe.build_model(), recipe.algorithm
-    meta, _ = runs.load_best(trained.folder, recipe, model)
+    fitted = MetaLearner.load(trained.folder).fitted_model
+    model, algorithm, meta = fitted.model, fitted.algorithm, fitted.meta
     sampler = recipe.data.sampler("test")
 
     def predicted(posterior: object, x: Tensor, noise: Params) -> tuple[Tensor, Tensor]:

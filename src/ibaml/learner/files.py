@@ -1,53 +1,29 @@
 """Predictions from files: a table or images of support examples, another of query examples, and a file of answers."""
 
 import csv
+import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ibaml.data.preprocessing import Preprocessing
+from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
 from ibaml.data_prediction import LabelledPrediction, TargetPrediction
-from ibaml.learner import MetaLearner
-from ibaml.learner.folder import MODEL
 from ibaml.posterior import FittedModel, TaskPosterior
-from ibaml.runs import RECIPE, load_best, read_recipe
 
 _TABLES = (".csv", ".parquet")
-
-
-def load_fitted(folder: Path, *, device: torch.device) -> FittedModel:
-    """Loads what ``MetaLearner.save`` wrote, or the chosen state of a run of images.
-
-    Raises:
-        FileNotFoundError: If the folder holds neither.
-        ValueError: If a file is damaged, or the run is of a source whose inputs cannot be made of files.
-    """
-    if (folder / MODEL).is_file():
-        return MetaLearner.load(folder, device=device).fitted_model
-    if not (folder / RECIPE).is_file():
-        raise FileNotFoundError(f"{folder} holds no saved model ({MODEL}) and no run ({RECIPE}).")
-    recipe = read_recipe(folder)
-    preprocessing = recipe.data.preprocessing()
-    if preprocessing is None:
-        raise ValueError(
-            f"{folder} is a run of {recipe.data.name!r}, whose inputs come from its data file alone: predict has no "
-            "way to make them of other files."
-        )
-    model = recipe.build_model().to(device)
-    meta, _ = load_best(folder, recipe, model)
-    return FittedModel(model=model, algorithm=recipe.algorithm, meta=meta, preprocessing=preprocessing, device=device)
 
 
 def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *, level: float = 0.9) -> int:
     """Adapts to a support file, predicts for a query file and writes the answers.
 
     Tables (CSV or Parquet) have the columns of the training table; with its task column, each task of the query is
-    answered from its own support. Images are a folder of class folders (support) and a folder of images (query).
+    answered from its own support. For a model that was fitted on tensors of vectors, the columns of the support table
+    are the inputs, in order, and after them the targets or class indices. Images are a folder of class folders
+    (support) and a folder of images (query).
 
     Args:
         fitted: The fitted model.
@@ -68,13 +44,13 @@ def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *,
         raise ValueError(f"--out is {out}; expected a name that ends in .csv or .parquet.")
     if not 0 < level < 1:
         raise ValueError(f"--level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
-    if fitted.preprocessing is None:
-        raise ValueError("the model was fitted on tensors and does not know how to read files: fit it on data.")
-    if fitted.preprocessing.image_size is not None:
+    if fitted.preprocessing is not None and fitted.preprocessing.image_size is not None:
         answers = _predict_images(fitted, fitted.preprocessing, support, query)
     else:
         tables = read_table(support), read_table(query)
         try:
+            fitted = fitted if fitted.preprocessing is not None else _with_columns(fitted, tables[0])
+            assert fitted.preprocessing is not None
             answers = _predict_tables(fitted, fitted.preprocessing, *tables, level)
         except TypeError as error:
             # What a file holds is a value, even where in a program it would be an argument's type.
@@ -123,6 +99,37 @@ def _import_pandas() -> Any:
         return importlib.import_module("pandas")
     except ImportError as error:
         raise ImportError("tables need pandas and pyarrow: pip install 'ibaml[tables]'") from error
+
+
+def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
+    """Returns a model of tensors as one of tables, whose columns are the inputs and then the targets, unscaled."""
+    network = fitted.model.network
+    shape = getattr(network, "input_shape", None)
+    if shape is None or len(shape) != 1:
+        raise ValueError(
+            f"the model was fitted on tensors of shape {shape or 'unknown'} and does not know how to read files: "
+            "fit it on a table or a folder of images."
+        )
+    num_outputs = int(getattr(network, "num_outputs", 1))
+    is_regression = fitted.model.likelihood.name != "categorical"
+    num_targets = num_outputs if is_regression else 1
+    columns = tuple(support.columns)
+    if len(columns) != shape[0] + num_targets:
+        raise ValueError(
+            f"the support table has {len(columns)} columns, but the model needs {shape[0]} inputs and after them "
+            f"{num_targets} target(s): it was fitted on tensors and knows no names."
+        )
+    preprocessing = Preprocessing(
+        inputs=IDENTITY,
+        input_shape=tuple(shape),
+        num_outputs=num_outputs,
+        targets=IDENTITY if is_regression else None,
+        class_labels=None if is_regression else np.arange(num_outputs),
+        is_vector=num_targets == 1,
+        feature_names=columns[: shape[0]],
+        target_columns=columns[shape[0] :],
+    )
+    return dataclasses.replace(fitted, preprocessing=preprocessing)
 
 
 def _predict_tables(

@@ -1,0 +1,97 @@
+"""Models that were evaluated on the same test tasks, compared task by task."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ibaml.learner.evaluations import StoredEvaluation, read_evaluation
+from ibaml.metrics import paired_difference
+
+_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "quantile_calibration_error")
+
+
+class Comparison(NamedTuple):
+    """A table of metrics.
+
+    Attributes:
+        header: ``metric``, the names of the models, and the differences of the others to the first.
+        rows: One for each metric that all models have, as text.
+        num_tasks: Number of paired tasks.
+        folder: Where the table and the picture are.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    num_tasks: int
+    folder: Path
+
+
+def compare(folders: Sequence[Path], out: Path | None = None) -> Comparison:
+    """Compares evaluated models by metrics with 95% intervals, and stores ``comparison.csv`` and ``comparison.png``.
+
+    Args:
+        folders: Two or more folders of models; differences are to the first.
+        out: Folder for the results. None: ``runs/compare_...``.
+
+    Raises:
+        FileNotFoundError: If a model has not been evaluated.
+        ValueError: If there are fewer than two, one is named twice, or they were evaluated on different tasks.
+    """
+    # Imported here: it pulls in matplotlib, which nothing else needs.
+    from ibaml import plots
+
+    stored = _read(folders)
+    names = list(stored)
+    first = stored[names[0]]
+    out = out or Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
+    header = ["metric", *names, *(f"{name} - {names[0]}" for name in names[1:])]
+    rows = [_row(metric, stored) for metric in first.per_task]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "comparison.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    figure = plots.comparison({name: evaluation.per_task for name, evaluation in stored.items()})
+    plots.save(figure, out / "comparison.png")
+    return Comparison(header, rows, first.tasks["num_tasks"], out)
+
+
+def _read(folders: Sequence[Path]) -> dict[str, StoredEvaluation]:
+    if len(folders) < 2:
+        raise ValueError(f"compare needs at least two run folders, but got {len(folders)}.")
+    for index, folder in enumerate(folders):
+        if folder.resolve() in (other.resolve() for other in folders[:index]):
+            raise ValueError(f"{folder} is named twice: compare needs different run folders.")
+    names = [folder.name for folder in folders]
+    if len({*names}) < len(names):
+        names = [str(folder) for folder in folders]
+    stored = dict(zip(names, (read_evaluation(folder) for folder in folders), strict=True))
+    first = stored[names[0]]
+    for name, other in stored.items():
+        if other.tasks != first.tasks or other.per_task.keys() != first.per_task.keys():
+            difference = _describe_difference(first.tasks, other.tasks) or "other metrics"
+            raise ValueError(
+                f"{names[0]} and {name} were evaluated on different tasks ({difference}): evaluate both with the same "
+                "--tasks and --seed, on the same data."
+            )
+    return stored
+
+
+def _row(metric: str, stored: Mapping[str, StoredEvaluation]) -> list[str]:
+    first, *others = stored.values()
+    row = [metric, *(f"{one.report[metric]:.4f}" for one in stored.values())]
+    for other in others:
+        difference = paired_difference(other.per_task[metric], first.per_task[metric])
+        verdict = ""
+        # Of a coverage neither more nor less is better, only nearer to its level.
+        if metric != "coverage_90" and abs(difference.mean) > difference.half_width:
+            better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
+            verdict = " better" if better else " worse"
+        row.append(f"{difference:+.4f}{verdict}".replace("+- +", "+- "))
+    return row
+
+
+def _describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    one, two = ({**tasks["data"], **tasks} for tasks in (first, second))
+    return ", ".join(
+        f"{key} {value} and {two.get(key)}" for key, value in one.items() if key != "data" and value != two.get(key)
+    )

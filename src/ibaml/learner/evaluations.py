@@ -1,0 +1,125 @@
+"""Results on test tasks, stored in the folder of the model that they are of."""
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ibaml.evaluation import Evaluation
+from ibaml.learner.folder import write_text
+from ibaml.learner.run_folder import EVALUATION
+from ibaml.metrics import Estimate, reliability_curve
+from ibaml.train.checkpoint import save_tensors
+from ibaml.types import Batch, Episode, Tensor
+
+
+class StoredEvaluation(NamedTuple):
+    """An evaluation read back from a run folder.
+
+    Attributes:
+        tasks: What fixes the set of tasks: data, seed and number; equal for runs that can be paired.
+        report: Each metric with its interval.
+        per_task: Each metric for each task.
+        step: Meta-step of the evaluated state.
+        algorithm: Settings of the algorithm that adapted, as JSON.
+    """
+
+    tasks: dict[str, Any]
+    report: dict[str, Estimate]
+    per_task: dict[str, Tensor]
+    step: int | None
+    algorithm: dict[str, Any]
+
+
+def write_evaluation(
+    folder: Path, evaluation: Evaluation, *, tasks: Mapping[str, Any], step: int | None, algorithm: Mapping[str, Any]
+) -> Path:
+    """Writes an evaluation into the folder of its model and returns its subfolder.
+
+    Args:
+        folder: The folder of the model.
+        evaluation: The results.
+        tasks: What fixes the set of tasks, JSON values; ``num_tasks`` is added.
+        step: Meta-step of the evaluated state.
+        algorithm: Settings of the algorithm that adapted, as JSON.
+    """
+    target = folder / EVALUATION
+    target.mkdir(exist_ok=True)
+    report = {
+        "tasks": {**tasks, "num_tasks": len(next(iter(evaluation.per_task.values())))},
+        "step": step,
+        "algorithm": algorithm,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "metrics": {name: value._asdict() for name, value in evaluation.report.items()},
+    }
+    write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
+    temporary = target / f".per_task.{os.getpid()}"
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", *evaluation.per_task])
+        for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
+            writer.writerow([index, *row])
+    os.replace(temporary, target / "per_task.csv")
+    fields = ("targets", "log_probs", "mean", "variance")
+    predictions = {name: value for name in fields if (value := getattr(evaluation, name)) is not None}
+    save_tensors(target / "predictions.safetensors", predictions, {"tasks": tasks})
+    return target
+
+
+def read_evaluation(folder: Path) -> StoredEvaluation:
+    """Reads the evaluation of a model.
+
+    Raises:
+        FileNotFoundError: If the model has not been evaluated.
+        ValueError: If a file is damaged.
+    """
+    target = folder / EVALUATION
+    try:
+        report = json.loads((target / "report.json").read_text())
+        with (target / "per_task.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        per_task = {
+            name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
+            for name in rows[0]
+            if name != "task"
+        }
+        if len(rows) != report["tasks"]["num_tasks"]:
+            raise ValueError(f"per_task.csv has {len(rows)} tasks, report.json {report['tasks']['num_tasks']}")
+        metrics = {name: Estimate(**value) for name, value in report["metrics"].items()}
+        return StoredEvaluation(report["tasks"], metrics, per_task, report["step"], report["algorithm"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} has not been evaluated: run `ibaml evaluate {folder}` first.") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{target} is damaged ({error!r}): run `ibaml evaluate {folder}` again.") from error
+
+
+def draw_evaluation(target: Path, evaluation: Evaluation, first: Episode, *, title: str) -> None:
+    """Draws the pictures of an evaluation: a reliability diagram of classes, and one task if it can be shown.
+
+    Args:
+        target: Folder of the pictures.
+        evaluation: The results.
+        first: The first task, with a leading axis of length one.
+        title: Name of the model.
+    """
+    # Imported here: it pulls in matplotlib, which nothing else needs.
+    from ibaml import plots
+
+    support, query = (Batch(batch.x[0].cpu(), batch.y[0].cpu()) for batch in first)
+    episode = Episode(support, query)
+    if evaluation.log_probs is not None:
+        curve = reliability_curve(evaluation.log_probs.exp(), evaluation.targets)
+        plots.save(plots.reliability_diagram({title: curve}), target / "reliability.png")
+        if support.x.ndim == 4:
+            figure = plots.example_task(episode, evaluation.log_probs[0].exp(), title=f"{title}: one test task")
+            plots.save(figure, target / "example_task.png")
+    elif evaluation.mean is not None and evaluation.variance is not None and support.x.shape[-1] == 1:
+        figure = plots.example_regression(
+            episode, evaluation.mean[0], evaluation.variance[0], title=f"{title}: one task"
+        )
+        plots.save(figure, target / "example_task.png")

@@ -1,0 +1,129 @@
+"""What training leaves beside the model: a run folder.
+
+| file | what |
+|---|---|
+| model.safetensors, model.json | the chosen state, for ``MetaLearner.load`` (``ibaml.learner.folder``) |
+| checkpoint.safetensors | the state to resume from |
+| recipe.json | the complete configuration, if a recipe was trained |
+| environment.json | versions, hardware, command |
+| README.md | what this folder is and what to do with it |
+| metrics.csv, tensorboard/, training.png | what was measured while training |
+| evaluation/ | report.json, per_task.csv, predictions.safetensors, pictures, once it was evaluated |
+"""
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibaml import records
+from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata, write_text
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors
+from ibaml.train.log import METRICS, read_metrics
+
+ENVIRONMENT = "environment.json"
+EVALUATION = "evaluation"
+README = "README.md"
+RECIPE = "recipe.json"
+TRAINING = "training.png"
+
+_FILES = {
+    MODEL: "the chosen state",
+    SETTINGS: "its settings, to read",
+    CHECKPOINT: "the state to resume training from",
+    RECIPE: "the complete configuration",
+    ENVIRONMENT: "versions, hardware, command",
+    METRICS: "what was measured while training",
+    "tensorboard": "the same for TensorBoard",
+    TRAINING: "the same as a picture",
+    EVALUATION: "results on test tasks",
+}
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns versions, hardware and command, for the record of a result."""
+    packages = ("ibaml", "torch", "numpy", "safetensors")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write_environment(folder: Path, *, num_processes: int) -> None:
+    """Writes ``environment.json``.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    environment = {**describe_environment(), "processes": num_processes}
+    write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+
+
+def write_summary(folder: Path) -> None:
+    """Writes ``README.md`` and ``training.png`` from what is in the folder, naming the files that are there.
+
+    Raises:
+        OSError: If a file cannot be written.
+        ValueError: If a file is damaged.
+    """
+    # Imported here: it pulls in matplotlib, which nothing else needs.
+    from ibaml import plots
+
+    if (folder / METRICS).is_file() and (history := read_metrics(folder / METRICS)):
+        plots.save(plots.training_curves(history, title=_title(folder)[0]), folder / TRAINING)
+    title, description = _title(folder)
+    lines = [f"# {title}", "", *([f"{description}.", ""] if description else []), *_state(folder), ""]
+    lines += ["| file | what |", "|---|---|"]
+    lines += [f"| {name} | {what} |" for name, what in _FILES.items() if (folder / name).exists()]
+    lines += ["", *_uses(folder)]
+    write_text(folder / README, "\n".join(lines) + "\n")
+
+
+def _title(folder: Path) -> tuple[str, str]:
+    if not (folder / RECIPE).is_file():
+        return "A trained MetaLearner", ""
+    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    return recipe["name"], recipe["description"]
+
+
+def _state(folder: Path) -> list[str]:
+    lines: list[str] = []
+    if (folder / CHECKPOINT).is_file():
+        progress = load_tensors(folder / CHECKPOINT)[1]
+        trainer = progress["description"]["trainer"]
+        taken, planned = progress["step"], trainer["num_steps"]
+        chosen = "lowest validation nll" if progress["best_nll"] is not None else "the last one"
+        lines.append(f"- {taken:,} of {max(taken, planned):,} meta-steps of {trainer['tasks_per_step']} tasks.")
+        lines.append(f"- Chosen state: step {progress['best_step']:,}, {chosen}.")
+    if (folder / MODEL).is_file():
+        learner = read_metadata(folder)["learner"]
+        network = learner["network"]
+        algorithm = records.from_json(learner["algorithm"], RECORDS)
+        lines.append(f"- {algorithm.name}: {algorithm.describe()}.")
+        if network is None:
+            lines.append("- Network: a module of your own, which `MetaLearner.load` needs.")
+        else:
+            norm = network["arguments"].get("norm", "none" if network["name"] == "MLP" else "batch")
+            lines.append(f"- Network: {network['name']}, normalisation policy: {norm}.")
+    return lines
+
+
+def _uses(folder: Path) -> list[str]:
+    if not (folder / MODEL).is_file():
+        return ["There is no model yet: training has not reached its first validation."]
+    lines = [f'Use it: `ibaml.MetaLearner.load("{folder}")`, or `ibaml predict {folder} --support ... --query ...`.']
+    if (folder / RECIPE).is_file():
+        name = _title(folder)[0]
+        lines += [f"Evaluate it: `ibaml evaluate {folder}`."]
+        lines += [f"Resume or extend it: `ibaml train {name} --run-folder {folder}`."]
+    return lines

@@ -1,0 +1,28 @@
+"""What a learner is, as a record that JSON can hold."""
+
+import dataclasses
+
+from ibaml.algorithms import Algorithm
+from ibaml.data.preprocessing import ClassScope
+from ibaml.networks import NetworkSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearnerSettings:
+    """Settings of a ``MetaLearner``, which ``MetaLearner.from_settings`` builds.
+
+    Attributes:
+        network: The network; None for a module that is not one of ``ibaml.networks``.
+        algorithm: What adapts, with all its settings.
+        likelihood: ``"categorical"``, ``"gaussian"`` or ``"unit_gaussian"``.
+        adapt: Name patterns of the parameters that each task adapts.
+        freeze: Name patterns of parameters that never change.
+        classes: Whether labels mean the same in all tasks (``"shared"``) or each task has its own (``"per_task"``).
+    """
+
+    network: NetworkSettings | None
+    algorithm: Algorithm
+    likelihood: str = "categorical"
+    adapt: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
+    classes: ClassScope = "shared"

@@ -1,0 +1,256 @@
+"""Recipes trained and evaluated in run folders (``ibaml.learner.run_folder``)."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ibaml import records
+from ibaml.evaluation import Evaluation, draw_tasks
+from ibaml.learner import MetaLearner
+from ibaml.learner.evaluations import draw_evaluation, write_evaluation
+from ibaml.learner.files import read_table
+from ibaml.learner.folder import write_text
+from ibaml.learner.run_folder import RECIPE, write_summary
+from ibaml.posterior import FittedModel
+from ibaml.processes import Processes
+from ibaml.recipes.settings import Recipe
+from ibaml.train import TrainingResult
+from ibaml.train.checkpoint import CHECKPOINT, first_difference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CPU = torch.device("cpu")
+_NUM_TASKS = 600
+_NOT_TRAINING = {"description": None, "num_test_tasks": None}
+
+
+class EvaluatedRun(NamedTuple):
+    """A run's chosen state on test tasks.
+
+    Attributes:
+        name: Name of its recipe, or of its folder.
+        learner: The learner that adapted, with the changes made for this evaluation.
+        evaluation: Metrics and predictions.
+        seed: Name of the set of test tasks.
+        target: Folder that the evaluation was written to.
+        tasks: The test tasks; ``draw_tasks(tasks, ...)`` gives any of a sampler's again.
+    """
+
+    name: str
+    learner: MetaLearner
+    evaluation: Evaluation
+    seed: int
+    target: Path
+    tasks: Any
+
+    @property
+    def step(self) -> int | None:
+        """Meta-step of the state, if training stored it."""
+        return self.learner.fitted_model.step
+
+    @property
+    def headline(self) -> str:
+        """One line that says what was evaluated on what."""
+        num_tasks = len(next(iter(self.evaluation.per_task.values())))
+        temperature = getattr(self.learner.algorithm, "temperature", None)
+        state = "" if self.step is None else f", state of step {self.step}"
+        suffix = "" if temperature is None else f", temperature {temperature}"
+        return f"{self.name}: {num_tasks} test tasks, seed {self.seed}{state}{suffix}"
+
+
+def train_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data: Path | None = None,
+    device: torch.device = _CPU,
+    max_minutes: float | None = None,
+    console: "Console | None" = None,
+    processes: Processes | None = None,
+) -> TrainingResult:
+    """Trains a recipe in a run folder, or resumes it where its checkpoint left off.
+
+    It is ``recipe.learner().fit(...)`` on the recipe's tasks. Nothing is written before the data and the recipe in the
+    folder have been found to fit.
+
+    Args:
+        recipe: What to train.
+        folder: Run folder; made if missing.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        device: Where to compute; with several processes, the device of this one.
+        max_minutes: Stop after so many minutes, ready to resume.
+        console: Where progress is shown; None is silent.
+        processes: The processes that share each step's tasks; the first one alone writes and shows progress.
+
+    Raises:
+        FileNotFoundError: If a data file is not found.
+        ValueError: If a data file is damaged, the tasks do not fit the network, the folder holds another run, or there
+            are more processes than tasks in a step.
+        OSError: If the folder cannot be written.
+        TrainingDivergedError: If a loss or gradient is not finite.
+        ProcessLostError: If another process has died or hangs.
+    """
+    processes = processes or Processes()
+    train_tasks, validation_tasks = processes.first_then_others(
+        lambda: tuple(recipe.data.sampler(split, data=data, device=device) for split in ("train", "validation"))
+    )
+    learner = processes.together(lambda: recipe.learner(device=device))
+    processes.on_first(lambda: open_run(folder, recipe))
+    if console is not None and processes.is_first:
+        where = device.type if processes.size == 1 else f"{processes.size} processes on {device.type}"
+        console.print(
+            f"Training {recipe.name} on {where}: {recipe.trainer.num_steps:,} meta-steps of "
+            f"{recipe.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
+            soft_wrap=True,
+            markup=False,
+        )
+    learner.fit(
+        train_tasks,
+        validation_tasks,
+        settings=recipe.trainer,
+        run_folder=folder,
+        max_minutes=max_minutes,
+        progress=console or False,
+        processes=processes,
+    )
+    assert learner.training_result is not None
+    return learner.training_result
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    recipe: Recipe | None = None,
+    test: Path | None = None,
+    num_tasks: int | None = None,
+    seed: int = 0,
+    data: Path | None = None,
+    device: torch.device = _CPU,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EvaluatedRun:
+    """Evaluates a trained model on a fixed, seeded set of test tasks and stores the result in its folder.
+
+    Args:
+        folder: Folder of the model.
+        recipe: The run's recipe with other data settings, or other settings of its algorithm, for this evaluation
+            alone. None: as it was trained, if a recipe was.
+        test: Test tasks instead of the recipe's: a table or a folder of class folders of images.
+        num_tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        device: Where to compute.
+        on_progress: Called with the number of finished tasks and of all.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained model, or a data file is not found.
+        ValueError: If a file is damaged, a setting is refused, there are no test tasks, or ``num_tasks`` is not
+            positive.
+        FloatingPointError: If predictions are not finite, naming the task.
+    """
+    learner = MetaLearner.load(folder, device=device)
+    if recipe is None and (folder / RECIPE).is_file():
+        recipe = read_recipe(folder)
+    if recipe is not None and recipe.algorithm != learner.algorithm:
+        learner = learner.adapting_with(recipe.algorithm)
+    if test is not None:
+        tasks: Any = read_table(test) if test.is_file() else test
+        described, count = {"test": str(test.resolve())}, num_tasks or _NUM_TASKS
+    elif recipe is not None:
+        tasks = recipe.data.sampler("test", data=data, device=device)
+        described, count = records.to_json(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
+    else:
+        raise ValueError(f"{folder} was not trained by a recipe, which would name its test tasks: give --test.")
+    evaluation = learner.evaluate_in_full(
+        tasks,
+        num_tasks=count,
+        seed=seed,
+        on_progress=None if on_progress is None else lambda done: on_progress(done, count),
+    )
+    target = write_evaluation(
+        folder,
+        evaluation,
+        tasks={"data": described, "seed": seed},
+        step=learner.fitted_model.step,
+        algorithm=records.to_json(learner.algorithm),
+    )
+    name = folder.name if recipe is None else recipe.name
+    if hasattr(tasks, "sample"):
+        draw_evaluation(target, evaluation, draw_tasks(tasks, 0, 1, seed=seed), title=name)
+    write_summary(folder)
+    return EvaluatedRun(name, learner, evaluation, seed, target, tasks)
+
+
+def load_fitted(folder: Path, *, device: torch.device = _CPU) -> FittedModel:
+    """Loads a trained model for predictions from files; one of a recipe learns how its source reads them.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained model.
+        ValueError: If a file is damaged.
+    """
+    fitted = MetaLearner.load(folder, device=device).fitted_model
+    if fitted.preprocessing is not None or not (folder / RECIPE).is_file():
+        return fitted
+    return dataclasses.replace(fitted, preprocessing=read_recipe(folder).data.preprocessing())
+
+
+def open_run(folder: Path, recipe: Recipe) -> None:
+    """Creates a run folder, or checks that an existing one holds the same recipe.
+
+    Raises:
+        ValueError: If the folder holds another recipe, or a checkpoint of the same one with other settings.
+        OSError: If the folder cannot be written.
+    """
+    # Before recipe.json is replaced, which has to describe the checkpoint beside it.
+    check_run(folder, recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECIPE, recipe.to_json())
+    except OSError as error:
+        raise OSError(
+            f"run folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
+            "change its permissions."
+        ) from error
+
+
+def check_run(folder: Path, recipe: Recipe) -> None:
+    """Refuses a folder that holds a run of another recipe; a folder without a run is accepted.
+
+    Raises:
+        ValueError: If the folder holds another recipe, or a checkpoint of the same one with other settings.
+    """
+    if not (folder / RECIPE).exists():
+        return
+    stored = read_recipe(folder)
+    if stored.name != recipe.name:
+        raise ValueError(
+            f"{folder} holds a run of {stored.name!r}, not of {recipe.name!r}: choose another --run-folder."
+        )
+    old, new = (_training(one) for one in (stored, recipe))
+    difference = first_difference(old, new)
+    if difference is not None and (folder / CHECKPOINT).exists():
+        raise ValueError(
+            f"{folder} was trained with other settings: {difference}. Use the same settings to resume, or another "
+            "--run-folder to start anew."
+        )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Reads the recipe of a run.
+
+    Raises:
+        FileNotFoundError: If the folder is no run of a recipe.
+        ValueError: If the file is no recipe of this version.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no run of a recipe: it has no {RECIPE}. `ibaml train` makes one.")
+    return Recipe.from_json(path.read_text(encoding="utf-8"))
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    return {**json.loads(recipe.to_json()), **_NOT_TRAINING}

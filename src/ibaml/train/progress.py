@@ -1,0 +1,65 @@
+"""The one display of progress: a bar on a terminal, a line now and then elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class ProgressBar:
+    """Shows how far some work has come; a context manager.
+
+    Args:
+        console: Where it is shown; None is silent.
+        name: Word before the numbers, such as ``"step"``.
+        total: Number of parts; None until ``update`` tells it.
+        done: Parts that were done before.
+    """
+
+    def __init__(self, console: "Console | None", name: str, total: int | None = None, *, done: int = 0) -> None:
+        from rich import progress  # takes long, and importing the library needs none
+
+        self._console = console
+        self._name = name
+        self._total, self._first, self._start = total, done, time.monotonic()
+        self._last_line = self._start
+        self._progress = progress.Progress(
+            progress.TextColumn(f"[bold]{name}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[status]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=console is None or not console.is_terminal,
+        )
+        self._task = self._progress.add_task(name, total=total, completed=done, status="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int | None = None, *, status: str = "") -> None:
+        """Shows that so many parts are done."""
+        self._total = total or self._total
+        self._progress.update(self._task, completed=done, total=self._total, status=status)
+        if self._console is None or self._console.is_terminal or self._total is None or done <= self._first:
+            return
+        now = time.monotonic()
+        if now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (now - self._start) / (done - self._first) * (self._total - done)
+            words = " ".join(filter(None, (self._name, f"{done}/{self._total}", status)))
+            self.say(f"{words}, {left / 60:.1f} min left")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
