@@ -8,8 +8,8 @@ from ibaml import objectives
 from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.hypergradients import InnerRun, gaussian_implicit_hypergradient, unrolled_hypergradient
 from ibaml.priors import DiagonalGaussian, kl_divergence
-from ibaml.priors.diagonal import natural_gradient
-from ibaml.solvers.inner import gradient_descent, preconditioned_gradient_descent
+from ibaml.priors.diagonal import DiagonalGeometry
+from ibaml.solvers.inner import GradientDescent, NaturalGradient
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import Batch, Episode, Tensor
 
@@ -79,16 +79,12 @@ class LinearGaussianProblem:
 
     def gradient_descent(self, num_steps: int) -> InnerRun:
         """Returns gradient descent with so many steps."""
-        return partial(gradient_descent, num_steps=num_steps, learning_rate=self.learning_rate)
+        return GradientDescent(num_steps=num_steps, learning_rate=self.learning_rate)
 
     def preconditioned(self, num_steps: int) -> InnerRun:
         """Returns natural gradient descent: steps scaled by the posterior variances."""
-        return partial(
-            preconditioned_gradient_descent,
-            num_steps=num_steps,
-            learning_rate=self.preconditioned_learning_rate,
-            preconditioner=natural_gradient(self.kl_weight),
-        )
+        solver = NaturalGradient(num_steps=num_steps, learning_rate=self.preconditioned_learning_rate)
+        return partial(solver, geometry=DiagonalGeometry(self.prior, self.kl_weight))
 
     def adapt(self, solver: InnerRun, support: Batch) -> DiagonalGaussian:
         """Returns the posterior that an inner solver finds from the prior."""

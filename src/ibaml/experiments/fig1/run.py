@@ -18,7 +18,7 @@ from ibaml.experiments.fig1.linear_gaussian import LinearGaussianProblem
 from ibaml.experiments.fig1.theorems import TheoremCheck, theorem_1, theorem_2
 from ibaml.metrics import Estimate
 from ibaml.priors import DiagonalGaussian
-from ibaml.solvers.linear import LinearSolver, cg, dense
+from ibaml.solvers.linear import CG, Dense, LinearSolver
 from ibaml.types import Episode, Tensor
 
 UNROLLED = "unrolled"
@@ -203,7 +203,7 @@ def _estimators(settings: Fig1Settings, problem: LinearGaussianProblem, num_step
         estimate = partial(problem.implicit, plain, _conjugate_gradients(num_products), False)
         found[implicit_name(num_products)] = _Estimator(estimate, num_steps + 2, num_products)
     # A dense solve asks for every column of the Hessian.
-    exact_solve = partial(problem.implicit, plain, dense, False)
+    exact_solve = partial(problem.implicit, plain, Dense(), False)
     found[EXACT_SOLVE] = _Estimator(exact_solve, num_steps + 2, 2 * settings.num_features)
     for name, solver, precondition in (
         (PRECONDITIONED_CG, plain, True),
@@ -216,7 +216,7 @@ def _estimators(settings: Fig1Settings, problem: LinearGaussianProblem, num_step
 
 
 def _conjugate_gradients(num_products: int) -> LinearSolver:
-    return partial(cg, max_steps=num_products, rtol=0.0)
+    return CG(max_steps=num_products, rtol=0.0)
 
 
 def _per_seed(settings: Fig1Settings, value: DiagonalGaussian) -> Tensor:
