@@ -16,18 +16,21 @@ _DATA = Path(os.environ.get("IBAML_DATA") or Path(__file__).parents[1].parent / 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_user_cache(tmp_path_factory):
-    """Puts the per-user cache into a folder of this test session."""
-    folder = tmp_path_factory.mktemp("user_cache")
+def user_cache(tmp_path_factory):
+    """Puts the per-user cache into a folder of this test session, one for all of its workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pooch, "os_cache", lambda project: folder / str(project))
-        yield
+        patch.setattr(pooch, "os_cache", lambda project: folder / "user_cache" / str(project))
+        yield Path(pooch.os_cache("ibaml"))
 
 
 @pytest.fixture(scope="session")
-def glyph_cache(tmp_path_factory):
+def glyph_cache(user_cache):
     """A folder for ``load_glyphs(..., cache_dir=...)`` or $IBAML_DATA, so that a session renders glyphs once."""
-    return tmp_path_factory.mktemp("glyph_cache")
+    user_cache.mkdir(parents=True, exist_ok=True)
+    return user_cache
 
 
 @pytest.fixture(scope="session")

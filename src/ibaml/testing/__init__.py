@@ -27,10 +27,12 @@ from ibaml.testing.base import failures  # noqa: E402
 from ibaml.testing.inner_solver import InnerSolverContract  # noqa: E402
 from ibaml.testing.linear_solver import LinearSolverContract  # noqa: E402
 from ibaml.testing.prior import PriorContract  # noqa: E402
+from ibaml.testing.task_source import TaskSourceContract  # noqa: E402
 
 __all__ = [
     "InnerSolverContract",
     "LinearSolverContract",
     "PriorContract",
+    "TaskSourceContract",
     "failures",
 ]

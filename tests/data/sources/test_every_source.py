@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml import records
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.data.images import scale_pixels
 from ibaml.data.sources import (
@@ -25,6 +24,7 @@ from ibaml.data.sources import (
     TinyImagenet,
 )
 from ibaml.data.sources.fsmol import FILE_NAME
+from ibaml.testing import TaskSourceContract
 
 SPLITS = ("train", "validation", "test")
 EXAMPLES = {
@@ -43,10 +43,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @functools.cache
-def fake_images(image_size: int, channels: int) -> ClassImages:
+def fake_images(split: str, image_size: int, channels: int) -> ClassImages:
     """Six classes of twenty random images."""
+    source = generator(SPLITS.index(split))
     return ClassImages(
-        images=torch.randint(0, 256, (120, channels, image_size, image_size), generator=generator(), dtype=torch.uint8),
+        images=torch.randint(0, 256, (120, channels, image_size, image_size), generator=source, dtype=torch.uint8),
         class_start=torch.arange(7) * 20,
         class_names=tuple(f"class {index}" for index in range(6)),
     )
@@ -60,7 +61,8 @@ def asked(monkeypatch):
     def load(source):
         def call(*positional, **arguments):
             calls.append((source, positional, arguments))
-            return fake_images(arguments["image_size"], 1 if source in ("glyphs", "omniglot") else 3)
+            split = positional[-1] if source == "image_folder" else positional[0]
+            return fake_images(split, arguments["image_size"], 1 if source in ("glyphs", "omniglot") else 3)
 
         return call
 
@@ -71,51 +73,30 @@ def asked(monkeypatch):
 
 
 def write_assays(folder):
-    """Four assays of 256 rows over six molecules; of the three training assays the first is held out."""
+    """Four assays of 256 rows over as many molecules; of the three training assays the first is held out."""
     rows = np.arange(4 * 256)
     np.savez(
         folder / FILE_NAME,
         task_name=np.array(["A1", "A2", "A3", "A4"]),
         task_split=np.array(["train", "valid", "train", "train"]),
         row_task=(rows // 256).astype(np.int16),
-        row_mol=(rows % 6).astype(np.int32),
+        row_mol=(rows % 256).astype(np.int32),
         label=(rows % 2).astype(np.uint8),
-        fp_ptr=np.arange(7),
-        fp_index=np.arange(6, dtype=np.uint16),
-        fp_count=np.ones(6, dtype=np.uint8),
+        fp_ptr=np.arange(257),
+        fp_index=np.arange(256, dtype=np.uint16),
+        fp_count=np.ones(256, dtype=np.uint8),
     )
 
 
-def test_examples_are_complete():
-    assert EXAMPLES.keys() == SOURCES.keys()
+class TestWithOwnFiles(TaskSourceContract):
+    """The contract on files that are made for the test."""
 
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_a_source_is_a_record(name):
-    source = EXAMPLES[name]
-    assert type(source) is SOURCES[name] and source.name == name
-    assert records.from_json(records.to_json(source), SOURCES.values()) == source
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        source.num_queries = 3
-    for field in dataclasses.fields(source):
-        if field.type is int or field.name in ("num_shots", "num_queries"):
-            with pytest.raises(ValueError, match=f"{field.name} must be at least 1, got 0"):
-                dataclasses.replace(source, **{field.name: 0})
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_tasks_of_every_split(name, asked, tmp_path):
-    source = EXAMPLES[name]
-    if name == "fsmol":
+    @pytest.fixture(params=EXAMPLES)
+    def source(self, request, asked, tmp_path):
+        self.data = tmp_path
         write_assays(tmp_path)
-    for split in SPLITS:
-        sampler = source.sampler(split, data=tmp_path)
-        episode = sampler.sample(2, generator=generator())
-        num_classes = source.num_ways if source.is_image else 1
-        num_queries = source.num_queries if split == "train" else source.num_test_queries
-        assert episode.query.y.shape[:2] == (2, num_queries * num_classes)
-        assert episode.support.x.shape[2:] == sampler.input_shape
-        assert source.is_image == (len(sampler.input_shape) == 3)
+        assert type(EXAMPLES[request.param]) is SOURCES[request.param]
+        return EXAMPLES[request.param]
 
 
 @pytest.mark.parametrize("name", ["mini_imagenet", "tiny_imagenet", "glyphs"])
