@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ibaml.algorithms.base import Algorithm
-from ibaml.algorithms.gradient_based import ABML, FOMAML, IBAML, IMAML, MAML, VAMPIRE, GradientBased
+from ibaml.algorithms.gradient_based import GradientBased
+from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
+from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
 from ibaml.priors import PRIORS
 from ibaml.solvers.inner import INNER_SOLVERS

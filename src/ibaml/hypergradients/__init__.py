@@ -10,7 +10,7 @@ inner gradient norm and the linear residual are part of every result.
 """
 
 from ibaml.hypergradients.base import BilevelLoss, InnerRun
-from ibaml.hypergradients.gaussian import gaussian_implicit_hypergradient
+from ibaml.hypergradients.gaussian import gaussian_implicit_hypergradient, regularised_implicit_hypergradient
 from ibaml.hypergradients.implicit import implicit_hypergradient
 from ibaml.hypergradients.unrolled import first_order_hypergradient, unrolled_hypergradient
 
@@ -20,5 +20,6 @@ __all__ = [
     "first_order_hypergradient",
     "gaussian_implicit_hypergradient",
     "implicit_hypergradient",
+    "regularised_implicit_hypergradient",
     "unrolled_hypergradient",
 ]

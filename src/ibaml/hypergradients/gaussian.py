@@ -1,4 +1,4 @@
-"""The implicit hypergradient of a learnable Gaussian prior: Lemma 1 of Zhang et al. 2023."""
+"""Implicit hypergradients of a learnable prior, Lemma 1 of Zhang et al. 2023 among them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from ibaml import tree
 from ibaml.curvature import at_fixed, value_gradient_and_hvp
 from ibaml.curvature import gradient as gradient_of
 from ibaml.hypergradients.base import diagnostics
-from ibaml.priors import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 
@@ -50,12 +50,10 @@ def gaussian_implicit_hypergradient(
         prior: Prior at which the gradient is taken.
         kl_weight: ``lam``, positive: temperature / number of support examples.
         solver: Linear solver, for example ``CG(max_steps=5)``.
-        shared: Further meta-parameters that ``L`` and ``O`` depend on directly (weights that are not adapted, the noise
-            of a likelihood). Their gradient is the generic implicit one.
+        shared: As in ``regularised_implicit_hypergradient``.
         precondition: Hand the solver ``diag(d_t / lam, 2 / lam)``, about the inverse of the diagonal of ``H'`` at a
             stationary point; free of cost.
-        outer_nll_weight: Adds so many times ``L`` to the outer loss, as ABML's has it; its gradient is at hand then.
-            Not with ``shared``.
+        outer_nll_weight: As in ``regularised_implicit_hypergradient``.
 
     Returns:
         The gradient as a DiagonalGaussian (``mean`` holds ``g_m``, ``log_var`` holds ``g_logD``), or the pair of it and
@@ -73,66 +71,88 @@ def gaussian_implicit_hypergradient(
             f"kl_weight must be positive, but is {kl_weight}: without the prior in the inner loss its solution does "
             "not depend on the prior, and the implicit gradient is undefined."
         )
+    return regularised_implicit_hypergradient(
+        expected_nll,
+        outer_loss,
+        posterior,
+        prior,
+        DiagonalPrior(),
+        kl_weight,
+        solver,
+        shared=shared,
+        precondition=precondition,
+        outer_nll_weight=outer_nll_weight,
+    )
+
+
+def regularised_implicit_hypergradient(
+    nll: Callable[..., Tensor],
+    outer_loss: Callable[..., Tensor],
+    posterior: Any,
+    prior: Any,
+    family: Prior,
+    weight: float,
+    solver: LinearSolver,
+    *,
+    shared: PyTree | None = None,
+    precondition: bool = True,
+    outer_nll_weight: float = 0.0,
+) -> tuple[Any, HypergradientInfo]:
+    """Implicit hypergradient of a prior, and of shared parameters, for ``min_v L(v) + weight * divergence(v, prior)``.
+
+    That of ``implicit_hypergradient``, with the divergence's part written by the family (``Prior.implicit_system``).
+
+    Args:
+        nll: ``L(posterior) -> scalar``; with ``shared``: ``L(posterior, shared)``.
+        outer_loss: ``O(posterior, prior) -> scalar``; with ``shared``: ``O(posterior, prior, shared)``.
+        posterior: The point that the inner solver returned, a member of the family.
+        prior: Prior at which the gradient is taken, a member of the family.
+        family: The family.
+        weight: Weight of the divergence, positive.
+        solver: Linear solver.
+        shared: Further meta-parameters that ``L`` and ``O`` depend on directly (weights that are not adapted, the noise
+            of a likelihood). Their gradient is the generic implicit one.
+        precondition: Hand the solver the family's preconditioner, if it has one.
+        outer_nll_weight: Adds so many times ``L`` to the outer loss, as ABML's has it; its gradient is at hand then.
+            Not with ``shared``.
+
+    Returns:
+        The gradient as a member of the family, or the pair of it and the gradient of ``shared``; and the diagnostics.
+
+    Raises:
+        ValueError: If ``outer_nll_weight`` is given with ``shared`` parameters.
+
+    Cost:
+        Two gradients (three with ``shared``) and one Hessian-vector product of ``L`` per solver step. Memory does not
+        depend on how many steps the inner solver took.
+    """
     if outer_nll_weight and shared is not None and tree.leaves(shared):
         raise ValueError(
             f"outer_nll_weight is {outer_nll_weight}, but there are shared parameters, whose gradient would lack that "
             "term: make it a part of outer_loss."
         )
     arguments = () if shared is None else (shared,)
-    outer_gradients, value = torch.func.grad_and_value(outer_loss, argnums=tuple(range(2 + len(arguments))))(
-        posterior, prior, *arguments
-    )
-    outer_posterior, outer_prior = outer_gradients[:2]
-    nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(at_fixed(expected_nll, *arguments), posterior)
+    (outer_posterior, outer_prior, *outer_shared), value = torch.func.grad_and_value(
+        outer_loss, argnums=tuple(range(2 + len(arguments)))
+    )(posterior, prior, *arguments)
+    nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(at_fixed(nll, *arguments), posterior)
     if outer_nll_weight:
         value = value + outer_nll_weight * nll_value
         outer_posterior = tree.axpy(outer_nll_weight, nll_gradient, outer_posterior)
 
-    pull = tree.map(lambda log_var: kl_weight * torch.exp(-log_var), prior.log_var)  # lam / D
-    variance_ratio = tree.map(lambda rho, log_var: torch.exp(rho - log_var), posterior.log_var, prior.log_var)
-    log_var_diagonal = tree.map(
-        lambda ratio, g: 0.5 * kl_weight * (ratio + (2 / kl_weight) * g) ** 2 - g, variance_ratio, nll_gradient.log_var
+    system = family.implicit_system(posterior, prior, weight, nll_gradient)
+    solution = solver(
+        lambda vector: system.add_curvature(nll_curvature(vector), vector),
+        outer_posterior,
+        preconditioner=system.preconditioner if precondition else None,
     )
-
-    def matvec(vector: DiagonalGaussian) -> DiagonalGaussian:
-        curved = nll_curvature(vector)
-        return DiagonalGaussian(
-            mean=tree.map(torch.addcmul, curved.mean, pull, vector.mean),
-            log_var=tree.map(torch.addcmul, curved.log_var, log_var_diagonal, vector.log_var),
-        )
-
-    scale = tree.map(lambda rho: torch.exp(rho) / kl_weight, posterior.log_var)
-
-    def free_preconditioner(vector: DiagonalGaussian) -> DiagonalGaussian:
-        return DiagonalGaussian(tree.mul(scale, vector.mean), tree.scale(2 / kl_weight, vector.log_var))
-
-    solution = solver(matvec, outer_posterior, preconditioner=free_preconditioner if precondition else None)
-    mean_part, log_var_part = solution.value
-    prior_gradient = DiagonalGaussian(
-        mean=tree.map(torch.addcmul, outer_prior.mean, pull, mean_part),
-        log_var=tree.map(
-            lambda o, g, u, ratio, s: o - g * u + 0.5 * kl_weight * ratio * s,
-            outer_prior.log_var,
-            nll_gradient.mean,
-            mean_part,
-            variance_ratio,
-            log_var_part,
-        ),
-    )
-    inner_gradient = DiagonalGaussian(
-        mean=tree.map(
-            lambda g, p, a, b: g + p * (a - b),
-            nll_gradient.mean,
-            pull,
-            posterior.mean,
-            prior.mean,
-        ),
-        log_var=tree.map(lambda g, ratio: g + 0.5 * kl_weight * (ratio - 1), nll_gradient.log_var, variance_ratio),
-    )
+    prior_gradient = system.add_mixed(outer_prior, solution.value)
+    inner_gradient = tree.axpy(weight, family.divergence_gradient(posterior, prior), nll_gradient)
     info = diagnostics(value, tree.norm(inner_gradient), posterior, solution, outer_posterior)
     if shared is None:
         return prior_gradient, info
     if not tree.leaves(shared):
-        return (prior_gradient, outer_gradients[2]), info
-    pullback = torch.func.vjp(lambda s: gradient_of(expected_nll)(posterior, s), shared)[1]
-    return (prior_gradient, tree.sub(outer_gradients[2], pullback(solution.value)[0])), info
+        return (prior_gradient, outer_shared[0]), info
+    # g = dO/dshared - (d2L/dshared dv) u
+    pullback = torch.func.vjp(lambda s: gradient_of(nll)(posterior, s), shared)[1]
+    return (prior_gradient, tree.sub(outer_shared[0], pullback(solution.value)[0])), info

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from ibaml.priors.base import Prior
+from ibaml.priors.base import ImplicitSystem, Prior
 from ibaml.priors.diagonal import DiagonalGaussian, DiagonalPrior, kl_divergence
 from ibaml.priors.point import PointPrior
 
 PRIORS: Mapping[str, type[Prior]] = {"point": PointPrior, "diagonal": DiagonalPrior}
 
-__all__ = ["PRIORS", "DiagonalGaussian", "DiagonalPrior", "PointPrior", "Prior", "kl_divergence"]
+__all__ = ["PRIORS", "DiagonalGaussian", "DiagonalPrior", "ImplicitSystem", "PointPrior", "Prior", "kl_divergence"]

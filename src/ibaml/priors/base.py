@@ -1,13 +1,54 @@
 """What families of distributions over adapted weights share."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ibaml import tree
 from ibaml.solvers.inner import Geometry
-from ibaml.types import Params, PyTree, Tensor
+from ibaml.types import MatVec, Params, PyTree, Tensor
+
+
+class ImplicitSystem(NamedTuple):
+    """What ``weight * divergence(v, prior)`` contributes to the implicit gradient at a posterior ``v``.
+
+    With ``H_L`` the Hessian of the nll and ``g`` its gradient, the system is ``(H_L + H_D) u = b`` and the gradient in
+    the prior ``o - M u``. A family may use that the posterior is nearly stationary, ``g = -weight * d divergence/dv``,
+    to write ``H_D`` and ``M`` in a form that is more accurate away from it.
+
+    Attributes:
+        add_curvature: ``(H_L u, u) -> H_L u + H_D u``.
+        add_mixed: ``(o, u) -> o - M u``, in the structure of the prior.
+        preconditioner: Product with an approximation of the inverse of ``H_L + H_D``; None if none is known.
+    """
+
+    add_curvature: Callable[[PyTree, PyTree], PyTree]
+    add_mixed: Callable[[PyTree, PyTree], PyTree]
+    preconditioner: MatVec | None
+
+
+def implicit_system(
+    divergence_gradient: Callable[[Any, Any], Any], posterior: Any, prior: Any, weight: float
+) -> ImplicitSystem:
+    """Returns the system of a family without a form of its own, by differentiating its divergence.
+
+    Args:
+        divergence_gradient: Gradient of the divergence in the posterior, differentiable in both.
+        posterior: Where the system is taken.
+        prior: The prior.
+        weight: Weight of the divergence.
+    """
+
+    def add_curvature(of_nll: PyTree, vector: PyTree) -> PyTree:
+        product = torch.func.jvp(lambda v: divergence_gradient(v, prior), (posterior,), (vector,))[1]
+        return tree.axpy(weight, product, of_nll)
+
+    def add_mixed(direct: PyTree, solution: PyTree) -> PyTree:
+        pullback = torch.func.vjp(lambda p: divergence_gradient(posterior, p), prior)[1]
+        return tree.axpy(-weight, pullback(solution)[0], direct)
+
+    return ImplicitSystem(add_curvature, add_mixed, None)
 
 
 class Prior(Protocol):
@@ -70,6 +111,17 @@ class Prior(Protocol):
         Args:
             prior: The prior.
             weight: Positive weight of the divergence beside the mean nll.
+        """
+        ...
+
+    def implicit_system(self, posterior: Any, prior: Any, weight: float, nll_gradient: Any, /) -> ImplicitSystem:
+        """Returns what the divergence contributes to the implicit gradient; ``implicit_system`` serves any family.
+
+        Args:
+            posterior: Where the system is taken.
+            prior: The prior.
+            weight: Weight of the divergence beside the mean nll.
+            nll_gradient: Gradient of the mean nll at the posterior.
         """
         ...
 

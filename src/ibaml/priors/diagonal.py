@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml import tree
-from ibaml.priors.base import map_to_wide
+from ibaml.priors.base import ImplicitSystem, map_to_wide
 from ibaml.types import Params, PyTree, Tensor
 
 # In steps relative to the prior: examples lower a log-variance by several nats, and move a mean by a deviation or two.
@@ -126,6 +126,12 @@ class DiagonalPrior:
         """Returns what the prior and the KL weight say of the inner problem."""
         return DiagonalGeometry(prior, weight)
 
+    def implicit_system(
+        self, posterior: DiagonalGaussian, prior: DiagonalGaussian, weight: float, nll_gradient: DiagonalGaussian, /
+    ) -> ImplicitSystem:
+        """Returns Lemma 1 of Zhang et al. 2023, eq. (16)-(17), in log coordinates; see ``lemma_1``."""
+        return lemma_1(posterior, prior, weight, nll_gradient)
+
     def hyper_prior_nll(self, prior: DiagonalGaussian, /) -> Tensor:
         """Returns ``hyper_prior_nll``."""
         return hyper_prior_nll(prior)
@@ -133,6 +139,59 @@ class DiagonalPrior:
     def parameter_groups(self, member: DiagonalGaussian, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns means and log-variances."""
         return tree.leaves(member.mean), tree.leaves(member.log_var)
+
+
+def lemma_1(
+    posterior: DiagonalGaussian, prior: DiagonalGaussian, kl_weight: float, nll_gradient: DiagonalGaussian
+) -> ImplicitSystem:
+    """Returns what the KL divergence contributes to the implicit gradient: Lemma 1 of Zhang et al. 2023.
+
+    In the paper's ``(m_t, d_t)`` the unknowns are ``(u_m, u_d)``; here the coordinates are ``(m_t, rho = log d_t)`` and
+    the second unknown is ``s = u_d / d_t`` (``docs/design.md`` derives one from the other).
+
+    Args:
+        posterior: ``(m_t, rho)``.
+        prior: ``(m, log D)``.
+        kl_weight: ``lam``.
+        nll_gradient: ``(dL/dm_t, dL/drho)`` at the posterior.
+    """
+    # lam / D, and d_t / D.
+    pull = tree.map(lambda log_var: kl_weight * torch.exp(-log_var), prior.log_var)
+    variance_ratio = tree.map(lambda rho, log_var: torch.exp(rho - log_var), posterior.log_var, prior.log_var)
+    # (lam / 2) (d_t / D + (2 / lam) dL/drho)^2 - dL/drho: the paper's block of the variances, in which the condition of
+    # stationarity 1 / d_t = 1 / D + (2 / lam) dL/dd_t has been substituted, less what the change to rho adds to hess L.
+    log_var_diagonal = tree.map(
+        lambda ratio, g: 0.5 * kl_weight * (ratio + (2 / kl_weight) * g) ** 2 - g, variance_ratio, nll_gradient.log_var
+    )
+
+    def add_curvature(of_nll: DiagonalGaussian, vector: DiagonalGaussian) -> DiagonalGaussian:
+        return DiagonalGaussian(
+            mean=tree.map(torch.addcmul, of_nll.mean, pull, vector.mean),
+            log_var=tree.map(torch.addcmul, of_nll.log_var, log_var_diagonal, vector.log_var),
+        )
+
+    def add_mixed(direct: DiagonalGaussian, solution: DiagonalGaussian) -> DiagonalGaussian:
+        return DiagonalGaussian(
+            # g_m = dO/dm + lam u_m / D
+            mean=tree.map(torch.addcmul, direct.mean, pull, solution.mean),
+            # g_logD = dO/dlogD - dL/dm_t u_m + (lam / 2) (d_t / D) s
+            log_var=tree.map(
+                lambda o, g, u, ratio, s: o - g * u + 0.5 * kl_weight * ratio * s,
+                direct.log_var,
+                nll_gradient.mean,
+                solution.mean,
+                variance_ratio,
+                solution.log_var,
+            ),
+        )
+
+    # At a stationary point the diagonal of the system is about (lam / d_t, lam / 2).
+    scale = tree.map(lambda rho: torch.exp(rho) / kl_weight, posterior.log_var)
+
+    def precondition(vector: DiagonalGaussian) -> DiagonalGaussian:
+        return DiagonalGaussian(tree.mul(scale, vector.mean), tree.scale(2 / kl_weight, vector.log_var))
+
+    return ImplicitSystem(add_curvature, add_mixed, precondition)
 
 
 class DiagonalGeometry(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ibaml import tree
-from ibaml.priors.base import map_to_wide
+from ibaml.priors.base import ImplicitSystem, map_to_wide
 from ibaml.solvers.inner import Geometry
 from ibaml.types import Params, Tensor
 
@@ -58,6 +58,17 @@ class PointPrior:
         """Returns None: a penalty says nothing of the units of a weight."""
         del prior, weight
         return None
+
+    def implicit_system(
+        self, posterior: Params, prior: Params, weight: float, nll_gradient: Params, /
+    ) -> ImplicitSystem:
+        """Returns ``H_D = weight I`` and ``M = -weight I``."""
+        del posterior, prior, nll_gradient
+        return ImplicitSystem(
+            add_curvature=lambda of_nll, vector: tree.axpy(weight, vector, of_nll),
+            add_mixed=lambda direct, solution: tree.axpy(weight, solution, direct),
+            preconditioner=None,
+        )
 
     def hyper_prior_nll(self, prior: Params, /) -> Tensor:
         """Refuses.

@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from rich.console import Console
 
-from ibaml.algorithms.gradient_based import OnDistribution, num_inner_steps
+from ibaml.algorithms.gradient_based import num_inner_steps
+from ibaml.algorithms.on_distribution import OnDistribution
 from ibaml.data.sources import ImageSource
 from ibaml.experiments.report import Place, describe_device, require_at_least
 from ibaml.experiments.training import TrainedRun, read_run, run_folder

@@ -1,7 +1,8 @@
 """What the sinusoid experiment says: errors beside the reference, intervals, settings of each run."""
 
 from ibaml.algorithms import IBAML
-from ibaml.algorithms.gradient_based import OnDistribution, num_inner_steps
+from ibaml.algorithms.gradient_based import num_inner_steps
+from ibaml.algorithms.on_distribution import OnDistribution
 from ibaml.experiments.report import Experiment, Place, Report, interval_columns, markdown_table, percent
 from ibaml.experiments.sinusoid.plot import sinusoid_figure
 from ibaml.experiments.sinusoid.run import (
