@@ -88,33 +88,6 @@ def test_no_step_returns_the_start(solver: Solver) -> None:
 
 
 @every_solver
-def test_loss_at_gives_each_step_its_loss_and_the_norm_keeps_the_first(solver: Solver) -> None:
-    targets, init, asked = draw(4, 3, seed=1), draw(3), []
-
-    def loss_at(step: int) -> Loss:
-        asked.append(step)
-        return quartic(targets[step])
-
-    solution = solver(quartic(targets[0]), init, num_steps=4, learning_rate=0.1, loss_at=loss_at)
-    assert asked == [0, 1, 2, 3]
-    expected = torch.linalg.vector_norm(torch.func.grad(quartic(targets[0]))(solution.value))
-    torch.testing.assert_close(solution.grad_norm, expected, rtol=ALGEBRA, atol=ALGEBRA)
-    constant = solver(quartic(targets[0]), init, num_steps=4, learning_rate=0.1)
-    assert torch.linalg.vector_norm(solution.value - constant.value) > 1e-3
-
-
-@pytest.mark.parametrize("solver", [inner.gradient_descent, newton_like], ids=["gradient_descent", "preconditioned"])
-def test_loss_at_equals_one_step_solves_in_a_row(solver: Solver) -> None:
-    targets, value = draw(4, 3, seed=1), draw(3)
-    solution = solver(
-        quartic(targets[0]), value, num_steps=4, learning_rate=0.1, loss_at=lambda step: quartic(targets[step])
-    )
-    for target in targets:
-        value = solver(quartic(target), value, num_steps=1, learning_rate=0.1).value
-    torch.testing.assert_close(solution.value, value, rtol=ALGEBRA, atol=ALGEBRA)
-
-
-@every_solver
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_derivative_with_respect_to_the_start_equals_a_central_difference(solver: Solver, num_steps: int) -> None:
     loss, weights = quartic(draw(3, seed=1)), draw(3, seed=2)
