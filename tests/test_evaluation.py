@@ -203,15 +203,16 @@ def test_support_sets_of_unequal_sizes():
     result = evaluate(model, algorithm, meta, tasks, num_tasks=6, seed=0)
     assert result.log_probs.shape == (6, 6, 3)
 
-    class Unannounced:
-        """The same without the attribute that says so."""
+    class Mistaken:
+        """The same, announced as equal."""
 
         input_shape, num_outputs, sample = tasks.input_shape, tasks.num_outputs, tasks.sample
+        has_equal_sizes = True
 
     message = r"tasks 0 and \d have tensors of different shapes, .*, and cannot be stacked: .* tasks_per_chunk=1\."
     with pytest.raises(ValueError, match=message):
-        evaluate(model, algorithm, meta, Unannounced(), num_tasks=6, seed=0)
-    again = evaluate(model, algorithm, meta, Unannounced(), num_tasks=6, seed=0, tasks_per_chunk=1)
+        evaluate(model, algorithm, meta, Mistaken(), num_tasks=6, seed=0)
+    again = evaluate(model, algorithm, meta, Mistaken(), num_tasks=6, seed=0, tasks_per_chunk=1)
     assert again.report == result.report
 
 
@@ -250,7 +251,7 @@ class Second:
     def __init__(self, episode: Episode) -> None:
         x, y = torch.rand(3, 1, 2, 2, generator=generator(1)), torch.tensor([0, 1, 2])
         self.episodes = [Episode(Batch(x, y), Batch(x, y)), episode]
-        self.input_shape, self.num_outputs, self.count = (1, 2, 2), 3, 0
+        self.input_shape, self.num_outputs, self.count, self.has_equal_sizes = (1, 2, 2), 3, 0, True
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         self.count += 1

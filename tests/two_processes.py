@@ -59,7 +59,7 @@ CASES = {
 class Tasks:
     """Sinusoids in float64."""
 
-    input_shape, num_outputs = (1,), 1
+    input_shape, num_outputs, has_equal_sizes = (1,), 1, True
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         episodes = SinusoidTasks(num_shots=4, num_queries=3).sample(num_tasks, generator=generator)

@@ -166,7 +166,7 @@ def _score_tasks(
 ) -> list[_Scored]:
     num_tasks = len(indices)
     # Support sets of unequal sizes, as a list of episodes may have, cannot be stacked.
-    chunk = min(tasks_per_chunk or 8, num_tasks) if getattr(sampler, "has_equal_sizes", True) else 1
+    chunk = min(tasks_per_chunk or 8, num_tasks) if sampler.has_equal_sizes else 1
     device = tree.leaves(meta.prior)[0].device
 
     scored: list[_Scored] = []

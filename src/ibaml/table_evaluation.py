@@ -52,7 +52,7 @@ def read_episodes(
         columns["target"] = preprocessing.target_columns[0]
     dtype = tree.leaves(fitted.model.adapted)[0].dtype
     sampler = table_splits(preprocessing, read_tasks(tasks, **columns), splits, dtype=dtype)
-    return [sampler.split(index, generator=task_generator(seed, index)) for index in range(len(sampler.tasks))]
+    return [sampler.episode(index, generator=task_generator(seed, index)) for index in range(len(sampler))]
 
 
 def adapt_to_episodes(

@@ -109,6 +109,11 @@ class TaskSampler(Protocol):
         """Number of network outputs: ways for classification, target dimensions for regression."""
         ...
 
+    @property
+    def has_equal_sizes(self) -> bool:
+        """Whether all draws have the same support and query sizes, so that tasks drawn one by one can be stacked."""
+        ...
+
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks; every tensor of the result has a leading axis of length ``num_tasks``."""
         ...

@@ -34,7 +34,12 @@ def test_query_sets_are_cut_to_the_smallest_and_to_the_limit():
     assert episode.support.x.shape == (40, 2, 1) and episode.query.y.shape == (40, 1, 1)
     limited = GroupedTasks(x, torch.stack([y, y], 1), groups, num_support=1, num_queries=2)
     assert limited.num_outputs == 2 and limited.names == ("a", "b", "c")
-    assert limited.episode(0, generator=generator()).query.y.shape == (2, 2)
+    tasks = GroupedTasks(x, y, groups, num_support=2)
+    assert tasks.has_equal_sizes, "both groups have four rows"
+    assert not GroupedTasks(x, y, groups, num_support=1).has_equal_sizes
+    assert GroupedTasks(x, y, groups, num_support=1, num_queries=1).has_equal_sizes
+    assert limited.episode(0, generator=generator()).query.y.shape == (3, 2)
+    assert limited.sample(1, generator=generator()).query.y.shape[1] <= 2
 
 
 def test_tables_that_do_not_fit_are_refused():

@@ -22,6 +22,7 @@ class Lines:
     num_queries: int
     input_shape: ClassVar[tuple[int, ...]] = (2,)
     num_outputs: ClassVar[int] = 1
+    has_equal_sizes: ClassVar[bool] = True
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         require_positive_int("num_tasks", num_tasks)
@@ -66,7 +67,7 @@ class Changed:
 
     def __init__(self, change: Any, **stated: Any) -> None:
         self.lines, self.change = Lines(4, 6), change
-        self.input_shape, self.num_outputs = (2,), 1
+        self.input_shape, self.num_outputs, self.has_equal_sizes = (2,), 1, True
         vars(self).update(stated)
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:

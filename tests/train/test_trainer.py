@@ -114,6 +114,7 @@ class Spoilt:
     def __init__(self, call: int, spoil) -> None:
         self.tasks, self.call, self.spoil, self.count = image_tasks(0), call, spoil, 0
         self.input_shape, self.num_outputs = self.tasks.input_shape, self.tasks.num_outputs
+        self.has_equal_sizes = True
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         episode = self.tasks.sample(num_tasks, generator=generator)

@@ -12,6 +12,7 @@ from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.groups import GroupedTasks
 from ibaml.data.images import ClassImages, with_rotations
 from ibaml.data.linear_regression import LinearRegressionTasks, closed_form_posterior
+from ibaml.data.ragged import RaggedTasks, TaskSplits
 from ibaml.data.sources.fsmol import Assays, AssayTasks, hold_out, load_assays
 from ibaml.data.sources.glyphs import load_glyphs
 from ibaml.data.sources.image_folder import load_class_folder, load_image_folder
@@ -19,7 +20,6 @@ from ibaml.data.sources.mini_imagenet import load_mini_imagenet
 from ibaml.data.sources.omniglot import load_omniglot
 from ibaml.data.sources.sinusoid import SinusoidTasks
 from ibaml.data.sources.tiny_imagenet import load_tiny_imagenet
-from ibaml.data.task_sampler import TaskSplits
 
 __all__ = [
     "AssayTasks",
@@ -30,6 +30,7 @@ __all__ = [
     "GroupedTasks",
     "LinearRegressionTasks",
     "SinusoidTasks",
+    "RaggedTasks",
     "TaskSplits",
     "closed_form_posterior",
     "find_data_file",

@@ -66,6 +66,11 @@ class EpisodeSampler:
             )
 
     @property
+    def has_equal_sizes(self) -> bool:
+        """True: every draw has the same sizes."""
+        return True
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Channels, height and width of an image."""
         return self.images.image_shape

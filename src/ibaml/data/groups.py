@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.data.arguments import require_positive_int
+from ibaml.data.ragged import RaggedTasks
 from ibaml.types import Batch, Episode, Tensor
 
 
-class GroupedTasks:
-    """A TaskSampler over the groups of a table.
-
-    The groups of a draw are taken with replacement, and their query sets are cut to the size of the smallest, so that
-    the draw is one stack of tensors.
+class GroupedTasks(RaggedTasks):
+    """A TaskSampler over the groups of a table, with supports of one size.
 
     Args:
         x: Inputs, ``[num_rows, num_features]``; standardised ones suit the optimisers.
@@ -62,7 +60,8 @@ class GroupedTasks:
                 "rows of each, and y of shape [num_rows] or [num_rows, num_outputs]."
             )
         self.num_support = require_positive_int("num_support", num_support)
-        self.num_queries = None if num_queries is None else require_positive_int("num_queries", num_queries)
+        if num_queries is not None:
+            require_positive_int("num_queries", num_queries)
         y = y[:, None] if y.ndim == 1 else y
         members: dict[object, list[int]] = {}
         for row, group in enumerate(groups):
@@ -74,58 +73,34 @@ class GroupedTasks:
                 f"{max(map(len, members.values()), default=0)} rows: at least one has to be left for the query set."
             )
         self.names = tuple(large)
-        self._batches = [Batch(x[rows], y[rows]) for rows in large.values()]
+        self.tasks = tuple(Batch(x[rows], y[rows]) for rows in large.values())
+        super().__init__(torch.tensor([len(rows) for rows in large.values()]), num_query=num_queries)
 
-    def __len__(self) -> int:
-        """Number of groups that can be drawn."""
-        return len(self.names)
+    @property
+    def has_equal_sizes(self) -> bool:
+        """Whether all draws have query sets of the same size."""
+        smallest, largest = int(self.capacities.min()), int(self.capacities.max())
+        return smallest == largest or (self.num_query is not None and smallest >= self.num_support + self.num_query)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: the number of features."""
-        return tuple(self._batches[0].x.shape[1:])
+        return tuple(self.tasks[0].x.shape[1:])
 
     @property
     def num_outputs(self) -> int:
         """Number of target dimensions."""
-        return self._batches[0].y.shape[-1]
+        return self.tasks[0].y.shape[-1]
 
-    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
-        """Draws tasks.
+    def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[list[int], int]:
+        return torch.randint(len(self), (num_tasks,), generator=generator).tolist(), self.num_support
 
-        Args:
-            num_tasks: Number of tasks, at least one.
-            generator: CPU generator; its state alone decides the result.
-
-        Raises:
-            TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
-            ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
-        """
-        require_positive_int("num_tasks", num_tasks)
-        require_cpu_generator(generator)
-        chosen = torch.randint(len(self), (num_tasks,), generator=generator).tolist()
-        episodes = [self.episode(index, generator=generator) for index in chosen]
-        num_queries = min(len(episode.query.y) for episode in episodes)
-        return Episode(
-            Batch(
-                torch.stack([episode.support.x for episode in episodes]),
-                torch.stack([episode.support.y for episode in episodes]),
-            ),
-            Batch(
-                torch.stack([episode.query.x[:num_queries] for episode in episodes]),
-                torch.stack([episode.query.y[:num_queries] for episode in episodes]),
-            ),
-        )
-
-    def episode(self, index: int, *, generator: torch.Generator) -> Episode:
-        """Draws a support and a query set of a given group, without a task axis.
-
-        Args:
-            index: Which group, from 0 to ``len(tasks) - 1``.
-            generator: CPU generator.
-        """
-        x, y = self._batches[index]
+    def episode(
+        self, index: int, num_support: int | None = None, num_query: int | None = None, *, generator: torch.Generator
+    ) -> Episode:
+        """Draws a support and a query set of one group, without a task axis; see ``RaggedTasks``."""
+        x, y = self.tasks[index]
         order = torch.randperm(len(x), generator=generator)
-        stop = None if self.num_queries is None else self.num_support + self.num_queries
-        support, query = order[: self.num_support], order[self.num_support : stop]
+        support, rest = order.tensor_split([num_support or self.num_support])
+        query = rest[:num_query]
         return Episode(Batch(x[support], y[support]), Batch(x[query], y[query]))

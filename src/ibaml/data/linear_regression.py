@@ -91,6 +91,11 @@ class LinearRegressionTasks:
         self.input_variance = (10.0**exponents).to(dtype)
 
     @property
+    def has_equal_sizes(self) -> bool:
+        """True: every draw has the same sizes."""
+        return True
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: ``(num_features,)``."""
         return (self.prior_mean.numel(),)

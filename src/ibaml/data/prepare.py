@@ -12,9 +12,9 @@ from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.images import ClassImages
 from ibaml.data.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing, image_preprocessing
+from ibaml.data.ragged import TaskSplits, row_groups
 from ibaml.data.sources.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
-from ibaml.data.task_sampler import TaskSplits, row_groups
 from ibaml.types import Batch, Episode, TaskSampler
 
 
@@ -129,7 +129,9 @@ def prepare(
     train = table_splits(preprocessing, table, splits, dtype=dtype)
     if held_out is None:
         return Source(train, None, preprocessing)
-    return Source(train, _fixed_sizes(table_splits(preprocessing, held_out, splits, dtype=dtype)), preprocessing)
+    return Source(
+        train, _fixed_sizes(table_splits(preprocessing, held_out, splits, dtype=dtype), splits.num_query), preprocessing
+    )
 
 
 def table_splits(
@@ -211,7 +213,7 @@ def _hold_out_classes(
     return images, _load(validation, dataclasses.replace(splits, image_size=size))
 
 
-def _fixed_sizes(splits: TaskSplits) -> TaskSplits:
+def _fixed_sizes(splits: TaskSplits, largest_query: int) -> TaskSplits:
     """Returns the same tasks with sizes that never vary, as a score over several tasks needs.
 
     The sizes are what three quarters of the tasks have: half of the lower quartile of the tasks' sizes as support, the
@@ -219,7 +221,7 @@ def _fixed_sizes(splits: TaskSplits) -> TaskSplits:
     """
     total = int(splits.capacities.double().quantile(0.25, interpolation="lower"))
     num_support = splits.num_support or max(total // 2, int(splits.smallest_supports.max()))
-    num_query = min(splits.num_query, max(1, total - num_support))
+    num_query = min(largest_query, max(1, total - num_support))
     # Never empty: every task has one example more than the smallest support that it admits.
     kept = torch.nonzero(splits.capacities >= num_support + num_query).flatten().tolist()
     return splits.restricted(kept, num_support=num_support, num_query=num_query)

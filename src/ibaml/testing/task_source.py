@@ -100,7 +100,7 @@ class TaskSourceContract:
     def test_equal_sizes_are_stated_truly(self, source: TaskSource) -> None:
         """Tasks of equal sizes can be drawn together; a sampler says so by ``has_equal_sizes``."""
         for split, sampler in self._samplers(source):
-            if getattr(sampler, "has_equal_sizes", True):
+            if sampler.has_equal_sizes:
                 tasks = self._tasks(sampler, num_tasks=6)
                 assert len({(len(task.support.y), len(task.query.y)) for task in tasks}) == 1, split
                 drawn = sampler.sample(self.num_tasks, generator=generator())

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.data.arguments import require_positive_int
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.preprocessing import Preprocessing
+from ibaml.data.ragged import RaggedTasks
 from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
 
@@ -211,11 +212,10 @@ def _outside(values: npt.NDArray, bound: int) -> bool:
     return len(values) > 0 and bool(values.min() < 0 or values.max() >= bound)
 
 
-class AssayTasks:
+class AssayTasks(RaggedTasks):
     """A TaskSampler over assays: a stratified support set, and a query set from the rest.
 
-    A draw of several tasks takes one support size, uniformly among ``support_sizes``, and assays with enough rows for
-    it. Their query sets are cut to the size of the smallest, so that the draw is one stack of tensors.
+    A draw takes one support size, uniformly among ``support_sizes``, and assays with enough rows for it.
 
     Args:
         assays: The assays.
@@ -262,18 +262,20 @@ class AssayTasks:
             raise ValueError(f"min_queries must be at most num_queries ({num_queries}), got {min_queries}.")
         if fingerprints not in ("log_counts", "counts", "binary"):
             raise ValueError(f"fingerprints must be 'log_counts', 'counts' or 'binary', got {fingerprints!r}.")
-        # Read by evaluations, which draw tasks one by one and stack them where they can.
-        self.has_equal_sizes = len(set(self.support_sizes)) == 1 and self.min_queries == num_queries
         self.assays = assays
         self.fingerprints: Fingerprints = fingerprints
-        sizes = np.array([len(rows) for rows in assays.rows])
-        self._eligible = {size: np.flatnonzero(sizes >= size + self.min_queries) for size in self.support_sizes}
-        for size, found in self._eligible.items():
-            if len(found) == 0:
+        super().__init__(torch.tensor([len(rows) for rows in assays.rows]), num_query=num_queries)
+        for size in self.support_sizes:
+            if not bool((self.capacities >= size + self.min_queries).any()):
                 raise ValueError(
                     f"support_sizes has {size}, but no assay has the {size + self.min_queries} rows that this and "
-                    f"{self.min_queries} queries take; the largest has {sizes.max()}."
+                    f"{self.min_queries} queries take; the largest has {int(self.capacities.max())}."
                 )
+
+    @property
+    def has_equal_sizes(self) -> bool:
+        """Whether all draws have the same sizes."""
+        return len(set(self.support_sizes)) == 1 and self.min_queries == self.num_query
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -285,56 +287,34 @@ class AssayTasks:
         """Number of classes: 2."""
         return 2
 
-    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
-        """Draws tasks, assays with replacement.
-
-        Args:
-            num_tasks: Number of tasks, at least one.
-            generator: CPU generator; its state alone decides the result.
-
-        Raises:
-            TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
-            ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
-        """
-        require_positive_int("num_tasks", num_tasks)
-        require_cpu_generator(generator)
+    def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[list[int], int]:
         size = self.support_sizes[int(torch.randint(len(self.support_sizes), (1,), generator=generator))]
-        eligible = self._eligible[size]
-        chosen = eligible[torch.randint(len(eligible), (num_tasks,), generator=generator).numpy()].tolist()
-        num_queries = min(self.num_queries, *(len(self.assays.rows[index]) - size for index in chosen))
-        episodes = [self.episode(index, size, num_queries, generator=generator) for index in chosen]
-        support, query = zip(*episodes, strict=True)
-        return Episode(_stack(support), _stack(query))
+        eligible = torch.nonzero(self.capacities >= size + self.min_queries).flatten()
+        return eligible[torch.randint(len(eligible), (num_tasks,), generator=generator)].tolist(), size
 
     def episode(
-        self, index: int, num_support: int, num_queries: int | None = None, *, generator: torch.Generator
+        self, index: int, num_support: int | None = None, num_query: int | None = None, *, generator: torch.Generator
     ) -> Episode:
-        """Draws one task from a given assay, without a task axis.
-
-        Args:
-            index: Which assay.
-            num_support: Support size.
-            num_queries: Query size; None takes all other rows.
-            generator: CPU generator.
+        """Draws one task from an assay, without a task axis; see ``RaggedTasks``.
 
         Raises:
             ValueError: If the assay has too few rows.
         """
         rows, labels = self.assays.rows[index], self.assays.labels[index]
-        wanted = num_support + (num_queries or 1)
+        size = num_support or self.support_sizes[0]
+        wanted = size + (num_query or 1)
         if len(rows) < wanted:
             raise ValueError(
                 f"assay {self.assays.names[index]} has {len(rows)} rows, fewer than the {wanted} asked for: lower "
-                "num_support or num_queries."
+                "num_support or num_query."
             )
-        support, rest = stratified_split(labels, num_support, generator=generator)
-        return Episode(self._batch(rows, labels, support), self._batch(rows, labels, rest[:num_queries]))
+        support, rest = stratified_split(labels, size, generator=generator)
+        return Episode(self._batch(rows, labels, support), self._batch(rows, labels, rest[:num_query]))
 
     def _batch(
         self, rows: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]
     ) -> Batch:
-        x = self.assays.fingerprints(rows[chosen], self.fingerprints)
-        return Batch(x, torch.from_numpy(labels[chosen]))
+        return Batch(self.assays.fingerprints(rows[chosen], self.fingerprints), torch.from_numpy(labels[chosen]))
 
 
 def _check_support_sizes(support_sizes: Sequence[int]) -> tuple[int, ...]:
@@ -375,10 +355,6 @@ def stratified_split(
     taken[active[:num_active]] = True
     taken[inactive[: num_support - num_active]] = True
     return order[taken[order]], order[~taken[order]]
-
-
-def _stack(batches: Sequence[Batch]) -> Batch:
-    return Batch(torch.stack([batch.x for batch in batches]), torch.stack([batch.y for batch in batches]))
 
 
 def hold_out(assays: Assays, *, every: int = 8, min_rows: int = 128) -> tuple[Assays, Assays]:

@@ -121,6 +121,11 @@ class SinusoidTasks:
         self.noise_std = float(noise_std)
 
     @property
+    def has_equal_sizes(self) -> bool:
+        """True: every draw has the same sizes."""
+        return True
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: ``(1,)``."""
         return (1,)

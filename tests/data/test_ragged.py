@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ibaml.data import TaskSplits
-from ibaml.data.task_sampler import SplitSizes
 from ibaml.types import Batch
 
 
@@ -111,9 +110,9 @@ def test_classes_of_each_task_are_numbered_afresh():
 
 def test_one_split_of_a_task_uses_all_of_it():
     sampler = TaskSplits(regression(4, 11), num_outputs=1)
-    episode = sampler.split(1, generator=generator())
+    episode = sampler.episode(1, generator=generator())
     assert len(episode.support.y) == 5 and len(episode.query.y) == 6
-    sized = sampler.split(1, SplitSizes(3, 2), generator=generator())
+    sized = sampler.episode(1, 3, 2, generator=generator())
     assert len(sized.support.y) == 3 and len(sized.query.y) == 2
 
 
@@ -123,7 +122,8 @@ def test_what_it_says_of_itself():
     assert sampler.smallest_supports.tolist() == [3, 3]
     fixed = sampler.restricted([1], num_support=4, num_query=5)
     sizes = {tuple(fixed.sample(1, generator=generator(seed)).query.x.shape) for seed in range(5)}
-    assert sizes == {(1, 5, 2)}
+    assert sizes == {(1, 5, 2)} and fixed.has_equal_sizes and len(fixed) == 1
+    assert not sampler.restricted([0, 1], num_support=4, num_query=5).has_equal_sizes
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Tasks of unequal size, split afresh into support and query at every draw."""
 
+import abc
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -10,25 +10,73 @@ from ibaml.data.arguments import require_cpu_generator, require_positive_int
 from ibaml.types import Batch, Episode, PyTree, Tensor
 
 
-class SplitSizes(NamedTuple):
-    """How many examples of a task go to which side.
+class RaggedTasks(abc.ABC):
+    """A TaskSampler over tasks of unequal size: the tasks of one draw share their sizes, so that they stack.
 
-    Attributes:
-        num_support: Support examples.
-        num_query: Query examples.
+    All tasks of a draw have the support size of the draw, and query sets as large as the smallest of them allows. How
+    tasks and support sizes are drawn and how a task is split is what the subclasses differ in.
+
+    Args:
+        capacities: Number of examples that every split of a task can use, int64, ``[num_tasks]``.
+        num_query: Largest query set of a draw; None: no limit.
     """
 
-    num_support: int
-    num_query: int
+    def __init__(self, capacities: Tensor, *, num_query: int | None) -> None:
+        self.capacities = capacities
+        self.num_query = num_query
+
+    def __len__(self) -> int:
+        """Number of tasks that can be drawn."""
+        return len(self.capacities)
+
+    @property
+    @abc.abstractmethod
+    def has_equal_sizes(self) -> bool:
+        """Whether all draws have the same sizes."""
+
+    @abc.abstractmethod
+    def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[list[int], int]:
+        """Returns which tasks are drawn, and their support size."""
+
+    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
+        """Draws tasks with replacement and splits them.
+
+        Args:
+            num_tasks: Number of tasks, at least one.
+            generator: CPU generator; its state alone decides the result.
+
+        Raises:
+            TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
+            ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
+        """
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        indices, num_support = self._draw(num_tasks, generator)
+        largest = int(self.capacities[indices].min()) - num_support
+        num_query = largest if self.num_query is None else min(self.num_query, largest)
+        episodes = [self.episode(index, num_support, num_query, generator=generator) for index in indices]
+        return tree.map(lambda *leaves: torch.stack(leaves), *episodes)
+
+    @abc.abstractmethod
+    def episode(
+        self, index: int, num_support: int | None = None, num_query: int | None = None, *, generator: torch.Generator
+    ) -> Episode:
+        """Splits one task, without a task axis.
+
+        Args:
+            index: Which task, from 0 to ``len(tasks) - 1``.
+            num_support: Support size. None: that of the draws, if they have one, or what suits the task.
+            num_query: Query size. None: all the rest.
+            generator: CPU generator.
+        """
 
 
-class TaskSplits:
-    """A TaskSampler over given tasks of unequal sizes.
+class TaskSplits(RaggedTasks):
+    """A TaskSampler over given tasks of unequal size, without leaks from support to query.
 
-    The tasks of one draw share their sizes, so that they stack; sizes differ from draw to draw. A task is chosen
-    uniformly, and with it a support size between the smallest that it admits and four fifths of what it has, uniformly
-    on the logarithmic scale (few-shot tasks are what the prior matters for); the other tasks of the draw come uniformly
-    from those that are large enough. ``num_support`` and ``num_query`` fix the sizes instead.
+    A task is chosen uniformly, and with it a support size between the smallest that it admits and four fifths of what
+    it has, uniformly on the logarithmic scale (few-shot tasks are what the prior matters for); the other tasks of the
+    draw come uniformly from those that are large enough. ``num_support`` fixes the support size instead.
 
     Splits are free of leaks: rows that agree in inputs and target are one group, and a group is never on both sides.
     For classification the support holds every class that the task has.
@@ -59,8 +107,6 @@ class TaskSplits:
         torch.Size([5, 3, 2])
     """
 
-    has_equal_sizes = False
-
     def __init__(
         self,
         tasks: Sequence[Batch],
@@ -82,13 +128,13 @@ class TaskSplits:
         self.num_ways = num_ways
         self.num_support = num_support
         self.group_duplicates = group_duplicates
-        self.num_query = require_positive_int("num_query", num_query)
+        require_positive_int("num_query", num_query)
         self.names = tuple(map(str, range(len(tasks)))) if names is None else tuple(names)
         if not group_duplicates:
             groups = [torch.arange(len(task.y)) for task in self.tasks]
         self._groups = [row_groups(task) for task in self.tasks] if groups is None else list(groups)
         self._smallest = torch.tensor([self._smallest_support(task) for task in self.tasks])
-        self._capacity = torch.tensor([self._usable(index) for index in range(len(self.tasks))])
+        super().__init__(torch.tensor([self._usable(index) for index in range(len(self.tasks))]), num_query=num_query)
         for index, name in enumerate(self.names):
             smallest = int(self._smallest[index]) if num_support is None else num_support
             if num_support is not None and num_support < int(self._smallest[index]):
@@ -96,7 +142,7 @@ class TaskSplits:
                     f"num_support is {num_support}, but task {name!r} has {int(self._smallest[index])} classes and its "
                     "support needs one example of each: raise num_support."
                 )
-            if int(self._capacity[index]) < smallest + 1:
+            if int(self.capacities[index]) < smallest + 1:
                 self._refuse(index, smallest)
 
     @property
@@ -105,9 +151,11 @@ class TaskSplits:
         return tuple(self.tasks[0].x.shape[1:])
 
     @property
-    def capacities(self) -> Tensor:
-        """Number of examples that every split of a task can use, int64, ``[num_tasks]``."""
-        return self._capacity
+    def has_equal_sizes(self) -> bool:
+        """Whether all draws have the same sizes: a fixed support, and enough for the largest query set everywhere."""
+        if self.num_support is None or self.num_query is None:
+            return False
+        return int(self.capacities.min()) >= self.num_support + self.num_query
 
     @property
     def smallest_supports(self) -> Tensor:
@@ -131,32 +179,27 @@ class TaskSplits:
         """Returns what decides the draws."""
         return self.tasks, self._groups, self.num_ways, self.num_support, self.num_query
 
-    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
-        """Draws tasks and splits them; the support and query sizes are those of the draw.
-
-        Args:
-            num_tasks: Number of tasks, with replacement.
-            generator: CPU generator; its state alone decides the result.
-        """
-        require_positive_int("num_tasks", num_tasks)
-        require_cpu_generator(generator)
+    def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[list[int], int]:
         first = int(torch.randint(len(self.tasks), (), generator=generator))
-        sizes = self._draw_sizes(first, generator)
-        fitting = torch.nonzero(
-            (self._capacity >= sizes.num_support + sizes.num_query) & (self._smallest <= sizes.num_support)
-        ).flatten()
+        capacity = int(self.capacities[first])
+        num_support = self._draw_support(capacity, int(self._smallest[first]), generator)
+        assert self.num_query is not None
+        wanted = num_support + min(self.num_query, capacity - num_support)
+        fitting = torch.nonzero((self.capacities >= wanted) & (self._smallest <= num_support)).flatten()
         others = fitting[torch.randint(len(fitting), (num_tasks - 1,), generator=generator)].tolist()
-        episodes = [self.split(index, sizes, generator=generator) for index in (first, *others)]
-        return tree.map(lambda *leaves: torch.stack(leaves), *episodes)
+        return [first, *others], num_support
 
-    def split(self, index: int, sizes: SplitSizes | None = None, *, generator: torch.Generator) -> Episode:
-        """Splits one task, without a task axis.
+    def _draw_support(self, capacity: int, smallest: int, generator: torch.Generator) -> int:
+        if self.num_support is not None:
+            return self.num_support
+        largest = max(smallest, min(capacity - 1, 4 * capacity // 5))
+        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+        return min(largest, int(smallest * ((largest + 1) / smallest) ** uniform))
 
-        Args:
-            index: Which task.
-            sizes: Sizes of both sides. None: ``num_support`` (or half of the task) and all the rest.
-            generator: CPU generator.
-        """
+    def episode(
+        self, index: int, num_support: int | None = None, num_query: int | None = None, *, generator: torch.Generator
+    ) -> Episode:
+        """Splits one task, without a task axis; see ``RaggedTasks``."""
         task, groups = self.tasks[index], self._groups[index]
         rows = torch.arange(len(task.y))
         labels = None if task.y.is_floating_point() else task.y
@@ -168,24 +211,11 @@ class TaskSplits:
             rows = torch.nonzero(position.any(1)).flatten()
             labels = position.argmax(1)
         order = rows[self._order(groups[rows], None if labels is None else labels[rows], generator)]
-        num_support = (
-            sizes.num_support if sizes else self.num_support or max(len(order) // 2, int(self._smallest[index]))
-        )
+        num_support = num_support or self.num_support or max(len(order) // 2, int(self._smallest[index]))
         support, rest = order[:num_support], order[num_support:]
-        rest = rest[~torch.isin(groups[rest], groups[support])]
-        query = rest[: sizes.num_query] if sizes else rest
+        query = rest[~torch.isin(groups[rest], groups[support])][:num_query]
         targets = task.y if labels is None else labels
         return Episode(Batch(task.x[support], targets[support]), Batch(task.x[query], targets[query]))
-
-    def _draw_sizes(self, index: int, generator: torch.Generator) -> SplitSizes:
-        capacity, smallest = int(self._capacity[index]), int(self._smallest[index])
-        if self.num_support is None:
-            largest = max(smallest, min(capacity - 1, 4 * capacity // 5))
-            uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-            num_support = min(largest, int(smallest * ((largest + 1) / smallest) ** uniform))
-        else:
-            num_support = self.num_support
-        return SplitSizes(num_support, min(self.num_query, capacity - num_support))
 
     def _order(self, groups: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Returns the rows in random order, groups together, one row of each class and the rest of its group first."""
