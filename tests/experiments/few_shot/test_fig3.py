@@ -96,7 +96,7 @@ def test_from_end_to_end(tmp_path, monkeypatch):
         class_start=torch.arange(5) * 6,
         class_names=("a", "b", "c", "d"),
     )
-    monkeypatch.setattr("ibaml.recipes.settings.load_tiny_imagenet", lambda split, **_: images)
+    monkeypatch.setattr("ibaml.data.sources.tiny_imagenet.load_tiny_imagenet", lambda split, **_: images)
     settings = Fig3Settings(changes=SMALL, steps=2, num_tasks=4, device="cpu")
     found = fig3.run(settings, Place(tmp_path))
     assert [one.method for one in found.runs] == list(found.calibrations) == ["maml_k5", "abml_k5", "ibaml_k5"]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from ibaml import runs
 from ibaml.data import ClassImages
 from ibaml.experiments.few_shot import run as few_shot
 from ibaml.experiments.few_shot.run import FewShotSettings, run_methods, run_recipes
 from ibaml.experiments.report import Place, describe_device
-from ibaml.recipes import Recipe, get_recipe
-from ibaml.train.checkpoint import load_tensors
-from ibaml.train.trainer import BEST, CHECKPOINT, TrainingResult
+from ibaml.learner.evaluations import read_evaluation
+from ibaml.recipes import Recipe, get_recipe, runs
+from ibaml.train import TrainingResult
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors
 
 CPU = torch.device("cpu")
 # The smallest network and tasks that the pipeline takes.
@@ -55,7 +55,7 @@ def fake_images() -> ClassImages:
 @pytest.fixture(scope="module", autouse=True)
 def _fake_source():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ibaml.recipes.settings.load_tiny_imagenet", lambda split, **_: fake_images())
+        patch.setattr("ibaml.data.sources.tiny_imagenet.load_tiny_imagenet", lambda split, **_: fake_images())
         yield
 
 
@@ -102,7 +102,7 @@ def test_training_and_evaluating(done):
         assert result.trained.folder == folder / "runs" / result.recipe.name
         assert (result.trained.num_steps, result.trained.is_finished) == (3, True)
         assert result.trained.seconds == load_tensors(result.trained.folder / CHECKPOINT)[1]["seconds"] > 0
-        assert result.evaluation.step == load_tensors(result.trained.folder / BEST)[1]["step"]
+        assert result.evaluation.step == result.trained.best_step
         assert result.evaluation.tasks["num_tasks"] == 4
         assert re.fullmatch(r".+, \d+ thread\(s\)", result.devices[0]) and len(result.devices) == 1
     assert not maml.differences
@@ -134,7 +134,7 @@ def test_nothing_is_done_twice(copy, calls):
     assert calls == []
     assert f"{MAML} has its 3 meta-steps." in console.file.getvalue()
     assert [result.evaluation.report["nll"] for result in again] == [
-        runs.read_evaluation(copy / "runs" / name).report["nll"] for name in (MAML, IBAML)
+        read_evaluation(copy / "runs" / name).report["nll"] for name in (MAML, IBAML)
     ]
 
 
@@ -254,7 +254,7 @@ def test_refused_recipes(tmp_path):
         run_recipes({}, Place(tmp_path), device=CPU)
     with pytest.raises(ValueError, match="num_tasks must be at least 2, for an interval over tasks, but is 1."):
         run_recipes(RECIPES, Place(tmp_path), num_tasks=1, device=CPU)
-    other = {**RECIPES, "ibaml_k5": RECIPES["ibaml_k5"].override({"data.num_shots": "2"})}
+    other = {**RECIPES, "ibaml_k5": RECIPES["ibaml_k5"].replace({"data.num_shots": 2})}
     message = r"maml_k5 and ibaml_k5 have different data settings \(\w+\(.*\): methods can be compared on the"
     with pytest.raises(ValueError, match=message):
         run_recipes(other, Place(tmp_path), device=CPU)
@@ -271,7 +271,7 @@ def test_evaluation_before_any_training(copy):
 
 def test_other_settings_in_the_same_folder_are_refused_before_any_work(copy, calls):
     message = f"{copy / 'runs' / IBAML} was trained with other settings: algorithm.temperature was 0.01 and is now 0.5."
-    changed = {**RECIPES, "ibaml_k5": RECIPES["ibaml_k5"].override({"algorithm.temperature": "0.5"})}
+    changed = {**RECIPES, "ibaml_k5": RECIPES["ibaml_k5"].replace({"algorithm.temperature": 0.5})}
     with pytest.raises(ValueError, match=re.escape(message)):
         run_recipes(changed, Place(copy), num_tasks=4, device=CPU)
     assert calls == []
@@ -291,7 +291,7 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path, monkeypatch, source
     if source == "tiny_imagenet":
         from ibaml.data import load_tiny_imagenet
 
-        monkeypatch.setattr("ibaml.recipes.settings.load_tiny_imagenet", load_tiny_imagenet)
+        monkeypatch.setattr("ibaml.data.sources.tiny_imagenet.load_tiny_imagenet", load_tiny_imagenet)
     monkeypatch.delenv("IBAML_DATA", raising=False)
     settings = FewShotSettings(source=source, device="cpu", only=("maml_k5",))
     with pytest.raises(FileNotFoundError, match=f"({file}).*{re.escape(str(tmp_path / 'data'))}"):
@@ -306,17 +306,7 @@ def test_cuda_without_cuda(monkeypatch, tmp_path, name):
         run_methods(dataclasses.replace(SETTINGS, device=name), Place(tmp_path))
 
 
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runs.resolve_device("auto") == runs.resolve_device("cpu") == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert runs.resolve_device("auto") == torch.device("cuda")
-    assert runs.resolve_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(ValueError, match=re.escape("device is 'cuda:1', but this torch finds 1 CUDA device(s)")):
-        runs.resolve_device("cuda:1")
-    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, but is 'quantum'."):
-        runs.resolve_device("quantum")
+def test_the_name_of_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
     assert describe_device(torch.device("cuda:0")) == "card of cuda:0"
 

@@ -11,32 +11,32 @@ import numpy as np
 import pytest
 import torch
 
-from ibaml import runs
 from ibaml.evaluation import draw_tasks
 from ibaml.experiments.report import Place
 from ibaml.experiments.sinusoid import run as sinusoid
 from ibaml.experiments.sinusoid.report import rows, summary
 from ibaml.experiments.sinusoid.run import LEVELS, REFERENCE, SinusoidResult, SinusoidRun, SinusoidSettings
+from ibaml.learner import MetaLearner
+from ibaml.learner.evaluations import read_evaluation
 from ibaml.priors import DiagonalGaussian
-from ibaml.recipes import Recipe, get_recipe
-from ibaml.train.checkpoint import load_tensors
+from ibaml.recipes import Recipe, get_recipe, runs
 from ibaml.types import Batch
 
 # Short inner problems and validations; what a recipe's own settings find is no matter for a test.
 SMALL = {
-    "algorithm.inner.num_steps": "2",
-    "algorithm.inner.learning_rate": "0.001",
-    "trainer.tasks_per_step": "3",
-    "trainer.num_steps": "2",
-    "trainer.num_validation_tasks": "2",
-    "data.num_test_queries": "20",
+    "algorithm.inner.num_steps": 2,
+    "algorithm.inner.learning_rate": 0.001,
+    "trainer.tasks_per_step": 3,
+    "trainer.num_steps": 2,
+    "trainer.num_validation_tasks": 2,
+    "data.num_test_queries": 20,
 }
 
 
 def small_recipe(name: str) -> Recipe:
-    recipe = get_recipe(name).override(SMALL)
-    samples = {"algorithm.num_samples": "1", "algorithm.num_evaluation_samples": "4"}
-    return recipe.override(samples) if recipe.algorithm.is_bayesian else recipe
+    recipe = get_recipe(name).replace(SMALL)
+    samples = {"algorithm.num_samples": 1, "algorithm.num_evaluation_samples": 4}
+    return recipe.replace(samples) if recipe.algorithm.is_bayesian else recipe
 
 
 def small_settings(**changes: object) -> SinusoidSettings:
@@ -77,7 +77,7 @@ def test_a_stopped_run_is_resumed_in_its_folder(outcome: tuple[SinusoidResult, S
         for first, second in zip(stopped.runs, finished.runs, strict=True)
     )
     for one in finished.runs:
-        assert one.trained.best_step == load_tensors(one.trained.folder / "best.safetensors")[1]["step"]
+        assert one.trained.best_step == MetaLearner.load(one.trained.folder).fitted_model.step
     unfinished = "**Training is not finished**: sinusoid_5shot_maml, sinusoid_5shot_ibaml."
     assert unfinished in summary(stopped)
     assert "not finished" not in summary(finished)
@@ -87,8 +87,8 @@ def test_each_number_of_inner_steps_is_that_of_an_evaluation_with_it(result: Sin
     for one in result.runs:
         assert [point.num_inner_steps for point in one.points] == [1, 2, 3]
         for point in one.points:
-            changes = {"algorithm.inner.num_steps": str(point.num_inner_steps)}
-            again = runs.evaluate_run(one.trained.folder, num_tasks=6, seed=0, changes=changes).evaluation
+            recipe = one.recipe.replace({"algorithm.inner.num_steps": point.num_inner_steps})
+            again = runs.evaluate_run(one.trained.folder, num_tasks=6, seed=0, recipe=recipe).evaluation
             assert point.mse == again.report["mse"]
             assert point.mse.num_tasks == 6
             if one.recipe.algorithm.is_bayesian:
@@ -103,7 +103,7 @@ def test_the_run_folder_keeps_the_evaluation_with_the_steps_of_training(
         # The test above may have left another one.
         runs.evaluate_run(one.trained.folder, num_tasks=6, seed=0)
         assert one.own_point.num_inner_steps == 2
-        assert runs.read_evaluation(one.trained.folder).report["mse"].mean == pytest.approx(
+        assert read_evaluation(one.trained.folder).report["mse"].mean == pytest.approx(
             one.own_point.mse.mean, rel=1e-12
         )
 
@@ -133,8 +133,8 @@ def test_plain_weights_make_no_statement_about_the_error(result: SinusoidResult)
 
 def test_examples_are_the_first_test_tasks_before_and_after_adaptation(result: SinusoidResult) -> None:
     one = bayesian_run(result)
-    model = one.recipe.build_model()
-    meta, _ = runs.load_best(one.trained.folder, one.recipe, model)
+    learner = MetaLearner.load(one.trained.folder)
+    model, meta = learner.model, learner.meta_parameters
     sampler = one.recipe.data.sampler("test")
     tasks = draw_tasks(sampler, 0, 2, seed=0)
     assert len(one.examples) == 2
@@ -160,9 +160,7 @@ def test_examples_are_the_first_test_tasks_before_and_after_adaptation(result: S
         # One inner problem, solved by hand: gradient descent lowers the support loss.
         support = Batch(tasks.support.x[index], tasks.support.y[index])
         before = model.nll(center, meta.shared, support).mean()
-        generator = torch.Generator().manual_seed(index)
-        noise = one.recipe.algorithm.draw_noise(meta, generator=generator)
-        posterior = one.recipe.algorithm.adapt(model.nll, meta, support, noise).value
+        posterior = learner.adapt(*support).value
         assert float(model.nll(posterior.mean, meta.shared, support).mean()) < float(before)
         adapted = model.outputs(posterior.mean, meta.shared, x).detach()
         assert (adapted - example.mean).square().mean() < (outputs - example.mean).square().mean()
@@ -215,13 +213,13 @@ def test_the_recipes_are_the_named_ones_and_steps_can_be_changed() -> None:
     assert settings.recipes() == [get_recipe(name) for name in names]
     shorter = SinusoidSettings(num_steps=7).recipes()
     assert [recipe.trainer.num_steps for recipe in shorter] == [7] * 6
-    assert shorter[0] == get_recipe(names[0]).override({"trainer.num_steps": "7"})
+    assert shorter[0] == get_recipe(names[0]).replace({"trainer.num_steps": 7})
 
 
 @pytest.mark.parametrize("num_shots", REFERENCE)
 def test_maml_has_the_settings_of_its_publication(num_shots: int) -> None:
     recipe = get_recipe(f"sinusoid_{num_shots}shot_maml")
-    model = recipe.build_model()
+    model = recipe.learner().model
     assert {name: tuple(value.shape) for name, value in model.adapted.items()} == {
         "features.0.weight": (40, 1),
         "features.0.bias": (40,),
@@ -300,7 +298,7 @@ def test_more_steps_than_in_training_may_diverge_and_cost_only_that_point(
     asked: list[int] = []
 
     def diverging(folder: Path, **arguments: Any) -> runs.EvaluatedRun:
-        asked.append(int(arguments["changes"]["algorithm.inner.num_steps"]))
+        asked.append(arguments["recipe"].algorithm.inner.num_steps)
         if asked[-1] == 3:
             raise FloatingPointError("test task 1 gives predictions that are not finite.")
         return evaluate_run(folder, **arguments)

@@ -8,27 +8,26 @@ methods see the same draws. delta-AUPRC is the average precision minus the fract
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ibaml import metrics
 from ibaml.data import Assays, AssayTasks, load_assays
-from ibaml.evaluation import predict, task_generator
+from ibaml.evaluation import task_generator
 from ibaml.experiments.fsmol import baselines
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
 from ibaml.learner import MetaLearner
-from ibaml.prediction import ClassPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe
 from ibaml.train.devices import resolve_device
 from ibaml.types import Batch, Tensor
 
 METRICS = ("delta_auprc", "nll", "ece")
 
-Classifier = Callable[[Batch, Tensor, torch.Generator], Tensor]
-"""``(support, x_query, generator) -> probability of active``, ``[num_queries]``."""
+Classifier = Callable[[Batch, Tensor, int], Tensor]
+"""``(support, x_query, seed) -> probability of active``, ``[num_queries]``."""
 
 BASELINES: Mapping[str, Classifier] = {
     "nearest_neighbours": lambda support, x, _: baselines.nearest_neighbours(support, x),
@@ -161,17 +160,11 @@ def run(settings: FsmolSettings, place: Place) -> FsmolResult:
 
 def _classifier(trained: TrainedRun, device: torch.device) -> Classifier:
     """Returns a run's chosen state as a function that adapts and predicts."""
-    fitted = MetaLearner.load(trained.folder, device=device).fitted_model
-    model, algorithm, meta = fitted.model, fitted.algorithm, fitted.meta
+    learner = MetaLearner.load(trained.folder, device=device)
 
-    def classify(support: Batch, x_query: Tensor, generator: torch.Generator) -> Tensor:
-        noise = algorithm.draw_noise(meta, generator=generator)
-        posterior = algorithm.adapt(model.nll, meta, Batch(*(part.to(device) for part in support)), noise).value
-        evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=generator)
-        with torch.no_grad():
-            found = predict(model, algorithm, meta, posterior, x_query.to(device), evaluation_noise)
-        assert isinstance(found, ClassPrediction)
-        return found.probs[:, 1].cpu()
+    def classify(support: Batch, x_query: Tensor, seed: int) -> Tensor:
+        prediction: Any = learner.adapt(support.x, support.y, seed=seed).predict(x_query, seed=seed)
+        return prediction.probs[:, 1].cpu()
 
     return classify
 
@@ -188,9 +181,7 @@ def _score(
             generator = task_generator(settings.seed + draw, index)
             support, query = tasks.episode(index, size, num_queries, generator=generator)
             for name, classify in classifiers.items():
-                # A generator of its own: the methods before it must not change a method's weight samples.
-                found = classify(support, query.x, task_generator(settings.seed + draw, index))
-                draws[name].append(score(found, query.y))
+                draws[name].append(score(classify(support, query.x, settings.seed + draw), query.y))
         for name, rows in draws.items():
             values[name].append(torch.tensor(rows, dtype=torch.float64).mean(0))
     return {name: dict(zip(METRICS, torch.stack(rows).unbind(-1), strict=True)) for name, rows in values.items()}

@@ -7,7 +7,7 @@ can be stopped and resumed; its chosen state is then adapted to the same test ta
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,15 +15,14 @@ from rich.console import Console
 from ibaml import tree
 from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.data.sources import Sinusoid
-from ibaml.evaluation import Evaluation, draw_tasks, predict, task_generator
+from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
 from ibaml.learner import MetaLearner
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
-from ibaml.prediction import RegressionPrediction
 from ibaml.recipes import RECIPES, Recipe, get_recipe, runs
 from ibaml.train.devices import resolve_device
-from ibaml.types import Batch, Episode, Params, Tensor
+from ibaml.types import Batch, Episode, Tensor
 
 REFERENCE: Mapping[int, Mapping[int, float]] = {
     5: {1: 0.55, 5: 0.33, 10: 0.31},
@@ -263,28 +262,16 @@ def _point(num_inner_steps: int, evaluation: Evaluation, is_bayesian: bool) -> S
 
 def _examples(trained: TrainedRun, settings: SinusoidSettings) -> tuple[SinusoidExample, ...]:
     """Predicts the first test tasks before and after adaptation, on the CPU."""
-    recipe = trained.recipe
-    fitted = MetaLearner.load(trained.folder).fitted_model
-    model, algorithm, meta = fitted.model, fitted.algorithm, fitted.meta
-    sampler = recipe.data.sampler("test")
-
-    def predicted(posterior: object, x: Tensor, noise: Params) -> tuple[Tensor, Tensor]:
-        prediction = predict(model, algorithm, meta, posterior, x, noise)  # pyright: ignore[reportArgumentType]
-        assert isinstance(prediction, RegressionPrediction)
-        return prediction.mean.detach(), prediction.total_uncertainty.detach()
-
+    learner = MetaLearner.load(trained.folder)
+    sampler = trained.recipe.data.sampler("test")
     examples: list[SinusoidExample] = []
     for index in range(min(settings.num_examples, settings.num_tasks)):
         episode = draw_tasks(sampler, index, index + 1, seed=settings.seed)
         support, query = tree.map(lambda leaf: leaf[0], episode)
         order = query.x[:, 0].argsort()
         query = Batch(query.x[order], query.y[order])
-        generator = task_generator(settings.seed, index)
-        noise = algorithm.draw_noise(meta, generator=generator)
-        posterior = algorithm.adapt(model.nll, meta, support, noise).value
-        evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=generator)
-        before = predicted(meta.prior, query.x, evaluation_noise)
-        examples.append(
-            SinusoidExample(Episode(support, query), *before, *predicted(posterior, query.x, evaluation_noise))
-        )
+        before: Any = learner.fitted_model.predict(learner.meta_parameters.prior, query.x, seed=settings.seed)
+        after: Any = learner.adapt(support.x, support.y, seed=settings.seed).predict(query.x, seed=settings.seed)
+        bands = [(prediction.mean.detach(), prediction.total_uncertainty.detach()) for prediction in (before, after)]
+        examples.append(SinusoidExample(Episode(support, query), *bands[0], *bands[1]))
     return tuple(examples)
