@@ -7,7 +7,7 @@ and no lists, so that every list of the JSON is read as a tuple.
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 TYPE = "type"
@@ -100,22 +100,27 @@ def replace(record: Any, changes: Mapping[str, Any]) -> Any:
         >>> replace(Image(Size(2)), {"size.height": 3}).size
         Size(height=3)
     """
-    for path, value in changes.items():
-        record = _replace(record, path.split("."), value, path)
-    return record
+    return _replace(record, [(path.split("."), value) for path, value in changes.items()], ())
 
 
-def _replace(owner: Any, names: list[str], value: Any, path: str) -> Any:
-    """Returns the owner with a field, or one of a field's fields, changed."""
-    name, *rest = names
-    if isinstance(owner, Mapping):
-        return {**owner, name: _replace(owner[name], rest, value, path) if rest else value}
-    fields = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-    if name not in fields:
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
-        hint = f"; did you mean {'.'.join([*path.split('.')[: -len(names)], nearest[0], *rest])!r}?" if nearest else "."
-        raise ValueError(f"there is no setting {path!r}{hint}")
-    if rest:
-        value = _replace(getattr(owner, name), rest, value, path)
-    changed: Any = dataclasses.replace(owner, **{name: value})  # pyright: ignore[reportArgumentType]
-    return changed
+def _replace(owner: Any, changes: Sequence[tuple[Sequence[str], Any]], above: tuple[str, ...]) -> Any:
+    """Returns the owner, which stands at a path, with all its changes at once, which a record checks together."""
+    is_mapping = isinstance(owner, Mapping)
+    names = [field.name for field in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    changed: dict[str, Any] = {}
+    for name in dict.fromkeys(path[0] for path, _ in changes):
+        own = [(path[1:], value) for path, value in changes if path[0] == name]
+        if not is_mapping and name not in names:
+            path = ".".join((*above, name, *own[0][0]))
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            hint = f"; did you mean {'.'.join((*above, nearest[0], *own[0][0]))!r}?" if nearest else "."
+            raise ValueError(f"there is no setting {path!r}{hint}")
+        if own[-1][0]:
+            before = owner.get(name) if is_mapping else getattr(owner, name)
+            changed[name] = _replace(before, own, (*above, name))
+        else:
+            changed[name] = own[-1][1]
+    if is_mapping:
+        return {**owner, **changed}
+    replaced: Any = dataclasses.replace(owner, **changed)  # pyright: ignore[reportArgumentType]
+    return replaced

@@ -13,12 +13,11 @@ from ibaml import tree
 from ibaml.algorithms import ALGORITHMS
 from ibaml.data import ClassImages
 from ibaml.data.sources import ImageFolder
-from ibaml.evaluation import evaluate
 from ibaml.priors import DiagonalPrior
 from ibaml.recipes import RECIPES, Recipe, get_recipe
+from ibaml.recipes.flags import parse_flags
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import Trainer
 
 # FS-Mol has support sizes rather than shots; tests/experiments/test_fsmol.py trains on its layout.
 OF_SHOTS = [name for name in RECIPES if not name.startswith("fsmol_")]
@@ -115,7 +114,7 @@ def test_a_recipe_survives_json(name):
 def test_a_recipe_builds(name, fake_sources):
     """Network, tasks of all splits and algorithm fit together: one task goes through."""
     recipe = get_recipe(name)
-    model = recipe.build_model()
+    model = recipe.learner().model
     for split in ("train", "validation", "test"):
         tasks = recipe.data.sampler(split)
         episode = tree.map(lambda leaf: leaf[0], tasks.sample(1, generator=generator()))
@@ -124,11 +123,11 @@ def test_a_recipe_builds(name, fake_sources):
         assert len(episode.support.y) == recipe.data.num_shots * num_classes
         queries = recipe.data.num_queries if split == "train" else recipe.data.num_test_queries
         assert len(episode.query.y) == queries * num_classes
-    again = recipe.build_model()
+    again = recipe.learner().model
     for group in ("adapted", "shared"):
         for key, value in getattr(model, group).items():
             assert torch.equal(value, getattr(again, group)[key]), "initial weights are those of the seed"
-    other = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=1)).build_model()
+    other = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=1)).learner().model
     assert not torch.equal(tree.ravel(other.adapted)[0], tree.ravel(model.adapted)[0])
 
 
@@ -149,7 +148,7 @@ def test_the_settings_of_the_paper(source, shots):
         assert trainer.log_var_learning_rate is None and trainer.schedule == "constant"
         assert algorithm.inner == GradientDescent(num_steps=steps, learning_rate=1e-2)
         assert recipe.num_test_tasks == 1000
-        network = recipe.build_model().network
+        network = recipe.learner().model.network
         assert sum(parameter.numel() for parameter in network.parameters()) == 32_901
         if algorithm.name == "maml":
             assert (algorithm.estimator, algorithm.is_bayesian) == ("unrolled", False)
@@ -201,102 +200,105 @@ def image_folder(path, channels="RGB") -> None:
 
 def test_a_recipe_of_ones_own_images_trains(tmp_path):
     image_folder(tmp_path / "animals")
-    recipe = get_recipe("glyphs_5way_5shot_ibaml").override(
+    recipe = get_recipe("glyphs_5way_5shot_ibaml").replace(
         {
             "name": "animals",
-            "network.arguments.num_outputs": "2",
-            "network.arguments.channels": "3",
-            "network.arguments.in_channels": "3",
-            "network.arguments.image_size": "16",
-            "trainer.num_steps": "2",
-            "trainer.tasks_per_step": "2",
+            "network.arguments.num_outputs": 2,
+            "network.arguments.channels": 3,
+            "network.arguments.in_channels": 3,
+            "network.arguments.image_size": 16,
+            "trainer.num_steps": 2,
+            "trainer.tasks_per_step": 2,
             "trainer.schedule": "constant",
         }
     )
     images = ImageFolder(path="animals", image_size=16, num_ways=2, num_shots=1, num_queries=1, num_test_queries=2)
     recipe = dataclasses.replace(recipe, data=images)
     assert Recipe.from_json(recipe.to_json()) == recipe
-    model = recipe.build_model()
-    result = Trainer(model, recipe.algorithm, recipe.trainer).fit(recipe.data.sampler("train", data=tmp_path))
-    tasks = recipe.data.sampler("test", data=tmp_path)
-    report = evaluate(model, recipe.algorithm, result.meta, tasks, num_tasks=2, seed=0).report
+    learner = recipe.learner().fit(recipe.data.sampler("train", data=tmp_path), settings=recipe.trainer)
+    report = learner.evaluate(recipe.data.sampler("test", data=tmp_path), num_tasks=2)
     assert 0 <= report["accuracy"].mean <= 1
 
 
 # Changing settings
 
 
-def test_override():
+CHANGES = {
+    "algorithm.inner.num_steps": (10, "--algorithm.inner.num-steps 10"),
+    "trainer.learning_rate": (2e-3, "--trainer.learning-rate 2e-3"),
+    "trainer.gradient_clip": (None, "--trainer.gradient-clip None"),
+    "trainer.schedule": ("cosine", "--trainer.schedule cosine"),
+    "trainer.draws": ("per_task", "--trainer.draws per_task"),
+    "trainer.fast": (False, "--trainer.no-fast"),
+    "algorithm.antithetic": (True, "--algorithm.antithetic"),
+    "algorithm.num_samples": (4, "--algorithm.num-samples 4"),
+    "algorithm.prior.initial_log_var": ((-5.0, -4.5), "--algorithm.prior.initial-log-var -5 -4.5"),
+    "network.arguments.hidden_sizes": ((3, 4), "--network.arguments.hidden-sizes 3 4"),
+    "network.arguments.activation": ("tanh", "--network.arguments.activation tanh"),
+    "adapt": (("head.*",), "--adapt head.*"),
+    "freeze": (("features.0.*", "features.3.*"), "--freeze features.0.* features.3.*"),
+    "num_test_tasks": (7, "--num-test-tasks 7"),
+}
+
+
+def parsed(recipe: Recipe, flags: list[str], **arguments) -> Recipe:
+    return parse_flags(NoOptions(), recipe, flags, command="ibaml train", description="", **arguments)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A command without options."""
+
+
+def test_settings_are_changed_by_name_and_by_flags():
     recipe = get_recipe("sinusoid_5shot_ibaml")
-    changed = recipe.override(
-        {
-            "algorithm.inner.num_steps": "10",
-            "trainer.learning_rate": "2e-3",
-            "trainer.gradient_clip": "null",
-            "trainer.schedule": "cosine",
-            "trainer.draws": "per_task",
-            "algorithm.antithetic": "true",
-            "algorithm.num_samples": "4",
-            "algorithm.prior.initial_log_var": "[-5, -4.5]",
-            "algorithm.truncation": "null",
-            "network.arguments.hidden_sizes": "[3, 4]",
-            "network.arguments.activation": "tanh",
-            "adapt": "head.*",
-            "freeze": '["features.0.*", "features.3.*"]',
-            "num_test_tasks": "7",
-        }
-    )
-    assert changed.algorithm.inner.num_steps == 10 and changed.trainer.learning_rate == 2e-3
-    assert changed.trainer.gradient_clip is None and changed.trainer.schedule == "cosine"
-    assert changed.trainer.draws == "per_task" and changed.override({"trainer.draws": "null"}).trainer.draws is None
-    assert changed.algorithm.antithetic is True and changed.algorithm.prior.initial_log_var == (-5, -4.5)
-    assert changed.network.arguments["hidden_sizes"] == (3, 4) and changed.network.arguments["activation"] == "tanh"
-    assert (changed.adapt, changed.freeze) == (("head.*",), ("features.0.*", "features.3.*"))
-    assert changed.num_test_tasks == 7
+    changed = recipe.replace({name: value for name, (value, _) in CHANGES.items()})
+    assert parsed(recipe, " ".join(flags for _, flags in CHANGES.values()).split()) == changed
+    assert changed.algorithm.inner.num_steps == 10 and changed.network.arguments["hidden_sizes"] == (3, 4)
     assert Recipe.from_json(changed.to_json()) == changed
-    assert changed.build_model().adapted.keys() == {"head.weight", "head.bias"}
+    assert changed.learner().model.adapted.keys() == {"head.weight", "head.bias"}
     # All else is as it was, and the original untouched.
-    assert recipe == get_recipe("sinusoid_5shot_ibaml") and recipe.override({}) == recipe
+    assert recipe == get_recipe("sinusoid_5shot_ibaml") == recipe.replace({})
     assert changed.algorithm.temperature == recipe.algorithm.temperature
 
 
-def test_a_whole_number_is_a_number():
-    assert get_recipe("sinusoid_5shot_maml").override({"trainer.learning_rate": "1"}).trainer.learning_rate == 1
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_flags_change_nothing(name):
+    assert parsed(get_recipe(name), []) == get_recipe(name)
+
+
+def test_flags_of_some_settings_alone(capsys):
+    recipe = get_recipe("sinusoid_5shot_maml")
+    only = ("data", "algorithm")
+    assert parsed(recipe, ["--data.num-shots", "3"], only=only).data.num_shots == 3
+    with pytest.raises(SystemExit):
+        parsed(recipe, ["--trainer.num-steps", "3"], only=only)
+    assert "Unrecognized options: --trainer.num-steps" in capsys.readouterr().err
+
+
+def test_a_refused_value_of_a_flag():
+    with pytest.raises(ValueError, match="num_steps must be at least 1, but is 0"):
+        parsed(get_recipe("sinusoid_5shot_maml"), ["--trainer.num-steps", "0"])
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("trainr.num_steps", "3", "no setting 'trainr.num_steps'; did you mean 'trainer.num_steps'?"),
-        ("trainer.num_step", "3", "no setting 'trainer.num_step'; did you mean 'trainer.num_steps'?"),
+        ("trainr.num_steps", 3, "no setting 'trainr.num_steps'; did you mean 'trainer.num_steps'?"),
+        ("trainer.num_step", 3, "no setting 'trainer.num_step'; did you mean 'trainer.num_steps'?"),
         # The misspelt part alone is replaced, even where the other parts contain it.
-        ("data.num_way", "3", "no setting 'data.num_way'; did you mean 'data.num_ways'?"),
-        ("algorithm", "maml", "setting 'algorithm' is a group; set one of its members: inner, truncation."),
-        ("likelihood.name", "x", "setting 'likelihood.name': likelihood is a plain value ('categorical') without set"),
-        ("network.arguments.channels.x", "3", "channels is a plain value without settings of its own."),
-        ("network.arguments.width", "3", "Conv4 has no argument width; there are num_outputs, "),
+        ("data.num_way", 3, "no setting 'data.num_way'; did you mean 'data.num_ways'?"),
+        ("likelihood.name", "x", "there is no setting 'likelihood.name'."),
+        ("network.arguments.channels.x", 3, "there is no setting 'network.arguments.channels.x'."),
+        ("network.arguments.width", 3, "Conv4 has no argument width; there are num_outputs, "),
         ("network.name", "Conv5", "network name must be one of Conv4, MLP, ResNet12, but is 'Conv5'."),
-        ("trainer.num_steps", "ten", "setting 'trainer.num_steps' must be a whole number, but is 'ten'."),
-        ("trainer.num_steps", "2.5", "setting 'trainer.num_steps' must be a whole number, but is '2.5'."),
-        ("trainer.num_steps", "true", "setting 'trainer.num_steps' must be a whole number, but is 'true'."),
-        ("trainer.num_steps", "0", "num_steps must be at least 1, but is 0."),
-        ("trainer.gradient_clip", "no", "setting 'trainer.gradient_clip' must be a number or null, but is 'no'."),
-        ("trainer.fast", "no", "setting 'trainer.fast' must be true or false, but is 'no'."),
-        ("trainer.fast", "1", "setting 'trainer.fast' must be true or false, but is '1'."),
-        ("algorithm.inner", "adam", "setting 'algorithm.inner' is a group; set one of its members: num_steps, "),
-        ("adapt", "[1]", None),
-        ("algorithm.inner.num_steps", "-1", "num_steps must be at least 1, but is -1."),
+        ("trainer.num_steps", 0, "num_steps must be at least 1, but is 0."),
+        ("algorithm.inner.num_steps", -1, "num_steps must be at least 1, but is -1."),
     ],
 )
 def test_refused_changes(key, value, message):
-    recipe = get_recipe("glyphs_5way_5shot_maml")
-    if message is None:
-        # No list of names, but a name nonetheless: it is the model that finds no such parameter.
-        with pytest.raises(ValueError, match=r"adapt pattern '\[1\]' matches none"):
-            recipe.override({key: value}).build_model()
-        return
     with pytest.raises(ValueError, match=re.escape(message)):
-        recipe.override({key: value})
+        get_recipe("glyphs_5way_5shot_maml").replace({key: value})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Run folders: what is written, that it is read back as it was, and what is said of folders that are none."""
+"""Run folders: every way to train writes the same one, it is read back as it was, and others are refused."""
 
 import dataclasses
 import json
@@ -9,64 +9,153 @@ import pytest
 import torch
 from rich.console import Console
 
-from ibaml import runs
-from ibaml.evaluation import Evaluation, evaluate
-from ibaml.recipes import Recipe, get_recipe
-from ibaml.train.checkpoint import load_tensors
+from ibaml import MetaLearner, records
+from ibaml.cli import main
+from ibaml.evaluation import evaluate
+from ibaml.learner.evaluations import read_evaluation, write_evaluation
+from ibaml.learner.folder import MODEL, SETTINGS
+from ibaml.learner.run_folder import write_summary
+from ibaml.processes import launch
+from ibaml.recipes import get_recipe, runs
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors
 from ibaml.train.log import METRICS
-from ibaml.train.trainer import BEST, CHECKPOINT, Trainer
 
 CHANGES = {
-    "trainer.num_steps": "2",
-    "trainer.tasks_per_step": "2",
-    "trainer.num_validation_tasks": "2",
-    "data.num_test_queries": "4",
-    "network.arguments.hidden_sizes": "[4]",
+    "trainer.num_steps": 2,
+    "trainer.tasks_per_step": 2,
+    "trainer.num_validation_tasks": 2,
+    "data.num_test_queries": 4,
+    "network.arguments.hidden_sizes": (4,),
 }
-RECIPE = get_recipe("sinusoid_5shot_ibaml").override(CHANGES)
+FLAGS = (
+    "--steps 2 --trainer.tasks-per-step 2 --trainer.num-validation-tasks 2 --data.num-test-queries 4 "
+    "--network.arguments.hidden-sizes 4 --device cpu"
+).split()
+NAME = "sinusoid_5shot_ibaml"
+RECIPE = get_recipe(NAME).replace(CHANGES)
 
 
-@pytest.fixture
-def trained(tmp_path):
-    """A run folder after training, with the result and the model."""
-    folder = tmp_path / "run"
-    runs.open_run(folder, RECIPE)
-    model = RECIPE.build_model()
-    tasks = RECIPE.data.sampler("train")
-    result = Trainer(model, RECIPE.algorithm, RECIPE.trainer, run_folder=folder).fit(tasks, tasks)
-    return folder, result, model
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder after training."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    runs.train_run(RECIPE, folder)
+    return folder
 
 
-def evaluation(num_tasks: int = 3) -> tuple[Recipe, Evaluation]:
-    model = RECIPE.build_model()
-    meta = RECIPE.algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(0))
-    return RECIPE, evaluate(model, RECIPE.algorithm, meta, RECIPE.data.sampler("test"), num_tasks=num_tasks, seed=4)
+def tensors_of(folder, name=MODEL):
+    return load_tensors(folder / name)[0]
 
 
-# Opening
+def assert_same_tensors(first, second, name=MODEL):
+    one, other = tensors_of(first, name), tensors_of(second, name)
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def test_a_new_run(tmp_path):
-    folder = tmp_path / "some" / "run"
-    runs.open_run(folder, RECIPE)
-    assert sorted(path.name for path in folder.iterdir()) == ["environment.json", "recipe.json"]
-    assert runs.read_recipe(folder) == RECIPE
-    environment = json.loads((folder / "environment.json").read_text())
+# Training
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from ibaml.processes import connect
+from ibaml.recipes import Recipe
+
+torch.set_num_threads({num_threads})
+recipe = Recipe.from_json(Path(sys.argv[1]).read_text())
+with connect() as processes:
+    tasks = [recipe.data.sampler(split) for split in ("train", "validation")]
+    recipe.learner().fit(*tasks, settings=recipe.trainer, run_folder=sys.argv[2], processes=processes)
+"""
+
+
+def test_every_way_to_train_gives_the_same_bits(trained, tmp_path, monkeypatch):
+    """``train_run`` (an experiment's way) against MetaLearner, the command line, a script and one under torchrun."""
+    tasks = [RECIPE.data.sampler(split) for split in ("train", "validation")]
+    learner = RECIPE.learner().fit(*tasks, settings=RECIPE.trainer)
+    learner.save(tmp_path / "fit")
+    RECIPE.learner().fit(*tasks, settings=RECIPE.trainer, run_folder=tmp_path / "run_folder")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", NAME, "--run-folder", str(tmp_path / "cli"), *FLAGS])
+    assert caught.value.code == 0
+    script, recipe = tmp_path / "script.py", tmp_path / "recipe.json"
+    script.write_text(SCRIPT.format(num_threads=torch.get_num_threads()))
+    recipe.write_text(RECIPE.to_json())
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    assert launch([str(script), str(recipe), str(tmp_path / "torchrun")], 1) == 0
+    for way in ("fit", "run_folder", "cli", "torchrun"):
+        assert_same_tensors(trained, tmp_path / way)
+    for way in ("run_folder", "cli", "torchrun"):
+        assert_same_tensors(trained, tmp_path / way, CHECKPOINT)
+        assert (tmp_path / way / SETTINGS).read_bytes() == (trained / SETTINGS).read_bytes()
+
+
+def test_what_a_run_leaves(trained):
+    names = {path.name for path in trained.iterdir()} - {"evaluation"}
+    assert names == {
+        *(MODEL, SETTINGS, CHECKPOINT, METRICS),
+        *("recipe.json", "environment.json", "README.md", "tensorboard", "training.png"),
+    }
+    assert runs.read_recipe(trained) == RECIPE
+    environment = json.loads((trained / "environment.json").read_text())
     assert environment.keys() == {"date", "command", "python", "packages", "platform", "threads", "cuda", "processes"}
-    assert environment["packages"].keys() >= {"ibaml", "torch", "numpy"}
-    assert environment["threads"] == torch.get_num_threads()
-    assert environment["processes"] == 1
-    assert (environment["cuda"] is None) == (not torch.cuda.is_available())
+    assert environment["threads"] == torch.get_num_threads() and environment["processes"] == 1
+
+
+def test_the_readme_names_what_is_there(trained):
+    write_summary(trained)
+    text = (trained / "README.md").read_text()
+    assert text.startswith(f"# {NAME}\n\nibaml on sinusoid regression, 5-shot.\n")
+    assert "- 2 of 2 meta-steps of 2 tasks." in text
+    assert re.search(r"- Chosen state: step \d, lowest validation nll\.", text)
+    assert "- ibaml: implicit gradient" in text and "- Network: MLP, normalisation policy: none." in text
+    named = set(re.findall(r"^\| ([\w./]+) \| ", text, re.MULTILINE))
+    assert named - {"file"} == {path.name for path in trained.iterdir()} - {"README.md"}
+
+
+def test_the_readme_of_a_saved_learner(trained, tmp_path):
+    MetaLearner.load(trained).save(tmp_path)
+    write_summary(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# A trained MetaLearner\n") and "training.png" not in text and "ibaml evaluate" not in text
+
+
+def test_a_run_says_where_it_goes_and_goes_on_where_it_stopped(trained, tmp_path, capsys):
+    console = Console(file=StringIO(), width=200)
+    first = runs.train_run(RECIPE, tmp_path, max_minutes=1e-9, console=console)
+    assert (first.num_steps, first.stop_reason) == (1, "time limit")
+    assert f"Training {NAME} on cpu: 2 meta-steps of 2 tasks. Everything goes to" in console.file.getvalue()
+    assert runs.train_run(RECIPE, tmp_path).num_steps == 2
+    assert capsys.readouterr() == ("", ""), "silent without a console"
+    assert_same_tensors(trained, tmp_path, CHECKPOINT)
+
+
+def test_a_run_in_progress_is_a_model(tmp_path):
+    runs.train_run(RECIPE, tmp_path, max_minutes=1e-9)
+    learner = MetaLearner.load(tmp_path)
+    assert learner.fitted_model.step == 1
+    assert learner.evaluate(RECIPE.data.sampler("test"), num_tasks=2)["mse"].mean > 0
+
+
+def test_training_refuses_before_it_writes(tmp_path):
+    recipe = get_recipe("omniglot_5way_1shot_maml")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"looked in {tmp_path / 'data'}")):
+        runs.train_run(recipe, tmp_path / "run", data=tmp_path / "data")
+    assert not (tmp_path / "run").exists()
+
+
+# Which run a folder holds
 
 
 def test_opening_again(tmp_path):
     runs.open_run(tmp_path, RECIPE)
     runs.open_run(tmp_path, RECIPE)
-    with pytest.raises(ValueError, match="holds a run of 'sinusoid_5shot_ibaml', not of 'sinusoid_5shot_maml': choose"):
+    with pytest.raises(ValueError, match=f"holds a run of '{NAME}', not of 'sinusoid_5shot_maml': choose"):
         runs.open_run(tmp_path, get_recipe("sinusoid_5shot_maml"))
     assert runs.read_recipe(tmp_path) == RECIPE
     # Nothing has been trained, so that the settings are still free.
-    changed = RECIPE.override({"data.num_shots": "2"})
+    changed = RECIPE.replace({"data.num_shots": 2})
     runs.open_run(tmp_path, changed)
     assert runs.read_recipe(tmp_path) == changed
 
@@ -74,24 +163,22 @@ def test_opening_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.num_shots": "2"}, "data.num_shots was 5 and is now 2"),
-        ({"algorithm.temperature": "1.0"}, "algorithm.temperature was 0.025 and is now 1.0"),
-        ({"trainer.seed": "3"}, "trainer.seed was 0 and is now 3"),
-        ({"network.arguments.hidden_sizes": "[5]"}, "network.arguments.hidden_sizes was [4] and is now [5]"),
+        ({"data.num_shots": 2}, "data.num_shots was 5 and is now 2"),
+        ({"algorithm.temperature": 1.0}, "algorithm.temperature was 0.025 and is now 1.0"),
+        ({"trainer.seed": 3}, "trainer.seed was 0 and is now 3"),
+        ({"network.arguments.hidden_sizes": (5,)}, "network.arguments.hidden_sizes was [4] and is now [5]"),
     ],
 )
 def test_a_trained_run_keeps_its_settings(trained, changes, message):
-    folder, *_ = trained
-    with pytest.raises(ValueError, match=re.escape(f"{folder} was trained with other settings: {message}. Use the")):
-        runs.open_run(folder, RECIPE.override(changes))
-    assert runs.read_recipe(folder) == RECIPE
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=re.escape(f"{trained} was trained with other settings: {message}. Use the")):
+        runs.train_run(RECIPE.replace(changes), trained)
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
 
 
 def test_what_may_change_in_a_trained_run(trained):
-    folder, *_ = trained
-    longer = RECIPE.override({"trainer.num_steps": "9", "num_test_tasks": "3"})
-    runs.open_run(folder, dataclasses.replace(longer, description="told otherwise"))
-    assert runs.read_recipe(folder).trainer.num_steps == 9
+    longer = RECIPE.replace({"trainer.num_steps": 9, "trainer.fast": False, "num_test_tasks": 3})
+    runs.check_run(trained, dataclasses.replace(longer, description="told otherwise"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -103,7 +190,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    message = f"{tmp_path} is no run folder: it has no recipe.json. `ibaml train` makes one."
+    message = f"{tmp_path} is no run of a recipe: it has no recipe.json. `ibaml train` makes one."
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         runs.read_recipe(tmp_path)
     (tmp_path / "recipe.json").write_text("{")
@@ -111,209 +198,82 @@ def test_a_folder_that_is_no_run(tmp_path):
         runs.read_recipe(tmp_path)
 
 
-def test_a_run_can_be_checked_without_touching_it(trained, tmp_path):
-    folder, *_ = trained
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    runs.check_run(folder, RECIPE)
-    runs.check_run(tmp_path / "none", RECIPE)
-    with pytest.raises(ValueError, match="trained with other settings: trainer.seed was 0 and is now 3"):
-        runs.check_run(folder, RECIPE.override({"trainer.seed": "3"}))
-    with pytest.raises(ValueError, match="holds a run of 'sinusoid_5shot_ibaml', not of 'sinusoid_5shot_maml'"):
-        runs.check_run(folder, get_recipe("sinusoid_5shot_maml"))
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    assert not (tmp_path / "none").exists()
+# Evaluating
 
 
-def test_a_text_is_replaced_whole(tmp_path):
-    runs.write_text(tmp_path / "text", "a long text")
-    runs.write_text(tmp_path / "text", "short")
-    assert (tmp_path / "text").read_text() == "short"
-    assert [path.name for path in tmp_path.iterdir()] == ["text"]
-
-
-# Training and evaluating
-
-
-def test_training_a_run_is_what_the_trainer_does(trained, tmp_path):
-    folder, result, _ = trained
-    console = Console(file=StringIO(), width=200)
-    again = runs.train_run(RECIPE, tmp_path / "again", console=console)
-    assert (again.num_steps, again.best_step, again.stop_reason) == (2, result.best_step, "completed")
-    for name in (CHECKPOINT, BEST):
-        whole, other = (load_tensors(path / name)[0] for path in (folder, tmp_path / "again"))
-        assert whole.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in whole.items())
-    names = {path.name for path in (tmp_path / "again").iterdir()}
-    assert names == {"recipe.json", "environment.json", "README.md", METRICS, "tensorboard", CHECKPOINT, BEST}
-    assert (
-        "Training sinusoid_5shot_ibaml on cpu: 2 meta-steps of 2 tasks. Everything goes to" in console.file.getvalue()
-    )
-
-
-def test_a_run_goes_on_where_it_stopped(trained, tmp_path, capsys):
-    first = runs.train_run(RECIPE, tmp_path, max_minutes=1e-9)
-    assert (first.num_steps, first.stop_reason) == (1, "time limit")
-    assert runs.train_run(RECIPE, tmp_path).num_steps == 2
-    assert capsys.readouterr() == ("", ""), "silent without a console"
-    whole, parts = (load_tensors(path / CHECKPOINT)[0] for path in (trained[0], tmp_path))
-    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
-
-
-def test_training_refuses_before_it_writes(tmp_path):
-    recipe = get_recipe("omniglot_5way_1shot_maml")
-    with pytest.raises(FileNotFoundError, match=re.escape(f"looked in {tmp_path / 'data'}")):
-        runs.train_run(recipe, tmp_path / "run", data=tmp_path / "data")
-    assert not (tmp_path / "run").exists()
-
-
-def test_evaluating_a_run(trained):
-    folder, result, model = trained
-    done: list[int] = []
-    recipe, found, step, target, sampler = runs.evaluate_run(folder, num_tasks=3, seed=4, on_progress=done.append)
-    assert (recipe, step, target) == (RECIPE, result.best_step, folder / "evaluation")
-    expected = evaluate(model, RECIPE.algorithm, result.meta, sampler, num_tasks=3, seed=4)
-    for name, value in expected.per_task.items():
-        assert torch.equal(found.per_task[name], value)
-    assert done[-1] == 3
-    stored = runs.read_evaluation(folder)
-    assert (stored.step, stored.tasks["seed"], stored.tasks["num_tasks"]) == (step, 4, 3)
-    assert stored.algorithm == json.loads(RECIPE.to_json())["algorithm"]
+def test_every_way_to_evaluate_gives_the_same_numbers(trained):
+    done = []
+    found = runs.evaluate_run(trained, num_tasks=3, seed=4, on_progress=lambda *parts: done.append(parts))
+    assert done[-1] == (3, 3)
+    learner = MetaLearner.load(trained)
+    report = learner.evaluate(RECIPE.data.sampler("test"), num_tasks=3, seed=4)
+    fitted = learner.fitted_model
+    direct = evaluate(fitted.model, fitted.algorithm, fitted.meta, RECIPE.data.sampler("test"), num_tasks=3, seed=4)
+    assert dict(found.evaluation.report) == dict(report) == dict(direct.report)
+    stored = read_evaluation(trained)
+    assert stored.report == dict(report) and stored.step == found.step == fitted.step
+    assert stored.tasks == {"data": records.to_json(RECIPE.data), "seed": 4, "num_tasks": 3}
+    assert stored.algorithm == records.to_json(RECIPE.algorithm)
+    for name, value in direct.per_task.items():
+        assert torch.equal(stored.per_task[name], value)
+    assert found.headline == f"{NAME}: 3 test tasks, seed 4, state of step {fitted.step}, temperature 0.025"
+    pictures = {path.name for path in (trained / "evaluation").iterdir()}
+    assert pictures == {"report.json", "per_task.csv", "predictions.safetensors", "example_task.png"}
 
 
 def test_evaluating_with_changes(trained):
-    folder, *_ = trained
-    changes = {"algorithm.inner.num_steps": "1", "num_test_tasks": "2", "data.num_test_queries": "3"}
-    found = runs.evaluate_run(folder, changes=changes)
-    assert found.recipe.algorithm.inner.num_steps == 1 and found.evaluation.mean.shape == (2, 3, 1)
-    assert runs.read_evaluation(folder).algorithm["inner"]["num_steps"] == 1
-    assert runs.read_recipe(folder) == RECIPE
+    changed = RECIPE.replace({"algorithm.inner.num_steps": 1, "num_test_tasks": 2, "data.num_test_queries": 3})
+    found = runs.evaluate_run(trained, recipe=changed)
+    assert found.learner.algorithm.inner.num_steps == 1 and found.evaluation.mean.shape == (2, 3, 1)
+    assert read_evaluation(trained).algorithm["inner"]["num_steps"] == 1
+    assert runs.read_recipe(trained) == RECIPE
+    with pytest.raises(ValueError, match="belongs to another network or algorithm"):
+        runs.evaluate_run(
+            trained, recipe=dataclasses.replace(RECIPE, algorithm=get_recipe("sinusoid_5shot_maml").algorithm)
+        )
 
 
-def test_evaluating_what_is_not_trained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run folder: it has no recipe.json"):
+def test_evaluating_what_is_not_trained(tmp_path, trained):
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors: it holds no trained model"):
         runs.evaluate_run(tmp_path)
-    runs.open_run(tmp_path, RECIPE)
-    with pytest.raises(FileNotFoundError, match="has no best.safetensors: train it first"):
+    MetaLearner.load(trained).save(tmp_path)
+    with pytest.raises(ValueError, match="was not trained by a recipe, which would name its test tasks: give --test"):
         runs.evaluate_run(tmp_path)
 
 
-# The chosen state
+# Stored evaluations
 
 
-def test_the_chosen_state_is_read_back(trained):
-    folder, result, model = trained
-    meta, step = runs.load_best(folder, RECIPE, model)
-    assert step == result.best_step
-    for name, value in result.meta.prior.mean.items():
-        assert torch.equal(meta.prior.mean[name], value)
-        assert torch.equal(meta.prior.log_var[name], result.meta.prior.log_var[name])
-    assert meta.shared.keys() == {"likelihood.log_noise_variance"}
+def evaluation(num_tasks: int = 3):
+    learner = RECIPE.learner()
+    model, algorithm = learner.model, learner.algorithm
+    meta = algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(0))
+    return evaluate(model, algorithm, meta, RECIPE.data.sampler("test"), num_tasks=num_tasks, seed=4)
 
 
-def test_a_chosen_state_that_is_not_there(tmp_path):
-    message = f"{tmp_path} has no best.safetensors: train it first (`ibaml train sinusoid_5shot_ibaml`)."
-    with pytest.raises(FileNotFoundError, match=re.escape(message)):
-        runs.load_best(tmp_path, RECIPE, RECIPE.build_model())
-
-
-def test_a_chosen_state_of_another_network(trained):
-    folder, *_ = trained
-    other = RECIPE.override({"network.arguments.hidden_sizes": "[7]"})
-    with pytest.raises(ValueError, match="best.safetensors belongs to another network or algorithm"):
-        runs.load_best(folder, other, other.build_model())
-    maml = get_recipe("sinusoid_5shot_maml").override(CHANGES)
-    with pytest.raises(ValueError, match="best.safetensors belongs to another network or algorithm"):
-        runs.load_best(folder, maml, maml.build_model())
-
-
-def test_a_damaged_chosen_state(trained):
-    folder, _, model = trained
-    content = (folder / BEST).read_bytes()
-    (folder / BEST).write_bytes(content[:50])
-    with pytest.raises(ValueError, match="is no readable checkpoint"):
-        runs.load_best(folder, RECIPE, model)
-
-
-# The summary
-
-
-def test_the_summary_says_what_it_is(trained):
-    folder, result, _ = trained
-    runs.write_summary(folder, RECIPE, result)
-    text = (folder / "README.md").read_text()
-    assert text.startswith("# sinusoid_5shot_ibaml\n")
-    assert "- 2 of 2 meta-steps of 2 tasks; ended: completed." in text
-    assert f"- Chosen checkpoint: step {result.best_step}, by validation nll." in text
-    assert "- ibaml: implicit gradient, 20 inner steps, temperature 0.025." in text
-    assert "- MLP, normalisation policy: none." in text
-    assert f"Evaluate: `ibaml evaluate {folder}`." in text
-    for name in ("recipe.json", "environment.json", CHECKPOINT, BEST):
-        assert f"| {name} |" in text and (folder / name).is_file()
-
-
-def test_the_summary_of_weights_and_convolutions(trained, tmp_path):
-    _, result, _ = trained
-    runs.write_summary(tmp_path, get_recipe("omniglot_5way_1shot_maml"), result)
-    text = (tmp_path / "README.md").read_text()
-    assert "- maml: unrolled gradient, 3 inner steps.\n" in text
-    assert "- Conv4, normalisation policy: batch." in text
-
-
-# Evaluations
+def write(folder, found):
+    return write_evaluation(folder, found, tasks={"data": {}, "seed": 4}, step=2, algorithm={"name": "x"})
 
 
 def test_an_evaluation_is_read_back(tmp_path):
-    recipe, result = evaluation()
-    target = runs.write_evaluation(tmp_path, result, recipe, seed=4, step=2)
-    assert target == tmp_path / "evaluation"
-    stored = runs.read_evaluation(tmp_path)
-    assert stored.report == dict(result.report)
-    assert stored.per_task.keys() == result.per_task.keys()
+    result = evaluation()
+    target = write(tmp_path, result)
+    stored = read_evaluation(tmp_path)
+    assert (stored.report, stored.step, stored.algorithm) == (dict(result.report), 2, {"name": "x"})
     for name, value in result.per_task.items():
         assert torch.equal(stored.per_task[name], value)
-    assert stored.tasks == {"data": json.loads(recipe.to_json())["data"], "seed": 4, "num_tasks": 3}
     tensors, metadata = load_tensors(target / "predictions.safetensors")
     assert tensors.keys() == {"targets", "mean", "variance"} and torch.equal(tensors["mean"], result.mean)
-    assert metadata == {"recipe": recipe.name, "seed": 4}
-    report = json.loads((target / "report.json").read_text())
-    assert (report["step"], report["temperature"]) == (2, 0.025)
-    assert (stored.step, stored.algorithm["temperature"]) == (2, 0.025)
-    # As earlier versions wrote it.
-    del report["algorithm"]
-    (target / "report.json").write_text(json.dumps(report))
-    assert runs.read_evaluation(tmp_path).algorithm is None
+    assert metadata["tasks"]["seed"] == 4
+    write(tmp_path, evaluation(num_tasks=1))
+    assert read_evaluation(tmp_path).tasks["num_tasks"] == 1
     assert sorted(path.name for path in target.iterdir()) == ["per_task.csv", "predictions.safetensors", "report.json"]
-
-
-def test_an_evaluation_of_a_single_task(tmp_path):
-    recipe, result = evaluation(num_tasks=1)
-    runs.write_evaluation(tmp_path, result, recipe, seed=0, step=0)
-    stored = runs.read_evaluation(tmp_path)
-    assert stored.report["mse"].mean == result.report["mse"].mean and stored.report["mse"].half_width != 0
-
-
-def test_an_evaluation_replaces_the_one_before(tmp_path):
-    recipe, result = evaluation()
-    runs.write_evaluation(tmp_path, result, recipe, seed=4, step=2)
-    _, other = evaluation(num_tasks=5)
-    runs.write_evaluation(tmp_path, other, recipe, seed=4, step=2)
-    assert runs.read_evaluation(tmp_path).tasks["num_tasks"] == 5
-
-
-def test_weights_algorithms_have_no_temperature(tmp_path):
-    _, result = evaluation()
-    runs.write_evaluation(tmp_path, result, get_recipe("sinusoid_5shot_maml"), seed=0, step=0)
-    assert json.loads((tmp_path / "evaluation" / "report.json").read_text())["temperature"] is None
 
 
 def test_no_evaluation(tmp_path):
     message = f"{tmp_path} has not been evaluated: run `ibaml evaluate {tmp_path}` first."
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
-        runs.read_evaluation(tmp_path)
-    recipe, result = evaluation()
-    runs.write_evaluation(tmp_path, result, recipe, seed=0, step=0)
-    (tmp_path / "evaluation" / "per_task.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(message)):
-        runs.read_evaluation(tmp_path)
+        read_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -331,11 +291,8 @@ def test_no_evaluation(tmp_path):
     ],
 )
 def test_a_damaged_evaluation(tmp_path, name, change):
-    recipe, result = evaluation()
-    path = runs.write_evaluation(tmp_path, result, recipe, seed=0, step=0) / name
+    path = write(tmp_path, evaluation()) / name
     path.write_text(change(path.read_text()))
-    message = (
-        rf"{re.escape(str(tmp_path))}/evaluation is damaged \(.+\): run `ibaml evaluate {re.escape(str(tmp_path))}`"
-    )
-    with pytest.raises(ValueError, match=message):
-        runs.read_evaluation(tmp_path)
+    message = re.escape(f"{tmp_path / 'evaluation'} is damaged (")
+    with pytest.raises(ValueError, match=message + f".*run `ibaml evaluate {re.escape(str(tmp_path))}` again"):
+        read_evaluation(tmp_path)

@@ -18,6 +18,9 @@ class LearnerSettings:
         adapt: Name patterns of the parameters that each task adapts.
         freeze: Name patterns of parameters that never change.
         classes: Whether labels mean the same in all tasks (``"shared"``) or each task has its own (``"per_task"``).
+
+    Raises:
+        TypeError: If the algorithm is none.
     """
 
     network: NetworkSettings | None
@@ -26,3 +29,8 @@ class LearnerSettings:
     adapt: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
     classes: ClassScope = "shared"
+
+    def __post_init__(self) -> None:
+        """Refuses what is no algorithm."""
+        if not hasattr(self.algorithm, "hypergradient"):
+            raise TypeError(f"algorithm must be a record such as ibaml.maml(), but is {self.algorithm!r}.")

@@ -112,7 +112,10 @@ def _as_before(parsed: Any, record: Any) -> Any:
         value, before = getattr(parsed, field.name), getattr(record, field.name)
         if isinstance(record, NetworkSettings) and field.name == "arguments":
             defaults = inspect.signature(NETWORKS[record.name]).parameters
-            arguments = dataclasses.asdict(value)
+            # Records hold tuples, where a constructor admits any sequence.
+            arguments = {
+                key: tuple(one) if isinstance(one, list) else one for key, one in dataclasses.asdict(value).items()
+            }
             value = {key: one for key, one in arguments.items() if key in before or one != defaults[key].default}
         elif dataclasses.is_dataclass(value):
             value = _as_before(value, before)
