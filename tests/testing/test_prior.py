@@ -9,6 +9,7 @@ import torch
 
 from ibaml import tree
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.priors.base import implicit_system
 from ibaml.priors.diagonal import sample_noise
 from ibaml.testing import PriorContract, failures
 from ibaml.types import Params, Tensor
@@ -60,6 +61,9 @@ class IsotropicPrior:
 
     def geometry(self, prior: Isotropic, weight: float, /) -> None:
         return None
+
+    def implicit_system(self, posterior: Isotropic, prior: Isotropic, weight: float, nll_gradient: Any, /) -> Any:
+        return implicit_system(self.divergence_gradient, posterior, prior, weight)
 
     def hyper_prior_nll(self, prior: Isotropic, /) -> Tensor:
         return 0.5 * tree.dot(prior.mean, prior.mean) + 0.01 * torch.exp(-prior.log_var)

@@ -1,12 +1,16 @@
 """What every algorithm is: initial meta-parameters, adaptation to a task, a hypergradient, and predictions."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
 from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
 from ibaml.priors import Prior
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params
+
+Estimator: TypeAlias = Literal["unrolled", "first_order", "implicit"]
+"""Kinds of hypergradient: the derivative of the outer loss through the steps that were taken, exact for any number of
+them; one that leaves a part out; or that of the solution of the inner problem, exact where it is solved."""
 
 
 class Algorithm(Protocol):
@@ -30,6 +34,11 @@ class Algorithm(Protocol):
     @property
     def temperature(self) -> float | None:
         """Weight of the prior beside Bayes' rule, which is 1; None for algorithms without a posterior."""
+        ...
+
+    @property
+    def estimator(self) -> Estimator:
+        """How a hypergradient is computed, and with it where it is the derivative of its outer loss."""
         ...
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import Algorithm
+from ibaml.algorithms.base import Algorithm, Estimator
 from ibaml.curvature import DifferentiatedLoss, at_fixed
 from ibaml.hypergradients import first_order_hypergradient, unrolled_hypergradient
 from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
@@ -65,7 +65,7 @@ class GradientBased(abc.ABC):
     """
 
     name: ClassVar[str]
-    estimator: ClassVar[Literal["unrolled", "first_order", "implicit"]]
+    estimator: ClassVar[Estimator]
 
     inner: InnerSolver = GradientDescent()
 

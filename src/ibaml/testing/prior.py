@@ -10,6 +10,7 @@ from torch.distributions import kl_divergence as reference_kl
 
 from ibaml import tree
 from ibaml.priors import Prior
+from ibaml.priors.base import implicit_system
 from ibaml.testing.base import (
     DIFFERENCE,
     STANDARD_ERRORS,
@@ -206,6 +207,17 @@ class PriorContract:
         direction = geometry.natural_direction(start, gradient)
         assert tree.dot(direction, gradient) > 0
         assert prior.divergence(tree.sub(start, direction), other) < 0.1 * prior.divergence(start, other)
+
+    def test_implicit_system_is_that_of_the_divergence(self, prior: Prior) -> None:
+        """At a stationary posterior; away from one a family may use that it ought to be stationary."""
+        posterior, other, weight = _member(prior, 1, 0.3), _member(prior), 0.1
+        nll_gradient = tree.scale(-weight, prior.divergence_gradient(posterior, other))
+        own = prior.implicit_system(posterior, other, weight, nll_gradient)
+        generic = implicit_system(prior.divergence_gradient, posterior, other, weight)
+        vector, rest = draw_like(posterior, seed=6), draw_like(posterior, seed=7)
+        assert_close(own.add_curvature(rest, vector), generic.add_curvature(rest, vector))
+        assert_close(own.add_mixed(rest, vector), generic.add_mixed(rest, vector))
+        assert own.preconditioner is None or tree.dot(vector, own.preconditioner(vector)) > 0
 
     def test_hyper_prior_is_one_of_distributions(self, prior: Prior) -> None:
         """A differentiable scalar, or a refusal."""

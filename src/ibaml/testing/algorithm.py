@@ -1,0 +1,263 @@
+"""What every algorithm promises."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from ibaml import tree
+from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, TaskNll, TaskNoise
+from ibaml.data.sources import Sinusoid
+from ibaml.learner import MetaLearner
+from ibaml.likelihoods import make_likelihood
+from ibaml.model import build_model
+from ibaml.solvers.inner import GradientDescent, NaturalGradient
+from ibaml.solvers.linear import Dense
+from ibaml.testing.base import assert_close, assert_json_round_trip, generator, with_settings
+from ibaml.train.checkpoint import load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
+from ibaml.types import Batch, Episode, Params, Tensor
+
+
+class _Problem(NamedTuple):
+    """A regression task on a network of nine weights, of which the last three are adapted; in float64."""
+
+    nll: TaskNll
+    adapted: Params
+    meta: MetaParameters
+    episode: Episode
+    noise: TaskNoise
+
+
+class AlgorithmContract:
+    """Adaptation and hypergradients on small regression tasks, and training and storage by ``MetaLearner``.
+
+    Attributes:
+        tolerance: Largest relative error of a hypergradient against central differences of its own outer loss, in any
+            tensor of the meta-parameters: for estimators that are exact.
+        implicit_tolerance: The same where the inner problem was solved, for implicit ones.
+    """
+
+    tolerance: ClassVar[float] = 1e-7
+    implicit_tolerance: ClassVar[float] = 1e-5
+
+    @staticmethod
+    def make() -> Algorithm:
+        """Returns the algorithm to test."""
+        raise NotImplementedError
+
+    @staticmethod
+    def solving(algorithm: Algorithm) -> Algorithm:
+        """Returns the algorithm with settings under which it solves a small inner problem, for implicit gradients.
+
+        Those of the library have settings ``inner``, ``linear`` and ``temperature``; others override this.
+        """
+        inner = (
+            NaturalGradient(num_steps=80)
+            if algorithm.is_bayesian
+            else GradientDescent(num_steps=150, learning_rate=0.2)
+        )
+        return with_settings(algorithm, inner=inner, linear=Dense(), temperature=1.0)
+
+    @pytest.fixture
+    def algorithm(self) -> Algorithm:
+        """The algorithm to test."""
+        return self.make()
+
+    def test_first_meta_parameters_are_around_the_weights(self, algorithm: Algorithm) -> None:
+        """The prior's mean is the initial weights; what is shared stays as it is."""
+        problem = _problem(algorithm)
+        assert_close(algorithm.prior.mean(problem.meta.prior), problem.adapted)
+        again = algorithm.init(problem.adapted, problem.meta.shared, generator=generator(1))
+        assert_close(again, problem.meta, 0.0)
+
+    def test_posterior_is_a_member_of_the_prior_family(self, algorithm: Algorithm) -> None:
+        """Of the prior's shapes, with the gradient norm of the inner problem; the same every time."""
+        problem = _problem(algorithm)
+        first, again = (_adapt(algorithm, problem) for _ in range(2))
+        _assert_same_shapes(first.value, problem.meta.prior)
+        assert first.grad_norm.shape == () and torch.isfinite(first.grad_norm)
+        assert_close(again.value, first.value, 0.0)
+        spared = _adapt(algorithm, problem, with_grad_norm=False)
+        assert_close(spared.value, first.value)
+
+    def test_weight_samples_follow_their_noise(self, algorithm: Algorithm) -> None:
+        """Weights by name that differ with the noise if there is a distribution, and are one if there is none."""
+        problem = _problem(algorithm)
+        posterior = _adapt(algorithm, problem).value
+        noise = algorithm.draw_evaluation_noise(problem.meta, generator=generator(3))
+        assert_close(algorithm.draw_evaluation_noise(problem.meta, generator=generator(3)), noise, 0.0)
+        samples = algorithm.weight_samples(posterior, noise)
+        assert_close(algorithm.weight_samples(posterior, noise), samples, 0.0)
+        for sample in samples:
+            _assert_same_shapes(sample, problem.adapted)
+        assert algorithm.is_bayesian == algorithm.prior.is_distribution == (len(samples) > 1)
+        assert not algorithm.is_bayesian or tree.norm(tree.sub(samples[0], samples[1])) > 0
+
+    def test_hypergradient_has_the_structure_of_the_meta_parameters(self, algorithm: Algorithm) -> None:
+        """Finite, nowhere zero as a whole, with scalar diagnostics, at the parameters that ``adapt`` finds."""
+        problem = _problem(algorithm)
+        gradient, info = _hypergradient(algorithm, problem)
+        _assert_same_shapes(gradient, problem.meta)
+        assert all(torch.isfinite(leaf).all() and leaf.norm() > 0 for leaf in tree.leaves(gradient))
+        assert all(value.shape == () and torch.isfinite(value) for value in info[:4])
+        adapted = _adapt(algorithm, problem)
+        assert_close(info.inner_params, adapted.value, 1e-9)
+        assert_close(info.inner_grad_norm, adapted.grad_norm, 1e-9)
+
+    def test_nothing_is_changed_in_place(self, algorithm: Algorithm) -> None:
+        """Meta-parameters, data and noise are arguments; a second call gives the same."""
+        problem = _problem(algorithm)
+        before = tree.map(torch.clone, problem[1:])
+        first, again = (_hypergradient(algorithm, problem) for _ in range(2))
+        assert_close(problem[1:], before, 0.0)
+        assert_close(again, first, 0.0)
+        assert not any(leaf.requires_grad for leaf in tree.leaves(first))
+
+    def test_hypergradient_equals_central_differences_of_its_outer_loss(self, algorithm: Algorithm) -> None:
+        """Of whatever estimator claims to be exact: unrolled ones always, implicit ones where the problem is solved."""
+        if algorithm.estimator == "first_order":
+            pytest.skip("a first-order gradient is not the derivative of its outer loss")
+        tolerance = self.tolerance
+        if algorithm.estimator == "implicit":
+            algorithm, tolerance = self.solving(algorithm), self.implicit_tolerance
+        problem = _problem(algorithm)
+        gradient, info = _hypergradient(algorithm, problem)
+        if algorithm.estimator == "implicit":
+            assert info.inner_grad_norm < 1e-8, f"the inner problem is not solved: gradient {info.inner_grad_norm}"
+            assert info.linear_residual < 1e-6
+        flat, unravel = tree.ravel(problem.meta)
+
+        def outer_loss(vector: Tensor) -> Tensor:
+            return _hypergradient(algorithm, problem._replace(meta=unravel(vector)))[1].outer_loss
+
+        units = 1e-5 * torch.eye(len(flat), dtype=flat.dtype)
+        above, below = torch.func.vmap(outer_loss)(torch.cat([flat + units, flat - units])).chunk(2)
+        expected = unravel((above - below) / 2e-5)
+        for actual, wanted in zip(tree.leaves(gradient), tree.leaves(expected), strict=True):
+            error = float((actual - wanted).norm() / wanted.norm())
+            assert error < tolerance, f"relative error {error}: {actual} against {wanted}"
+
+    def test_vmap_over_tasks_equals_the_loop(self, algorithm: Algorithm) -> None:
+        """Training maps over the tasks of a step."""
+        problems = [_problem(algorithm, seed) for seed in range(3)]
+        nll, meta = problems[0].nll, problems[0].meta
+
+        def compute(episode: Episode, noise: TaskNoise) -> Any:
+            gradient, info = algorithm.hypergradient(nll, meta, episode, noise)
+            return gradient, info, algorithm.adapt(nll, meta, episode.support, noise)[:2]
+
+        stacked = tree.map(lambda *leaves: torch.stack(leaves), *((p.episode, p.noise) for p in problems))
+        batched = torch.func.vmap(compute)(*stacked)
+        for index, problem in enumerate(problems):
+            single = compute(problem.episode, problem.noise)
+            assert_close(tree.map(lambda leaf, i=index: leaf[i], batched), single)
+
+    def test_flat_weights_give_the_same(self, algorithm: Algorithm) -> None:
+        """Fast training passes all weights as one vector."""
+        problem = _problem(algorithm)
+        _, unravel = tree.ravel(problem.adapted)
+
+        def flat(named: Params) -> Params:
+            return {"flat": tree.ravel(named)[0]}
+
+        def flat_nll(adapted: Params, shared: Params, batch: Batch) -> Tensor:
+            return problem.nll(unravel(adapted["flat"]), shared, batch)
+
+        meta = MetaParameters(algorithm.prior.map(flat, problem.meta.prior), problem.meta.shared)
+        noise = TaskNoise(*(torch.func.vmap(flat)(part) if part else {} for part in problem.noise))
+        found, info = algorithm.hypergradient(flat_nll, meta, problem.episode, noise)
+        expected, expected_info = _hypergradient(algorithm, problem)
+        assert_close(algorithm.prior.map(lambda vector: unravel(vector["flat"]), found.prior), expected.prior, 1e-9)
+        assert_close(found.shared, expected.shared, 1e-9)
+        assert_close(info.outer_loss, expected_info.outer_loss)
+
+    def test_support_of_one_example_and_everything_adapted(self, algorithm: Algorithm) -> None:
+        """The smallest task, and no shared weights."""
+        problem = _problem(algorithm, num_support=1, adapt="*")
+        gradient, info = _hypergradient(algorithm, problem)
+        assert tree.all_finite(gradient) and torch.isfinite(info.outer_loss)
+
+    def test_meta_parameters_survive_a_checkpoint(self, algorithm: Algorithm) -> None:
+        """As named tensors in a file, bit by bit."""
+        problem, other = _problem(algorithm), _problem(algorithm, seed=5)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint"
+            save_tensors(path, meta_to_tensors(problem.meta), {})
+            again = meta_from_tensors(load_tensors(path)[0], like=other.meta, source="checkpoint")
+        assert type(again.prior) is type(problem.meta.prior)
+        assert_close(again, problem.meta, 0.0)
+
+    def test_learner_trains_and_predicts_the_same_when_loaded(self, algorithm: Algorithm) -> None:
+        """Two steps of ``MetaLearner.fit``; saved and loaded, the predictions do not change by a bit."""
+        tasks = Sinusoid(num_shots=3, num_queries=4).sampler("train")
+        source = generator(0)
+        learner, again = (_learner(algorithm).fit(tasks, num_steps=2) for _ in range(2))
+        x, y = (torch.randn(4, 1, generator=source) for _ in range(2))
+        expected = _predicted(learner, x, y)
+        assert torch.isfinite(expected).all()
+        assert_close(_predicted(again, x, y), expected, 0.0)
+        moved = tree.sub(learner.meta_parameters, _learner(algorithm).fit(tasks, num_steps=1).meta_parameters)
+        assert tree.norm(moved) > 0
+        if type(algorithm) not in RECORDS:
+            pytest.skip("only the library's own algorithms are loaded from a folder")
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = MetaLearner.load(learner.save(folder), network=_network(torch.float32))
+        assert_close(_predicted(loaded, x, y), expected, 0.0)
+
+    def test_algorithm_describes_itself(self, algorithm: Algorithm) -> None:
+        """For reports and messages."""
+        assert algorithm.name and algorithm.describe()
+        assert (algorithm.temperature is None) == (not algorithm.is_bayesian)
+        assert algorithm.num_curvature_points >= 0
+
+    def test_json_round_trip(self, algorithm: Algorithm) -> None:
+        """An algorithm is a record that recipes and saved models can hold."""
+        assert_json_round_trip(algorithm)
+
+
+def _network(dtype: torch.dtype) -> nn.Module:
+    network = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).to(dtype)
+    source = generator(1)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=source, dtype=torch.float64).to(dtype)
+    return network
+
+
+def _learner(algorithm: Algorithm) -> MetaLearner:
+    return MetaLearner(_network(torch.float32), algorithm=algorithm, likelihood="gaussian")
+
+
+def _predicted(learner: MetaLearner, x: Tensor, y: Tensor) -> Tensor:
+    prediction: Any = learner.adapt(x, y).predict(x)
+    return prediction.mean
+
+
+def _problem(algorithm: Algorithm, seed: int = 0, num_support: int = 6, adapt: str = "2.*") -> _Problem:
+    model = build_model(_network(torch.float64), make_likelihood("gaussian", 1), adapt=adapt)
+    shared = tree.map(lambda leaf: leaf.double(), model.shared)
+    meta = algorithm.init(model.adapted, shared, generator=generator(1))
+    source = generator(seed + 10)
+
+    def batch(size: int) -> Batch:
+        x = torch.randn(size, 1, generator=source, dtype=torch.float64)
+        return Batch(x, torch.sin(2 * x) + 0.2 * torch.randn(size, 1, generator=source, dtype=torch.float64))
+
+    episode = Episode(batch(num_support), batch(9))
+    return _Problem(model.nll, model.adapted, meta, episode, algorithm.draw_noise(meta, generator=source))
+
+
+def _adapt(algorithm: Algorithm, problem: _Problem, **options: Any) -> Any:
+    return algorithm.adapt(problem.nll, problem.meta, problem.episode.support, problem.noise, **options)
+
+
+def _hypergradient(algorithm: Algorithm, problem: _Problem) -> Any:
+    return algorithm.hypergradient(problem.nll, problem.meta, problem.episode, problem.noise)
+
+
+def _assert_same_shapes(actual: Any, like: Any) -> None:
+    assert type(actual) is type(like)
+    for one, other in zip(tree.leaves(actual), tree.leaves(like), strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
