@@ -12,8 +12,8 @@ import torch
 
 from ibaml import MetaLearner, metrics
 from ibaml.data import EpisodeSampler, load_glyphs
+from ibaml.likelihoods import ClassPrediction
 from ibaml.networks import Conv4
-from ibaml.prediction import ClassPrediction
 from ibaml.recipes import get_recipe
 from ibaml.train.trainer import TrainerSettings
 from ibaml.types import Episode

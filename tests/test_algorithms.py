@@ -15,7 +15,7 @@ from torch import nn
 from ibaml import algorithms, objectives, records, tree
 from ibaml.algorithms import ALGORITHMS, IBAML, RECORDS, Algorithm, MetaParameters, TaskNoise, make_algorithm
 from ibaml.data.linear_regression import closed_form_posterior
-from ibaml.likelihoods import Categorical, GaussianNoise, Likelihood
+from ibaml.likelihoods import Categorical, Gaussian, Likelihood
 from ibaml.model import Model, build_model
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, PointPrior, kl_divergence
 from ibaml.priors.diagonal import hyper_prior_nll
@@ -25,7 +25,7 @@ from ibaml.types import Batch, Episode, InnerSolution, Params, PyTree, Tensor
 
 DOUBLE = torch.float64
 FINITE_DIFFERENCE = 1e-7
-NOISE_NAME = GaussianNoise.parameter_name
+NOISE_NAME = Gaussian.parameter_name
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,7 +54,9 @@ def small_network(num_outputs: int) -> nn.Module:
 
 
 def small_model(kind: str, adapt: str = "*") -> Model:
-    likelihood: Likelihood = Categorical() if kind == "classification" else GaussianNoise(1, 0.3)
+    likelihood: Likelihood = (
+        Categorical() if kind == "classification" else Gaussian(num_targets=1, initial_noise_variance=0.3)
+    )
     return build_model(small_network(3 if kind == "classification" else 1), likelihood, adapt=adapt)
 
 
@@ -272,7 +274,7 @@ def test_maml_with_one_step_equals_a_hand_calculation() -> None:
     # w' = w - a dL/dw with dL/dw = mean(x (w x - y)) / s2, so
     # dO/dw = mean(x_q (w' x_q - y_q)) / s2 * (1 - a mean(x^2) / s2).
     network = nn.Linear(1, 1, bias=False).double()
-    model = build_model(network, GaussianNoise(1, 0.5))
+    model = build_model(network, Gaussian(num_targets=1, initial_noise_variance=0.5))
     x, y = torch.tensor([[1.0], [2.0]], dtype=DOUBLE), torch.tensor([[1.0], [3.0]], dtype=DOUBLE)
     query = Batch(torch.tensor([[-1.0], [0.5]], dtype=DOUBLE), torch.tensor([[0.4], [1.0]], dtype=DOUBLE))
     meta = MetaParameters(
@@ -436,7 +438,7 @@ def linear_task(scale: Tensor, noise_variance: float = 0.2) -> tuple[Model, Para
     y = design @ weights + math.sqrt(noise_variance) * torch.randn(8, 1, generator=source, dtype=DOUBLE)
     query_x = torch.randn(5, 3, generator=source, dtype=DOUBLE)
     query = Batch(query_x, query_x @ weights)
-    model = build_model(nn.Linear(3, 1, bias=False).double(), GaussianNoise(1))
+    model = build_model(nn.Linear(3, 1, bias=False).double(), Gaussian(num_targets=1))
     noise = {"weight": SIGNS.unsqueeze(1)}
     shared = {NOISE_NAME: torch.tensor([math.log(noise_variance)], dtype=DOUBLE)}
     return model, shared, Episode(Batch(design, y), query), TaskNoise(noise, noise)

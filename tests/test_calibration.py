@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ibaml.calibration import fit_temperature
-from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
 
 
 def test_class_probabilities_that_are_too_sure_by_a_known_factor():
@@ -26,14 +26,19 @@ def test_class_probabilities_that_are_too_sure_by_a_known_factor():
 def test_gaussian_predictions_have_a_closed_form():
     generator = torch.Generator().manual_seed(1)
     targets = [4 * torch.randn(n, 1, generator=generator, dtype=torch.float64) for n in (5, 50)]
-    predictions = [RegressionPrediction(torch.zeros(1, len(y), 1).double(), torch.ones(1).double()) for y in targets]
+    predictions = [
+        MixturePrediction(GaussianComponents(torch.zeros(1, len(y), 1).double(), torch.ones(1).double()))
+        for y in targets
+    ]
     # Each task weighs the same: the variance is the mean over tasks of the mean square.
     expected = math.sqrt(sum(float((y**2).mean()) for y in targets) / 2)
     assert fit_temperature(predictions, targets) == pytest.approx(expected, rel=1e-5)
 
 
 def test_tempering_keeps_the_mean_and_scales_the_deviation():
-    prediction = RegressionPrediction(torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(2)), torch.ones(2))
+    prediction = MixturePrediction(
+        GaussianComponents(torch.randn(6, 4, 2, generator=torch.Generator().manual_seed(2)), torch.ones(2))
+    )
     sharper = prediction.tempered(0.5)
     torch.testing.assert_close(sharper.mean, prediction.mean)
     torch.testing.assert_close(sharper.total_uncertainty, 0.25 * prediction.total_uncertainty)

@@ -140,7 +140,7 @@ def test_regression_report_is_that_of_the_predictions(name):
         low, high = prediction.interval(0.9)
         inside.append(((low <= task.query.y) & (task.query.y <= high)).double().mean())
         deviation = prediction.noise_variance.sqrt()
-        of_samples = torch.distributions.Normal(prediction.sample_means, deviation).cdf(task.query.y)
+        of_samples = torch.distributions.Normal(prediction.samples(), deviation).cdf(task.query.y)
         cdf.append(of_samples.mean(0).double())
     torch.testing.assert_close(result.per_task["coverage_90"], torch.stack(inside))
     torch.testing.assert_close(result.cdf, torch.stack(cdf), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
-from ibaml.likelihoods import Categorical, GaussianNoise, Likelihood
+from ibaml.likelihoods import Categorical, Gaussian, Likelihood
 from ibaml.meta_step import MetaGradient, TaskGradients
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
@@ -56,11 +56,11 @@ def regression_problem() -> tuple[Model, Episode]:
 
 
 def _double_noise() -> Likelihood:
-    class Double(GaussianNoise):
+    class Double(Gaussian):
         def initial_parameters(self) -> dict[str, Tensor]:
             return {name: value.double() for name, value in super().initial_parameters().items()}
 
-    return Double(2)
+    return Double(num_targets=2)
 
 
 def conv_problem(**settings: Any) -> tuple[Model, Episode]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibaml import curvature, tree
-from ibaml.likelihoods import Categorical, GaussianNoise
+from ibaml.likelihoods import Categorical, Gaussian
 from ibaml.model import Model, build_model
 from ibaml.types import Batch, Params, Tensor
 
@@ -67,7 +67,7 @@ def test_parameters_without_gradient_are_frozen() -> None:
 
 
 def test_likelihood_parameters_are_shared() -> None:
-    model = build_model(small_network(), GaussianNoise(3))
+    model = build_model(small_network(), Gaussian(num_targets=3))
     assert set(model.shared) == {"likelihood.log_noise_variance"}
 
 
@@ -157,7 +157,7 @@ def test_nll_is_the_likelihood_of_the_outputs() -> None:
 
 def test_nll_reads_the_noise_from_the_shared_parameters() -> None:
     network, batch = small_network(), Batch(draw(5, 2), draw(5, 3, seed=1))
-    model = build_model(network, GaussianNoise(3))
+    model = build_model(network, Gaussian(num_targets=3))
     shared = {"likelihood.log_noise_variance": torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)}
     normal = torch.distributions.Normal(network(batch.x), (0.5 * shared["likelihood.log_noise_variance"]).exp())
     oracle = -normal.log_prob(batch.y).sum(-1).detach()
@@ -237,7 +237,7 @@ def test_submodule_called_likelihood_is_adapted_or_refused() -> None:
 
 
 def test_to_keeps_every_value() -> None:
-    model = build_model(small_network(), GaussianNoise(3), adapt="2.*", freeze="0.bias")
+    model = build_model(small_network(), Gaussian(num_targets=3), adapt="2.*", freeze="0.bias")
     moved = model.to(torch.device("cpu"))
     assert names(moved) == names(model)
     for group, other in ((model.adapted, moved.adapted), (model.shared, moved.shared), (model.frozen, moved.frozen)):

@@ -10,7 +10,7 @@ from torch import nn
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.data.linear_regression import LinearRegressionTasks
-from ibaml.likelihoods import GaussianNoise
+from ibaml.likelihoods import Gaussian
 from ibaml.model import build_model
 from ibaml.priors import DiagonalGaussian
 from ibaml.solvers.inner import NaturalGradient
@@ -43,8 +43,8 @@ def meta_train(
         design="orthogonal",
         dtype=DOUBLE,
     )
-    model = build_model(nn.Linear(2, 1, bias=False).double(), GaussianNoise(1))
-    shared = {GaussianNoise.parameter_name: torch.tensor([math.log(NOISE_VARIANCE)], dtype=DOUBLE)}
+    model = build_model(nn.Linear(2, 1, bias=False).double(), Gaussian(num_targets=1))
+    shared = {Gaussian.parameter_name: torch.tensor([math.log(NOISE_VARIANCE)], dtype=DOUBLE)}
     mean = torch.zeros(1, 2, dtype=DOUBLE, requires_grad=True)
     log_var = torch.zeros(1, 2, dtype=DOUBLE, requires_grad=True)
     optimizer = torch.optim.Adam([mean, log_var], lr=0.25, betas=(0.8, 0.95))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.likelihoods import Prediction
 from ibaml.types import Tensor
 
 _LOG_RANGE = (-math.log(20.0), math.log(20.0))
@@ -13,7 +13,7 @@ _NUM_GRID = 41
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def fit_temperature(predictions: Sequence[ClassPrediction | RegressionPrediction], targets: Sequence[Tensor]) -> float:
+def fit_temperature(predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> float:
     """Returns the temperature with the least mean nll, every task of the same weight.
 
     It is searched between 1/20 and 20 on the logarithmic scale: a grid finds the valley (a mixture of Gaussians over

@@ -5,17 +5,16 @@ and independent of how many tasks are computed at a time, which is what paired c
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
-from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
+from ibaml.metrics import Estimate
 from ibaml.model import Model
-from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.priors import DiagonalGaussian
 from ibaml.processes import Processes
 from ibaml.types import Episode, Params, TaskSampler, Tensor
@@ -25,26 +24,94 @@ _SEED_STRIDE = 1_000_003
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results over a set of test tasks.
+    """Results over a set of tasks.
 
     Attributes:
-        report: Each metric with its 95% interval over tasks.
-        per_task: Each metric for each task, float64 vectors of length ``num_tasks``.
-        targets: Query targets, ``[num_tasks, num_query]`` (classes) or with a last axis of outputs.
-        log_probs: Predictive log-probabilities, ``[num_tasks, num_query, num_classes]``; None for regression.
-        mean: Predictive means; None for classification.
-        variance: Predictive variances; None for classification.
-        cdf: Predictive probability of a value at most the target, of the mixture over weight samples; None for
-            classification.
+        report: Each score with its 95% interval over tasks.
+        per_task: Each score of each task, float64 vectors of length ``num_tasks``.
+        predictions: Prediction of each task's query set, as tensors on the CPU.
+        query_targets: Targets of each task's query set, on the CPU.
     """
 
     report: Mapping[str, Estimate]
     per_task: Mapping[str, Tensor]
-    targets: Tensor
-    log_probs: Tensor | None = None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
-    cdf: Tensor | None = None
+    predictions: tuple[Prediction, ...]
+    query_targets: tuple[Tensor, ...]
+
+    @property
+    def targets(self) -> Tensor:
+        """Query targets of all tasks, ``[num_tasks, num_query]`` (classes) or with a last axis of targets.
+
+        Raises:
+            ValueError: If query sets differ in size.
+        """
+        return self._stacked(self.query_targets)
+
+    @property
+    def log_probs(self) -> Tensor | None:
+        """Log-probabilities, float64 ``[num_tasks, num_query, num_classes]``; None for numbers.
+
+        Raises:
+            ValueError: If query sets differ in size.
+        """
+        return self.tensors().get("log_probs")
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Predictive means, float64 ``[num_tasks, num_query, num_targets]``; None for classes.
+
+        Raises:
+            ValueError: If query sets differ in size.
+        """
+        return self.tensors().get("mean")
+
+    @property
+    def variance(self) -> Tensor | None:
+        """Predictive variances, as ``mean``; None for classes.
+
+        Raises:
+            ValueError: If query sets differ in size.
+        """
+        return self.tensors().get("variance")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what describes the predictions in short, stacked over tasks, by name.
+
+        Raises:
+            ValueError: If query sets differ in size.
+        """
+        of_tasks = [prediction.tensors() for prediction in self.predictions]
+        return {name: self._stacked([one[name] for one in of_tasks]) for name in of_tasks[0]}
+
+    def _stacked(self, of_tasks: Sequence[Tensor]) -> Tensor:
+        sizes = sorted({len(one) for one in of_tasks})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"tasks have query sets of {', '.join(map(str, sizes))} examples, which cannot be stacked: go through "
+                "predictions and query_targets task by task."
+            )
+        return torch.stack(list(of_tasks))
+
+
+def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> Evaluation:
+    """Scores the predictions of some tasks, each task of the same weight.
+
+    Args:
+        likelihood: The likelihood of the predictions.
+        predictions: Prediction of each task, as tensors.
+        targets: Targets of each task, in the same units.
+    """
+    predictions = [one.to(torch.device("cpu")) for one in predictions]
+    targets = [one.cpu() for one in targets]
+    scores = [prediction.scores(target) for prediction, target in zip(predictions, targets, strict=True)]
+    per_task = {name: torch.stack([of_task[name] for of_task in scores]) for name in scores[0]}
+    report = {name: metrics.estimate(values) for name, values in per_task.items()}
+    return Evaluation(
+        report={**report, **likelihood.pooled_scores(predictions, targets)},
+        per_task=per_task,
+        predictions=tuple(predictions),
+        query_targets=tuple(targets),
+    )
 
 
 def task_generator(seed: int, index: int) -> torch.Generator:
@@ -72,7 +139,7 @@ def predict(
     posterior: Params | DiagonalGaussian,
     x: Tensor,
     noise: Params,
-) -> ClassPrediction | RegressionPrediction:
+) -> Prediction:
     """Predicts at ``x`` with weight samples of an adapted posterior.
 
     Args:
@@ -95,6 +162,7 @@ def evaluate(
     *,
     num_tasks: int,
     seed: int,
+    temperature: float = 1.0,
     tasks_per_chunk: int | None = None,
     passes: MetaGradient | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -109,13 +177,14 @@ def evaluate(
         sampler: Source of the tasks.
         num_tasks: Number of tasks, at least 1.
         seed: Names the set of tasks.
+        temperature: Makes the predictions less sure (above 1) or surer.
         tasks_per_chunk: Tasks that are drawn, and sent to the device, at a time (None: 8).
         passes: What adapts; one that has been used before has its programs. None: a new one.
         on_progress: Called with the number of finished tasks.
         processes: The processes that share the tasks; each returns the evaluation of all.
 
     Raises:
-        ValueError: If ``num_tasks`` is not positive, a task does not fit the model, or query sets differ in size.
+        ValueError: If ``num_tasks`` is not positive, or a task does not fit the model.
         FloatingPointError: If predictions are not finite, naming the task.
         ProcessLostError: If another process has died or hangs.
 
@@ -126,31 +195,15 @@ def evaluate(
         raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
     processes = processes or Processes()
 
-    def own_share() -> list[_Scored]:
+    def own_share() -> list[tuple[Prediction, Tensor]]:
         share = processes.share(num_tasks)
         programs = None if num_tasks >= NUM_CALLS_THAT_PAY else False
         computing = passes or MetaGradient(model, algorithm, programs=programs)
         return _score_tasks(model, algorithm, meta, sampler, share, seed, tasks_per_chunk, computing, on_progress)
 
     scored = [task for share in processes.gather(own_share) for task in share]
-    if len(sizes := sorted({len(task.targets) for task in scored})) > 1:
-        raise ValueError(
-            f"test tasks have query sets of {', '.join(map(str, sizes))} examples; expected one size, so that every "
-            "task weighs the same: cut them to the smallest."
-        )
-    targets = torch.stack([task.targets for task in scored])
-    values = [torch.stack(value) for value in zip(*(task.values for task in scored), strict=True)]
-    if len(values) == 1:
-        return _classification(torch.log_softmax(values[0], -1), targets)
-    mean, variance, nll, cdf = values
-    return _regression(mean, variance, nll, cdf, targets.double())
-
-
-class _Scored(NamedTuple):
-    """Targets and predictions of one task, on the CPU: log-probabilities, or mean, variance, nll, cdf; in float64."""
-
-    targets: Tensor
-    values: tuple[Tensor, ...]
+    predictions = [prediction if temperature == 1 else prediction.tempered(temperature) for prediction, _ in scored]
+    return summarise(model.likelihood, predictions, [target for _, target in scored])
 
 
 def _score_tasks(
@@ -163,13 +216,13 @@ def _score_tasks(
     tasks_per_chunk: int | None,
     passes: MetaGradient,
     on_progress: Callable[[int], None] | None,
-) -> list[_Scored]:
+) -> list[tuple[Prediction, Tensor]]:
     num_tasks = len(indices)
     # Support sets of unequal sizes, as a list of episodes may have, cannot be stacked.
     chunk = min(tasks_per_chunk or 8, num_tasks) if sampler.has_equal_sizes else 1
     device = tree.leaves(meta.prior)[0].device
 
-    scored: list[_Scored] = []
+    scored: list[tuple[Prediction, Tensor]] = []
     num_outputs = 0
     for start in range(indices.start, indices.stop, chunk or 1):
         stop = min(start + chunk, indices.stop)
@@ -194,44 +247,9 @@ def _score_tasks(
                     f"too large ({algorithm.describe()}), or inputs far from unit scale."
                 )
         scored += [
-            _scored(model.likelihood.predict(value, meta.shared), y)
+            (model.likelihood.predict(value, meta.shared).to(torch.device("cpu")), y.cpu())
             for value, y in zip(outputs, episodes.query.y, strict=True)
         ]
         if on_progress is not None:
             on_progress(stop)
     return scored
-
-
-def _scored(prediction: ClassPrediction | RegressionPrediction, targets: Tensor) -> _Scored:
-    if isinstance(prediction, ClassPrediction):
-        values = (prediction.log_probs,)
-    else:
-        values = (prediction.mean, prediction.total_uncertainty, prediction.nll(targets), prediction.cdf(targets))
-    return _Scored(targets.cpu(), tuple(value.double().cpu() for value in values))
-
-
-def _classification(log_probs: Tensor, labels: Tensor) -> Evaluation:
-    probs = log_probs.exp()
-    entropy = torch.special.entr(probs).sum(-1)
-    per_task = {
-        "accuracy": metrics.accuracy(probs, labels),
-        "nll": metrics.nll(log_probs, labels),
-        "brier": metrics.brier(probs, labels),
-        "ece": metrics.ece(probs, labels),
-        "mce": metrics.mce(probs, labels),
-        "selective_area": selective_area(entropy, probs.argmax(-1) == labels),
-    }
-    return Evaluation(
-        report=metrics.classification_report(log_probs, labels), per_task=per_task, targets=labels, log_probs=log_probs
-    )
-
-
-def _regression(mean: Tensor, variance: Tensor, nll: Tensor, cdf: Tensor, targets: Tensor) -> Evaluation:
-    per_task = {
-        "mse": metrics.mse(mean, targets),
-        "nll": nll.mean(-1),
-        "coverage_90": central_coverage(cdf),
-        "quantile_calibration_error": quantile_calibration_error(cdf),
-    }
-    report = metrics.regression_report(mean, variance, targets, log_density=-nll, cdf=cdf)
-    return Evaluation(report=report, per_task=per_task, targets=targets, mean=mean, variance=variance, cdf=cdf)

@@ -203,10 +203,7 @@ class MetaGradient:
         return self._model.outputs(weights, shared, x)
 
     def _score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the query accuracy or the mean squared error."""
-        if self._model.likelihood.name == "categorical":
-            return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
-        return ((outputs - targets) ** 2).mean()
+        return self._model.likelihood.step_score(outputs, targets)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

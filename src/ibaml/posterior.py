@@ -1,7 +1,7 @@
 """A fitted model as a function of a task's data: adaptation, warm adaptation and prediction."""
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,49 +10,11 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
-from ibaml.data_prediction import LabelledPrediction, TargetPrediction, array_kind
 from ibaml.evaluation import predict
-from ibaml.likelihoods import Likelihood
+from ibaml.likelihoods import Prediction
 from ibaml.model import Model
-from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.priors import DiagonalGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
-
-Prediction: TypeAlias = ClassPrediction | RegressionPrediction | LabelledPrediction | TargetPrediction
-
-
-class TemperedLikelihood:
-    """A likelihood whose predictions are made less (or more) sure by one factor; losses are untouched.
-
-    Args:
-        base: The likelihood.
-        temperature: Positive factor; see ``tempered`` of the predictions.
-    """
-
-    def __init__(self, base: Likelihood, temperature: float) -> None:
-        self._base = base
-        self.temperature = temperature
-
-    @property
-    def name(self) -> str:
-        """Name of the likelihood itself."""
-        return self._base.name
-
-    def initial_parameters(self) -> Params:
-        """Returns those of the likelihood itself."""
-        return self._base.initial_parameters()
-
-    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
-        """Returns that of the likelihood itself."""
-        return self._base.nll(outputs, targets, parameters)
-
-    def predict(self, sample_outputs: Tensor, parameters: Params) -> ClassPrediction | RegressionPrediction:
-        """Returns the tempered prediction."""
-        return self._base.predict(sample_outputs, parameters).tempered(self.temperature)
-
-    def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
-        """Refuses what the likelihood itself refuses."""
-        self._base.check_targets(argument, targets, num_outputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,13 +38,6 @@ class FittedModel:
     device: torch.device
     temperature: float = 1.0
     step: int | None = None
-
-    @property
-    def tempered_model(self) -> Model:
-        """The model with the calibration temperature in its likelihood's predictions."""
-        if self.temperature == 1.0:
-            return self.model
-        return dataclasses.replace(self.model, likelihood=TemperedLikelihood(self.model.likelihood, self.temperature))
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
@@ -152,17 +107,17 @@ class FittedModel:
             raise
         return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
 
-    def predict(
-        self, posterior: Params | DiagonalGaussian, x: Tensor, *, seed: int
-    ) -> ClassPrediction | RegressionPrediction:
-        """Predicts at encoded inputs; regression in the targets' units."""
+    def predict(self, posterior: Params | DiagonalGaussian, x: Tensor, *, seed: int) -> Prediction:
+        """Predicts at encoded inputs; numbers in the targets' units."""
         noise = self.algorithm.draw_evaluation_noise(self.meta, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            prediction = predict(self.tempered_model, self.algorithm, self.meta, posterior, x, noise)
-        if isinstance(prediction, RegressionPrediction) and self.preprocessing and self.preprocessing.targets:
-            targets = self.preprocessing.targets
-            return prediction.rescaled(targets.mean.to(x.device), targets.scale.to(x.device))
-        return prediction
+            prediction = predict(self.model, self.algorithm, self.meta, posterior, x, noise)
+        if self.temperature != 1:
+            prediction = prediction.tempered(self.temperature)
+        if self.preprocessing is None or self.preprocessing.targets is None:
+            return prediction
+        mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
+        return prediction.rescaled(mean.to(x.device), scale.to(x.device))
 
 
 class TaskPosterior:
@@ -224,13 +179,11 @@ class TaskPosterior:
                 f"the network ({type(fitted.model.network).__name__}) cannot process x_query of shape "
                 f"{tuple(encoded.shape)} and dtype {encoded.dtype}: {error}"
             ) from error
-        kind = array_kind(x_query)
-        if fitted.preprocessing is None and kind == "torch":
+        as_numpy = not isinstance(x_query, torch.Tensor)
+        if fitted.preprocessing is None and not as_numpy:
             return prediction
-        if isinstance(prediction, ClassPrediction):
-            labels = self._labels if self._labels is not None else np.arange(prediction.probs.shape[-1])
-            return LabelledPrediction(labels, prediction, kind)
-        return TargetPrediction(prediction, fitted.preprocessing is not None and fitted.preprocessing.is_vector, kind)
+        is_vector = fitted.preprocessing is not None and fitted.preprocessing.is_vector
+        return prediction.in_terms_of(labels=self._labels, is_vector=is_vector, as_numpy=as_numpy)
 
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.

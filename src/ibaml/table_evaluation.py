@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ibaml import metrics, tree
+from ibaml import tree
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.data.tables import read_tasks
-from ibaml.evaluation import draw_tasks, task_generator
-from ibaml.metrics import Estimate, central_coverage, quantile_calibration_error, selective_area
+from ibaml.evaluation import Evaluation, draw_tasks, summarise, task_generator
+from ibaml.likelihoods import Prediction
 from ibaml.posterior import FittedModel
-from ibaml.prediction import ClassPrediction, RegressionPrediction
 from ibaml.types import Episode, Tensor
 
 
@@ -57,9 +54,9 @@ def read_episodes(
 
 def adapt_to_episodes(
     fitted: FittedModel, episodes: Sequence[Episode], *, seed: int
-) -> tuple[list[ClassPrediction | RegressionPrediction], list[Tensor]]:
+) -> tuple[list[Prediction], list[Tensor]]:
     """Adapts to each episode and returns predictions and targets of its query set, regression in the data's units."""
-    predictions: list[ClassPrediction | RegressionPrediction] = []
+    predictions: list[Prediction] = []
     targets: list[Tensor] = []
     scale = None if fitted.preprocessing is None else fitted.preprocessing.targets
     for episode in episodes:
@@ -74,47 +71,6 @@ def adapt_to_episodes(
     return predictions, targets
 
 
-def evaluate_tables(fitted: FittedModel, episodes: Sequence[Episode], *, seed: int) -> dict[str, Estimate]:
-    """Returns metrics over tasks, each task of the same weight, with 95% intervals.
-
-    In the pooled calibration errors of classes each example has the same weight.
-    """
-    values: dict[str, list[Tensor]] = {}
-    predictions, targets = adapt_to_episodes(fitted, episodes, seed=seed)
-    for prediction, target in zip(predictions, targets, strict=True):
-        for name, value in _scores(prediction, target).items():
-            values.setdefault(name, []).append(value.double().cpu().reshape(()))
-    report = {name: metrics.estimate(torch.stack(of_tasks)) for name, of_tasks in values.items()}
-    probs = [_log_probs(one).exp() for one in predictions if isinstance(one, ClassPrediction)]
-    if probs:
-        # Seeded as in metrics.classification_report: a report is a function of its inputs.
-        for name, pooled in (("ece_pooled", metrics.pooled_ece), ("mce_pooled", metrics.pooled_mce)):
-            report[name] = pooled(probs, targets, generator=torch.Generator().manual_seed(0))
-    return report
-
-
-def _log_probs(prediction: ClassPrediction) -> Tensor:
-    return torch.log_softmax(prediction.log_probs.double(), -1)
-
-
-def _scores(prediction: ClassPrediction | RegressionPrediction, target: Tensor) -> dict[str, Tensor]:
-    y = target.unsqueeze(0)
-    if isinstance(prediction, ClassPrediction):
-        log_probs = _log_probs(prediction).unsqueeze(0)
-        probs = log_probs.exp()
-        entropy = torch.special.entr(probs).sum(-1)
-        return {
-            "accuracy": metrics.accuracy(probs, y),
-            "nll": metrics.nll(log_probs, y),
-            "brier": metrics.brier(probs, y),
-            "ece": metrics.ece(probs, y),
-            "mce": metrics.mce(probs, y),
-            "selective_area": selective_area(entropy, probs.argmax(-1) == y),
-        }
-    cdf = prediction.cdf(target).unsqueeze(0)
-    return {
-        "mse": metrics.mse(prediction.mean.double().unsqueeze(0), y.double()),
-        "nll": prediction.nll(target).mean(),
-        "coverage_90": central_coverage(cdf),
-        "quantile_calibration_error": quantile_calibration_error(cdf),
-    }
+def evaluate_tables(fitted: FittedModel, episodes: Sequence[Episode], *, seed: int) -> Evaluation:
+    """Returns scores over tasks, each task of the same weight, with 95% intervals."""
+    return summarise(fitted.model.likelihood, *adapt_to_episodes(fitted, episodes, seed=seed))

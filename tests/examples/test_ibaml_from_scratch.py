@@ -12,7 +12,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
-from ibaml.likelihoods import GaussianNoise
+from ibaml.likelihoods import Gaussian
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, kl_divergence
@@ -68,10 +68,10 @@ def make_problem(
         prior=DiagonalPrior(initial_log_var=(-5.0, -3.0)),
     )
     network = MLP(1, input_shape=sizes[0], hidden_sizes=sizes[1:-1], activation="tanh", generator=source).double()
-    model = build_model(network, GaussianNoise(1, NOISE_VARIANCE))
+    model = build_model(network, Gaussian(num_targets=1, initial_noise_variance=NOISE_VARIANCE))
     # The likelihood keeps its variance in float32.
     log_noise = torch.tensor([NOISE_VARIANCE], dtype=DOUBLE).log()
-    meta = algorithm.init(model.adapted, {GaussianNoise.parameter_name: log_noise}, generator=source)
+    meta = algorithm.init(model.adapted, {Gaussian.parameter_name: log_noise}, generator=source)
 
     def batch(size: int) -> Batch:
         x = torch.randn(size, sizes[0], generator=source, dtype=DOUBLE)

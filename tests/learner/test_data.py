@@ -14,9 +14,9 @@ from sklearn.base import clone
 from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
 from ibaml.data import SinusoidTasks
 from ibaml.data.prepare import prepare
-from ibaml.data_prediction import LabelledPrediction, TargetPrediction
 from ibaml.learner.defaults import table_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_model
+from ibaml.likelihoods import ClassPrediction, MixturePrediction
 from ibaml.networks import MLP
 from ibaml.solvers.inner import RelativeAdam
 from ibaml.table_evaluation import read_episodes
@@ -61,7 +61,7 @@ def regressor() -> MetaLearner:
 def test_classes_by_name(classifier):
     (x, y), *_ = pairs(seed=1)
     prediction = classifier.adapt(x[:5], y[:5]).predict(x[5:])
-    assert isinstance(prediction, LabelledPrediction)
+    assert isinstance(prediction, ClassPrediction)
     assert prediction.classes.tolist() == ["active", "inactive"]
     assert all(isinstance(value, np.ndarray) for value in (prediction.probs, prediction.labels, prediction.epistemic))
     np.testing.assert_allclose(prediction.probs.sum(1), 1, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_tensors_give_tensors_and_the_same_numbers(classifier, regressor):
 def test_regression_is_in_the_units_of_the_targets(regressor):
     (x, y), *_ = pairs(seed=1, regression=True)
     prediction = regressor.adapt(x[:5], y[:5]).predict(x[5:])
-    assert isinstance(prediction, TargetPrediction)
+    assert isinstance(prediction, MixturePrediction)
     assert prediction.mean.shape == y[5:].shape and prediction.mean.dtype == np.float64
     assert abs(prediction.mean.mean() - 1000) < 500
     np.testing.assert_allclose(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic)

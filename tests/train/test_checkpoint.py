@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
-from ibaml.likelihoods import Categorical, GaussianNoise
+from ibaml.likelihoods import Categorical, Gaussian
 from ibaml.model import build_model
 from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian
@@ -41,7 +41,7 @@ def small(path) -> dict[str, torch.Tensor]:
 def meta(kind: str = "ibaml", hidden: int = 4):
     network = MLP(2, input_shape=3, hidden_sizes=(hidden,), generator=torch.Generator().manual_seed(0))
     algorithm = make_algorithm(kind)
-    model = build_model(network, GaussianNoise(2), adapt="head.*")
+    model = build_model(network, Gaussian(num_targets=2), adapt="head.*")
     return algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(1))
 
 

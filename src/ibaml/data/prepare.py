@@ -15,6 +15,7 @@ from ibaml.data.preprocessing import ClassScope, Preprocessing, encode_tasks, fi
 from ibaml.data.ragged import TaskSplits, row_groups
 from ibaml.data.sources.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
+from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, Episode, TaskSampler
 
 
@@ -80,7 +81,7 @@ def prepare(
     tasks: Any,
     validation: Any,
     *,
-    is_regression: bool,
+    target_kind: TargetKind,
     classes: ClassScope,
     splits: SplitSettings,
     seed: int,
@@ -93,7 +94,7 @@ def prepare(
         tasks: Training tasks in any form that ``MetaLearner.fit`` takes.
         validation: Validation tasks of the same form; a share in (0, 1) holds out that part of the training tasks
             (classes, for images), chosen by the seed; None: none.
-        is_regression: Whether targets are real numbers.
+        target_kind: What the targets are.
         classes: Whether labels mean the same in all tasks.
         splits: How tasks are split.
         seed: Seed of the held-out choice.
@@ -111,7 +112,7 @@ def prepare(
             raise TypeError("task, target and features name columns of a pandas DataFrame: leave them out.")
         return Source(as_sampler(tasks), None if validation is None else as_sampler(validation), None)
     if is_folder(tasks):
-        if is_regression:
+        if target_kind != "classes":
             raise ValueError("a folder of class folders holds classes: use likelihood='categorical'.")
         images = _load(tasks, splits)
         images, held_out = _hold_out_classes(images, validation, splits, seed)
@@ -125,7 +126,7 @@ def prepare(
         table, held_out = _hold_out_tasks(table, validation, seed)
     elif validation is not None:
         held_out = read_tasks(validation, **columns)
-    preprocessing = fit_preprocessing(table, is_regression=is_regression, classes=classes, num_ways=splits.num_ways)
+    preprocessing = fit_preprocessing(table, target_kind=target_kind, classes=classes, num_ways=splits.num_ways)
     train = table_splits(preprocessing, table, splits, dtype=dtype)
     if held_out is None:
         return Source(train, None, preprocessing)

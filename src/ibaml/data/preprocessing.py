@@ -10,6 +10,7 @@ import torch
 
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
+from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, Tensor
 
 ClassScope: TypeAlias = Literal["shared", "per_task"]
@@ -106,7 +107,7 @@ class Preprocessing:
     Attributes:
         inputs: Scale of the features.
         input_shape: Shape of one example.
-        targets: Scale of the targets; None for classification.
+        targets: Scale of the targets, which for counts changes nothing; None for classes.
         class_labels: Labels in the order of the network's outputs; None for regression and for classes of each task.
         num_outputs: Outputs of the network.
         is_vector: Whether regression targets came as ``[num_examples]``, and so predictions do.
@@ -129,7 +130,7 @@ class Preprocessing:
 
     @property
     def is_regression(self) -> bool:
-        """Whether targets are real numbers."""
+        """Whether targets are numbers."""
         return self.targets is not None
 
     def encode_inputs(self, argument: str, x: Any, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -263,13 +264,13 @@ def image_preprocessing(image_shape: tuple[int, int, int], num_ways: int, *, inv
 
 
 def fit_preprocessing(
-    table: TaskTable, *, is_regression: bool, classes: ClassScope, num_ways: int | None
+    table: TaskTable, *, target_kind: TargetKind, classes: ClassScope, num_ways: int | None
 ) -> Preprocessing:
     """Fits scales and labels on meta-training tasks.
 
     Args:
         table: The tasks.
-        is_regression: Whether targets are real numbers.
+        target_kind: What the targets are; real ones are scaled, counts are not.
         classes: Whether labels mean the same in all tasks.
         num_ways: Classes of a task, if each has its own; None: the smallest number that a task has.
 
@@ -287,7 +288,7 @@ def fit_preprocessing(
         "task_column": table.task_column,
         "target_columns": table.target_columns,
     }
-    if is_regression:
+    if target_kind != "classes":
         values = [read_targets(f"y of task {task.name!r}", task.y) for task in table.tasks]
         for task, targets in zip(table.tasks, values, strict=True):
             if targets.shape[1] != values[0].shape[1]:
@@ -297,7 +298,7 @@ def fit_preprocessing(
                 )
         return Preprocessing(
             **common,
-            targets=fit_standardizer(values, keep_constant=True),
+            targets=fit_standardizer(values, keep_constant=True) if target_kind == "real" else IDENTITY,
             num_outputs=values[0].shape[1],
             is_vector=all(task.y.ndim == 1 for task in table.tasks),
         )

@@ -36,9 +36,6 @@ TABLE_TRAINER = TrainerSettings(
 )
 """Outer loop for tables. Sixteen such small tasks cost hardly more time than one."""
 
-NOISE_VARIANCE = 0.1
-"""Where the learned noise variance starts, in units of the variance of the scaled targets."""
-
 
 def default_network(input_shape: Sequence[int], num_outputs: int, *, is_image: bool, seed: int) -> nn.Module:
     """Builds the network: a perceptron for tables, Conv4 for images.

@@ -11,8 +11,7 @@ import numpy as np
 
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
-from ibaml.data_prediction import LabelledPrediction, TargetPrediction
-from ibaml.posterior import FittedModel, TaskPosterior
+from ibaml.posterior import FittedModel
 
 _TABLES = (".csv", ".parquet")
 
@@ -111,8 +110,9 @@ def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
             "fit it on a table or a folder of images."
         )
     num_outputs = int(getattr(network, "num_outputs", 1))
-    is_regression = fitted.model.likelihood.name != "categorical"
-    num_targets = num_outputs if is_regression else 1
+    likelihood = fitted.model.likelihood
+    is_regression = likelihood.target_kind != "classes"
+    num_targets = num_outputs // likelihood.num_outputs(1) if is_regression else 1
     columns = tuple(support.columns)
     if len(columns) != shape[0] + num_targets:
         raise ValueError(
@@ -122,7 +122,7 @@ def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
     preprocessing = Preprocessing(
         inputs=IDENTITY,
         input_shape=tuple(shape),
-        num_outputs=num_outputs,
+        num_outputs=num_targets if is_regression else num_outputs,
         targets=IDENTITY if is_regression else None,
         class_labels=None if is_regression else np.arange(num_outputs),
         is_vector=num_targets == 1,
@@ -153,38 +153,13 @@ def _predict_tables(
             raise ValueError(f"the support table has no rows of task {name!r}, which the query asks for.")
         y = own[list(targets)] if not preprocessing.is_vector else own[targets[0]]
         posterior = fitted.adapt(own, y, seed=0)
-        for column, values in _columns_of(posterior, query.iloc[rows], targets, level).items():
+        for column, values in posterior.predict(query.iloc[rows]).columns(level=level, names=targets).items():
             whole = answers.setdefault(column, [None] * len(query))
             for row, value in zip(rows, values, strict=True):
                 whole[row] = value
     if clash := sorted(set(answers) & set(map(str, query.columns))):
         raise ValueError(f"the query table has columns named {', '.join(clash)}, as the answers do: rename them.")
     return {**{str(name): query[name].tolist() for name in query.columns}, **answers}
-
-
-def _columns_of(posterior: TaskPosterior, x: Any, targets: Sequence[str], level: float) -> dict[str, Sequence[Any]]:
-    prediction = posterior.predict(x)
-    if isinstance(prediction, LabelledPrediction):
-        probs = {f"probability_{name}": prediction.probs[:, i] for i, name in enumerate(prediction.classes.tolist())}
-        parts = {"entropy": prediction.total_uncertainty, "epistemic": prediction.epistemic}
-        columns = {"predicted": prediction.labels, **probs, **parts}
-        return {name: values.tolist() for name, values in columns.items()}
-    assert isinstance(prediction, TargetPrediction)
-    low, high = prediction.interval(level)
-    columns = {
-        "predicted": prediction.mean,
-        f"lower_{100 * level:g}": low,
-        f"upper_{100 * level:g}": high,
-        "noise_std": np.sqrt(prediction.aleatoric),
-        "epistemic_std": np.sqrt(prediction.epistemic),
-    }
-    if prediction.is_vector:
-        return {name: values.tolist() for name, values in columns.items()}
-    return {
-        f"{name}_{target}": values[:, index].tolist()
-        for index, target in enumerate(targets)
-        for name, values in columns.items()
-    }
 
 
 def _predict_images(
@@ -196,4 +171,4 @@ def _predict_images(
     files = load_images(query, image_size=size, channels=channels)
     labels = np.repeat(np.array(images.class_names), images.class_sizes.numpy())
     posterior = fitted.adapt(images.images, labels, seed=0)
-    return {"file": list(files.names), **_columns_of(posterior, files.pixels, (), 0.9)}
+    return {"file": list(files.names), **posterior.predict(files.pixels).columns(level=0.9, names=())}

@@ -22,6 +22,7 @@ from ibaml import algorithms, records
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.settings import LearnerSettings
+from ibaml.likelihoods import LIKELIHOODS
 from ibaml.networks import NetworkSettings
 from ibaml.posterior import FittedModel
 from ibaml.train.checkpoint import digest, load_tensors, meta_to_tensors, save_tensors
@@ -32,7 +33,13 @@ SETTINGS = "model.json"
 MODEL_FORMAT = 3
 """Format of the folder."""
 
-RECORDS: tuple[type, ...] = (LearnerSettings, NetworkSettings, SplitSettings, *algorithms.RECORDS)
+RECORDS: tuple[type, ...] = (
+    LearnerSettings,
+    NetworkSettings,
+    SplitSettings,
+    *algorithms.RECORDS,
+    *LIKELIHOODS.values(),
+)
 """The records that a model's settings consist of."""
 
 _PACKAGES = ("ibaml", "torch", "numpy", "safetensors")

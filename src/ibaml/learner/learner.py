@@ -22,7 +22,7 @@ from ibaml.learner.folder import fixed_tensors, read_model, restore_fixed, write
 from ibaml.learner.identity import data_identity
 from ibaml.learner.run_folder import write_environment, write_summary
 from ibaml.learner.settings import LearnerSettings
-from ibaml.likelihoods import GaussianNoise, make_likelihood
+from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
 from ibaml.model import Model, build_model
 from ibaml.networks import network_settings
@@ -31,10 +31,13 @@ from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
-from ibaml.types import Episode, TaskSampler
+from ibaml.types import Episode, TaskSampler, Tensor
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_NUM_TASKS_TO_START_FROM = 32
 
 
 class NotFittedError(RuntimeError, ValueError, AttributeError):
@@ -53,7 +56,9 @@ class MetaLearner:
         algorithm: Name of an algorithm (``"ibaml"``, ``"maml"``, ``"fomaml"``, ``"imaml"``, ``"abml"``,
             ``"vampire"``) or an ``Algorithm`` with settings of its own. A name stands for the settings of the
             publication, or, for a default network on tables, for those of ``ibaml.learner.defaults``.
-        likelihood: ``"categorical"`` or ``"gaussian"`` (regression, noise variance learned).
+        likelihood: Name of a likelihood (``"categorical"``, ``"gaussian"``, ``"student_t"``, ``"poisson"``,
+            ``"unit_gaussian"``) or one of ``ibaml.likelihoods`` with settings of its own. With a default network, the
+            parameters of one that is named start at values that suit the data.
         adapt: Name patterns of the parameters that each task adapts; the others are meta-learned directly. With a
             default network on tables, ``"*"`` stands for its head.
         freeze: Name patterns of parameters that never change.
@@ -93,7 +98,7 @@ class MetaLearner:
         self,
         network: nn.Module | None = None,
         algorithm: str | Algorithm = "ibaml",
-        likelihood: str = "categorical",
+        likelihood: str | Likelihood = "categorical",
         adapt: str | Sequence[str] = "*",
         *,
         freeze: str | Sequence[str] = (),
@@ -115,7 +120,7 @@ class MetaLearner:
         }
         self.network = network
         self.algorithm = make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
-        self.likelihood = likelihood
+        self.likelihood = find_likelihood(likelihood)
         self.adapt_patterns = adapt
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
@@ -125,7 +130,6 @@ class MetaLearner:
         self._splits = SplitSettings()
         self._model: Model | None = None
         self._fitted: FittedModel | None = None
-        make_likelihood(likelihood, 1)
         if network is not None:
             self._build(network)
 
@@ -280,7 +284,7 @@ class MetaLearner:
         source = prepare(
             train_tasks,
             validation_tasks,
-            is_regression=self.likelihood != "categorical",
+            target_kind=self.likelihood.target_kind,
             classes=self.classes,
             splits=splits,
             seed=self.seed,
@@ -417,7 +421,7 @@ class MetaLearner:
         if self.preprocessing is None or is_raw(test_tasks) or is_folder(test_tasks):
             return dict(self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed).report)
         episodes = read_episodes(fitted, test_tasks, self._splits, num_tasks=num_tasks, seed=seed)
-        return evaluate_tables(fitted, episodes, seed=seed)
+        return dict(evaluate_tables(fitted, episodes, seed=seed).report)
 
     def evaluate_in_full(
         self,
@@ -437,12 +441,13 @@ class MetaLearner:
             num_tasks = len(test_tasks)
         sampler = EpisodesInOrder(test_tasks) if isinstance(test_tasks, Sequence) else test_tasks
         return evaluate(
-            fitted.tempered_model,
+            fitted.model,
             fitted.algorithm,
             fitted.meta,
             sampler,
             num_tasks=num_tasks,
             seed=seed,
+            temperature=fitted.temperature,
             on_progress=on_progress,
         )
 
@@ -519,11 +524,8 @@ class MetaLearner:
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits)
 
-    def _build(self, network: nn.Module, *, is_default: bool = False) -> None:
-        num_outputs = int(getattr(network, "num_outputs", 1))
-        likelihood = make_likelihood(self.likelihood, num_outputs)
-        if is_default and type(likelihood) is GaussianNoise:
-            likelihood = GaussianNoise(num_outputs, defaults.NOISE_VARIANCE)
+    def _build(self, network: nn.Module) -> None:
+        likelihood = self.likelihood.with_outputs(int(getattr(network, "num_outputs", 1)))
         self.network = network
         built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
         self._model = built.to(self.device)
@@ -533,18 +535,27 @@ class MetaLearner:
         if not is_image:
             self.adapt_patterns = defaults.HEAD if self._parameters["adapt"] == "*" else self._parameters["adapt"]
             self.algorithm = (
-                defaults.table_algorithm(algorithm, shape, is_regression=self.likelihood == "gaussian")
+                defaults.table_algorithm(algorithm, shape, is_regression=self.likelihood.target_kind != "classes")
                 if isinstance(algorithm, str)
                 else algorithm
             )
-        network = defaults.default_network(shape, tasks.num_outputs, is_image=is_image, seed=self.seed)
-        self._build(network, is_default=True)
+        if isinstance(self._parameters["likelihood"], str):
+            self.likelihood = self.likelihood.suited_to(_some_targets(tasks, seed=self.seed))
+        num_outputs = self.likelihood.num_outputs(tasks.num_outputs)
+        self._build(defaults.default_network(shape, num_outputs, is_image=is_image, seed=self.seed))
 
 
 def _console() -> "Console":
     from rich.console import Console  # only for those who want to see the progress
 
     return Console(stderr=True)
+
+
+def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
+    """Returns the targets of some tasks, one task at a time because their sizes may differ."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [tasks.sample(1, generator=generator) for _ in range(_NUM_TASKS_TO_START_FROM)]
+    return torch.cat([batch.y[0] for episode in drawn for batch in episode])
 
 
 def _as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 
 from ibaml.algorithms import Algorithm
 from ibaml.data.preprocessing import ClassScope
+from ibaml.likelihoods import Likelihood
 from ibaml.networks import NetworkSettings
 
 
@@ -14,7 +15,7 @@ class LearnerSettings:
     Attributes:
         network: The network; None for a module that is not one of ``ibaml.networks``.
         algorithm: What adapts, with all its settings.
-        likelihood: ``"categorical"``, ``"gaussian"`` or ``"unit_gaussian"``.
+        likelihood: Name of a likelihood, or one with settings of its own.
         adapt: Name patterns of the parameters that each task adapts.
         freeze: Name patterns of parameters that never change.
         classes: Whether labels mean the same in all tasks (``"shared"``) or each task has its own (``"per_task"``).
@@ -25,7 +26,7 @@ class LearnerSettings:
 
     network: NetworkSettings | None
     algorithm: Algorithm
-    likelihood: str = "categorical"
+    likelihood: str | Likelihood = "categorical"
     adapt: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
     classes: ClassScope = "shared"

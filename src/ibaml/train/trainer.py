@@ -282,7 +282,7 @@ class Trainer:
         return total, info, score
 
     def _score_name(self) -> str:
-        return "accuracy" if self.model.likelihood.name == "categorical" else "mse"
+        return self.model.likelihood.step_score_name
 
     def _apply(self, gradient: MetaParameters) -> None:
         rate = 1.0
@@ -401,7 +401,7 @@ class Trainer:
             "algorithm": records.to_json(self.algorithm),
             "trainer": dataclasses.asdict(self.settings),
             "network": repr(self.model.network),
-            "likelihood": self.model.likelihood.name,
+            "likelihood": records.to_json(self.model.likelihood),
             "frozen_sha256": self._frozen_digest,
             "data": self._data_identity,
         }

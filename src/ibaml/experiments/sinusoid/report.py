@@ -15,6 +15,7 @@ from ibaml.experiments.sinusoid.run import (
     SinusoidSettings,
     run,
 )
+from ibaml.likelihoods import find_likelihood
 
 _REFERENCE_CELLS = ("-", f"{REFERENCE_META_STEPS:,}", "-", "-")
 
@@ -135,8 +136,9 @@ def _describe(one: SinusoidRun) -> str:
         )
     if isinstance(algorithm, IBAML):
         text += f"; {algorithm.linear} with{'' if algorithm.precondition else 'out'} the free preconditioner"
+    likelihood = find_likelihood(one.recipe.likelihood).name.replace("_", " ")
     return (
-        f"{text}; likelihood {one.recipe.likelihood.replace('_', ' ')}; {trainer.tasks_per_step} tasks a meta-step, "
+        f"{text}; likelihood {likelihood}; {trainer.tasks_per_step} tasks a meta-step, "
         f"Adam with rate {trainer.learning_rate:g}, {trainer.schedule}."
     )
 

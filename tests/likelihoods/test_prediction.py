@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions
 
-from ibaml.prediction import ClassPrediction, RegressionPrediction
+from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
 
 ALGEBRA = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -23,10 +23,12 @@ def classes(num_samples: int = 5, num_examples: int = 4, num_classes: int = 3, s
     return ClassPrediction(torch.log_softmax(3 * draw(num_samples, num_examples, num_classes, seed=seed), -1))
 
 
-def regression(
-    num_samples: int = 5, num_examples: int = 4, num_outputs: int = 2, seed: int = 0
-) -> RegressionPrediction:
-    return RegressionPrediction(draw(num_samples, num_examples, num_outputs, seed=seed), draw(num_outputs).exp())
+def regression(num_samples: int = 5, num_examples: int = 4, num_outputs: int = 2, seed: int = 0) -> MixturePrediction:
+    return gaussians(draw(num_samples, num_examples, num_outputs, seed=seed), draw(num_outputs).exp())
+
+
+def gaussians(means: torch.Tensor, noise_variance: torch.Tensor) -> MixturePrediction:
+    return MixturePrediction(GaussianComponents(means, noise_variance))
 
 
 def test_class_probabilities_are_averages():
@@ -91,19 +93,21 @@ def test_regression_moments_against_a_mixture():
     mixture = distributions.MixtureSameFamily(
         distributions.Categorical(torch.ones(4, 2, 5, dtype=torch.float64)),
         distributions.Normal(
-            prediction.sample_means.permute(1, 2, 0), prediction.noise_variance.sqrt().reshape(1, 2, 1)
+            prediction.components.mean.permute(1, 2, 0), prediction.components.aleatoric.sqrt().reshape(1, 2, 1)
         ),
     )
     torch.testing.assert_close(prediction.mean, mixture.mean, **ALGEBRA)
     torch.testing.assert_close(prediction.total_uncertainty, mixture.variance, **ALGEBRA)
-    torch.testing.assert_close(prediction.samples(), prediction.sample_means)
+    torch.testing.assert_close(prediction.samples(), prediction.components.mean)
 
 
 def test_regression_uncertainties():
     prediction = regression()
-    means = prediction.sample_means
+    means = prediction.components.mean
     torch.testing.assert_close(prediction.epistemic, ((means - means.mean(0)) ** 2).mean(0), **ALGEBRA)
-    torch.testing.assert_close(prediction.aleatoric, torch.ones(4, 1, dtype=torch.float64) * prediction.noise_variance)
+    torch.testing.assert_close(
+        prediction.aleatoric, torch.ones(4, 1, dtype=torch.float64) * prediction.components.aleatoric
+    )
     torch.testing.assert_close(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic, **ALGEBRA)
     single = regression(num_samples=1)
     assert bool((single.epistemic == 0).all())
@@ -116,7 +120,7 @@ def test_regression_nll_is_of_the_joint_mixture():
     mixture = distributions.MixtureSameFamily(
         distributions.Categorical(torch.ones(4, 5, dtype=torch.float64)),
         distributions.Independent(
-            distributions.Normal(prediction.sample_means.transpose(0, 1), prediction.noise_variance.sqrt()), 1
+            distributions.Normal(prediction.components.mean.transpose(0, 1), prediction.components.aleatoric.sqrt()), 1
         ),
     )
     torch.testing.assert_close(prediction.nll(targets), -mixture.log_prob(targets), **ALGEBRA)
@@ -129,7 +133,7 @@ def test_quantiles_against_a_root_finder():
     generator = torch.Generator().manual_seed(5)
     means = 3 * torch.randn(7, 4, 2, generator=generator, dtype=torch.float64)
     variance = torch.tensor([0.3, 2.0], dtype=torch.float64)
-    prediction = RegressionPrediction(means, variance)
+    prediction = gaussians(means, variance)
     for probability in (0.001, 0.05, 0.5, 0.9, 0.999):
         found = prediction.quantile(probability)
         for example in range(4):
@@ -143,9 +147,9 @@ def test_quantiles_against_a_root_finder():
 
 
 def test_cdf_is_that_of_the_mixture_and_the_inverse_of_the_quantile():
-    prediction = RegressionPrediction(3 * draw(7, 4, 2, seed=5), torch.tensor([0.3, 2.0], dtype=torch.float64))
+    prediction = gaussians(3 * draw(7, 4, 2, seed=5), torch.tensor([0.3, 2.0], dtype=torch.float64))
     targets = draw(4, 2, seed=6)
-    parts = scipy.stats.norm(prediction.sample_means.numpy(), prediction.noise_variance.sqrt().numpy())
+    parts = scipy.stats.norm(prediction.components.mean.numpy(), prediction.components.aleatoric.sqrt().numpy())
     torch.testing.assert_close(prediction.cdf(targets), torch.from_numpy(parts.cdf(targets.numpy()).mean(0)), **ALGEBRA)
     for probability in (0.01, 0.5, 0.97):
         found = prediction.cdf(prediction.quantile(probability))
@@ -155,7 +159,7 @@ def test_cdf_is_that_of_the_mixture_and_the_inverse_of_the_quantile():
 def test_intervals_cover_what_they_promise():
     generator = torch.Generator().manual_seed(6)
     means = torch.randn(5, 1, 1, generator=generator, dtype=torch.float64) * 2
-    prediction = RegressionPrediction(means, torch.tensor([0.5], dtype=torch.float64))
+    prediction = gaussians(means, torch.tensor([0.5], dtype=torch.float64))
     draws = means[torch.randint(5, (40_000,), generator=generator), 0, 0]
     draws = draws + 0.5**0.5 * torch.randn(40_000, generator=generator, dtype=torch.float64)
     for level in (0.5, 0.9):
@@ -165,7 +169,7 @@ def test_intervals_cover_what_they_promise():
 
 
 def test_single_gaussian_interval_is_the_textbook_one():
-    prediction = RegressionPrediction(torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([4.0]).double())
+    prediction = gaussians(torch.zeros(1, 3, 1, dtype=torch.float64), torch.tensor([4.0]).double())
     low, high = prediction.interval(0.95)
     torch.testing.assert_close(high, torch.full((3, 1), 2 * scipy.stats.norm.ppf(0.975), dtype=torch.float64))
     torch.testing.assert_close(low, -high)
@@ -173,7 +177,7 @@ def test_single_gaussian_interval_is_the_textbook_one():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1.5])
 def test_quantiles_and_levels_out_of_range(value):
-    prediction = RegressionPrediction(torch.zeros(1, 1, 1), torch.ones(1))
+    prediction = gaussians(torch.zeros(1, 1, 1), torch.ones(1))
     with pytest.raises(ValueError, match="probability is .*; expected a number strictly between 0 and 1"):
         prediction.quantile(value)
     with pytest.raises(ValueError, match="level is .*; expected a probability strictly between 0 and 1"):
@@ -187,9 +191,7 @@ def test_labels_are_the_most_probable_classes():
 
 def test_rescaling_is_that_of_the_targets():
     generator = torch.Generator().manual_seed(7)
-    prediction = RegressionPrediction(
-        torch.randn(3, 4, 2, generator=generator).double(), torch.tensor([0.5, 2.0]).double()
-    )
+    prediction = gaussians(torch.randn(3, 4, 2, generator=generator).double(), torch.tensor([0.5, 2.0]).double())
     mean, scale = torch.tensor([1e9, -1.0]).double(), torch.tensor([10.0, 0.1]).double()
     y = torch.randn(4, 2, generator=generator).double()
     moved = prediction.rescaled(mean, scale)

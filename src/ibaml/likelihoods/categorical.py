@@ -1,0 +1,268 @@
+"""Classes: probabilities by softmax."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+
+from ibaml import metrics
+from ibaml.likelihoods.base import Array, Prediction, TargetKind, shown, wide
+from ibaml.metrics import Estimate
+from ibaml.types import Params, Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassPrediction:
+    """Class probabilities at some inputs.
+
+    Attributes:
+        sample_log_probs: Log-probabilities under each weight sample, ``[num_samples, num_examples, num_classes]``.
+        temperature: Divides the log of the averaged probabilities; positive, above 1 less sure, below 1 surer.
+        classes: Label of each column of ``probs``; None: the index of the column.
+        as_numpy: Whether values are numpy arrays.
+    """
+
+    sample_log_probs: Tensor
+    temperature: float = 1.0
+    classes: Array | None = None
+    as_numpy: bool = False
+
+    @property
+    def log_probs(self) -> Any:
+        """Log of the averaged and tempered probabilities, ``[num_examples, num_classes]``."""
+        return self._shown(self._log_probs)
+
+    @property
+    def probs(self) -> Any:
+        """Probabilities averaged over weight samples and tempered, ``[num_examples, num_classes]``."""
+        return self._shown(self._log_probs.exp())
+
+    @property
+    def labels(self) -> Any:
+        """Most probable class, ``[num_examples]``: its label, or its index; a numpy array if labels are strings."""
+        index = self._log_probs.argmax(-1)
+        if self.classes is None:
+            return self._shown(index)
+        chosen = self.classes[index.cpu().numpy()]
+        return torch.from_numpy(chosen) if not self.as_numpy and chosen.dtype.kind in "biuf" else chosen
+
+    @property
+    def total_uncertainty(self) -> Any:
+        """Entropy of ``probs`` in nats, ``[num_examples]``."""
+        return self._shown(_entropy(self._log_probs))
+
+    @property
+    def aleatoric(self) -> Any:
+        """What more data would not remove, in nats, ``[num_examples]``: the mean entropy of the samples' probabilities.
+
+        With a temperature: the same share of the total as without.
+        """
+        return self._shown((_entropy(self._log_probs) - self._information).clamp_min(0))
+
+    @property
+    def epistemic(self) -> Any:
+        """Mutual information of label and weights in nats, ``[num_examples]``, at least 0.
+
+        With a temperature: the same share of the total as without.
+        """
+        return self._shown(self._information)
+
+    def samples(self) -> Any:
+        """Returns the untempered probabilities under each sample, ``[num_samples, num_examples, num_classes]``."""
+        return self._shown(self.sample_log_probs.exp())
+
+    def nll(self, targets: Any) -> Any:
+        """Returns ``-log p(target)`` per example in nats.
+
+        Args:
+            targets: Labels, or class indices if the prediction has no labels, ``[num_examples]``.
+
+        Raises:
+            ValueError: If a label is none of ``classes``.
+        """
+        index = torch.as_tensor(targets if self.classes is None else _indices(np.asarray(targets), self.classes))
+        index = index.to(self.sample_log_probs.device)
+        return self._shown(-self._log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+
+    def tempered(self, temperature: float) -> "ClassPrediction":
+        """Returns the prediction with the logits of its probabilities divided by a temperature (Guo et al. 2017).
+
+        Those are the probabilities averaged over weight samples: dividing each sample's logits would hardly change
+        what is unsure because the samples disagree.
+
+        Args:
+            temperature: Positive; above 1 it makes the prediction less sure.
+        """
+        return dataclasses.replace(self, temperature=self.temperature * temperature)
+
+    def rescaled(self, mean: Tensor, scale: Tensor) -> "ClassPrediction":
+        """Returns the prediction itself: classes have no scale."""
+        del mean, scale
+        return self
+
+    def to(self, device: torch.device) -> "ClassPrediction":
+        """Returns the prediction with its tensors on a device."""
+        return dataclasses.replace(self, sample_log_probs=self.sample_log_probs.to(device))
+
+    def in_terms_of(self, *, labels: Array | None, is_vector: bool, as_numpy: bool) -> "ClassPrediction":
+        """Returns the prediction with the labels of the data, as tensors or numpy arrays."""
+        del is_vector
+        labels = np.arange(self.sample_log_probs.shape[-1]) if labels is None else labels
+        return dataclasses.replace(self, classes=labels, as_numpy=as_numpy)
+
+    def scores(self, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the scores of one task by name; ``ibaml.metrics`` defines them."""
+        log_probs, labels = self._normalised[None], targets[None]
+        probs = log_probs.exp()
+        entropy = torch.special.entr(probs).sum(-1)
+        by_task = {
+            "accuracy": metrics.accuracy(probs, labels),
+            "nll": metrics.nll(log_probs, labels),
+            "brier": metrics.brier(probs, labels),
+            "ece": metrics.ece(probs, labels),
+            "mce": metrics.mce(probs, labels),
+            "selective_area": metrics.selective_area(entropy, probs.argmax(-1) == labels.to(probs.device)),
+        }
+        return {name: value[0] for name, value in by_task.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns ``log_probs`` in float64."""
+        return {"log_probs": self._normalised.cpu()}
+
+    def columns(self, *, level: float, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Returns predicted label, probabilities, entropy and its epistemic part."""
+        del level, names
+        prediction = self if self.classes is not None else self.in_terms_of(labels=None, is_vector=False, as_numpy=True)
+        labels = cast(Array, prediction.classes).tolist()
+        probs = {f"probability_{label}": prediction.probs[:, index] for index, label in enumerate(labels)}
+        parts = {"entropy": prediction.total_uncertainty, "epistemic": prediction.epistemic}
+        return {name: value.tolist() for name, value in {"predicted": prediction.labels, **probs, **parts}.items()}
+
+    @property
+    def _log_probs(self) -> Tensor:
+        averaged = self._averaged_log_probs
+        return averaged if self.temperature == 1 else torch.log_softmax(averaged / self.temperature, dim=-1)
+
+    @property
+    def _averaged_log_probs(self) -> Tensor:
+        return torch.logsumexp(self.sample_log_probs, dim=0) - math.log(self.sample_log_probs.shape[0])
+
+    @property
+    def _normalised(self) -> Tensor:
+        """Log-probabilities in float64 whose rows sum to one in float64 as well."""
+        return torch.log_softmax(self._log_probs.double(), -1)
+
+    @property
+    def _information(self) -> Tensor:
+        before = _entropy(self._averaged_log_probs)
+        information = (before - _entropy(self.sample_log_probs).mean(0)).clamp_min(0)
+        if self.temperature == 1:
+            return information
+        return information * _entropy(self._log_probs) / torch.where(before > 0, before, torch.ones_like(before))
+
+    def _shown(self, value: Tensor) -> Any:
+        return shown(value, as_numpy=self.as_numpy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Categorical:
+    """Class probabilities by softmax: ``p(y | f) = softmax(f)_y``."""
+
+    name: ClassVar[str] = "categorical"
+    target_kind: ClassVar[TargetKind] = "classes"
+    step_score_name: ClassVar[str] = "accuracy"
+
+    def num_outputs(self, num_targets: int) -> int:
+        """Returns one output per class."""
+        return num_targets
+
+    def with_outputs(self, num_outputs: int) -> "Categorical":
+        """Returns itself: any number of classes will do."""
+        del num_outputs
+        return self
+
+    def suited_to(self, targets: Tensor) -> "Categorical":
+        """Returns itself: there is nothing to start."""
+        del targets
+        return self
+
+    def initial_parameters(self) -> Params:
+        """Returns no parameters."""
+        return {}
+
+    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
+        """Returns the cross-entropy per example.
+
+        Args:
+            outputs: Logits, ``[..., num_examples, num_classes]``.
+            targets: Class indices, ``[..., num_examples]``.
+            parameters: Not used.
+        """
+        del parameters
+        (outputs,) = wide(outputs)
+        log_probs = torch.log_softmax(outputs, dim=-1)
+        # A comparison rather than `one_hot`, which reads its values and so fails under vmap, or `gather`, whose
+        # derivative scatters.
+        is_target = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
+        return -torch.where(is_target, log_probs, 0.0).sum(-1)
+
+    def predict(self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None) -> ClassPrediction:
+        """Returns class probabilities from logits of shape ``[num_samples, num_examples, num_classes]``.
+
+        Raises:
+            NotImplementedError: If a variance is given: a softmax of Gaussian logits has no closed form.
+        """
+        del parameters
+        if output_variance is not None:
+            raise NotImplementedError("the categorical likelihood takes samples of logits, not their variance.")
+        (outputs,) = wide(outputs)
+        return ClassPrediction(torch.log_softmax(outputs, dim=-1))
+
+    def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
+        """Refuses targets that are no class indices in ``[0, num_outputs)``.
+
+        Raises:
+            ValueError: Naming the argument, what came and what was expected.
+        """
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise ValueError(
+                f"{argument} has dtype {targets.dtype}, but expected class indices (int64); "
+                "for real targets use likelihood='gaussian'."
+            )
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= num_outputs:
+            raise ValueError(
+                f"{argument} has labels from {low} to {high}, but the network has {num_outputs} outputs: "
+                f"expected labels in 0 .. {num_outputs - 1}. Renumber the classes of each task, or give the network "
+                "more outputs."
+            )
+
+    def step_score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the accuracy."""
+        return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+
+    def pooled_scores(self, predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> Mapping[str, Estimate]:
+        """Returns the calibration errors of the examples of all tasks together, each of the same weight."""
+        probs = [one.tensors()["log_probs"].exp() for one in predictions]
+        # Seeded: a report is a function of its inputs.
+        pooled = {"ece_pooled": metrics.pooled_ece, "mce_pooled": metrics.pooled_mce}
+        return {
+            name: function(probs, targets, generator=torch.Generator().manual_seed(0))
+            for name, function in pooled.items()
+        }
+
+
+def _indices(targets: Array, classes: Array) -> Array:
+    found = targets[:, None] == classes
+    if not bool(found.any(1).all()):
+        unknown = targets[~found.any(1)][0]
+        raise ValueError(f"targets has the label {unknown.item()!r}; expected one of {classes.tolist()}.")
+    return found.argmax(1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    """Returns the entropy over the last axis; a probability of zero counts as zero."""
+    return -torch.where(log_probs > -math.inf, log_probs.exp() * log_probs, 0.0).sum(-1)

@@ -1,0 +1,361 @@
+"""Predictions of numbers: a mixture over weight samples of one distribution per sample, example and target."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from ibaml import metrics
+from ibaml.likelihoods.base import Array, Prediction, TargetKind, check_numbers, shown
+from ibaml.metrics import Estimate
+from ibaml.types import Tensor
+
+# Each halves the bracket; a double has 53 digits, and the bracket of an extreme quantile is wide.
+_NUM_BISECTIONS = 80
+
+
+class Components(Protocol):
+    """The distributions of a mixture, a NamedTuple of tensors ``[num_samples, num_examples, num_targets]``."""
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the targets are whole numbers."""
+        ...
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each."""
+        ...
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """Variance of the noise of each, in a shape that ``mean`` expands."""
+        ...
+
+    @property
+    def epistemic(self) -> Tensor:
+        """Variance of the mean that each has by itself, beside that between samples."""
+        ...
+
+    def log_prob(self, targets: Tensor) -> Tensor:
+        """Returns the log density, or probability, of each at targets ``[num_examples, num_targets]``."""
+        ...
+
+    def cdf(self, values: Tensor) -> Tensor:
+        """Returns the probability of a value at most ``values`` of each, float64."""
+        ...
+
+    def tempered(self, temperature: float) -> "Components":
+        """Returns distributions that together are less sure (above 1) or surer by one number."""
+        ...
+
+    def rescaled(self, mean: Tensor, scale: Tensor) -> "Components":
+        """Returns the distributions of ``scale * target + mean``, in float64."""
+        ...
+
+    def to(self, device: torch.device) -> "Components":
+        """Returns the distributions with their tensors on a device."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MixturePrediction:
+    """Predictive distribution of numbers: a mixture with one component, of the same weight, per weight sample.
+
+    Values have the shape ``[num_examples, num_targets]``, or ``[num_examples]`` with ``is_vector``.
+
+    Attributes:
+        components: The distributions that are mixed.
+        is_vector: Whether there is one target per example, without an axis of its own.
+        as_numpy: Whether values are numpy arrays.
+    """
+
+    components: Components
+    is_vector: bool = False
+    as_numpy: bool = False
+
+    @property
+    def mean(self) -> Any:
+        """Predictive mean."""
+        return self._shown(self._mean)
+
+    @property
+    def standard_deviation(self) -> Any:
+        """Square root of the predictive variance."""
+        return self._shown(self._variance.sqrt())
+
+    @property
+    def total_uncertainty(self) -> Any:
+        """Predictive variance, aleatoric plus epistemic, target's unit squared."""
+        return self._shown(self._variance)
+
+    @property
+    def aleatoric(self) -> Any:
+        """Variance of the noise, target's unit squared: what more data would not remove."""
+        return self._shown(self._aleatoric)
+
+    @property
+    def epistemic(self) -> Any:
+        """Variance of the mean under the posterior, target's unit squared: what more data would remove."""
+        return self._shown(self._epistemic)
+
+    def samples(self) -> Any:
+        """Returns the means under each weight sample, with a leading axis ``num_samples``; noise is not added."""
+        return self._shown(self.components.mean)
+
+    def nll(self, targets: Any) -> Any:
+        """Returns ``-log p(target)`` of the mixture per example, ``[num_examples]``, in nats.
+
+        The density is joint over the targets of an example, which are independent given the weights only.
+
+        Args:
+            targets: One value for each prediction, in the shape of ``mean``.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        joint = self.components.log_prob(self._values(targets)).sum(-1)
+        return shown(math.log(joint.shape[0]) - torch.logsumexp(joint, dim=0), as_numpy=self.as_numpy)
+
+    def cdf(self, targets: Any) -> Any:
+        """Returns the predictive probability of a value at most ``targets``, for each target by itself, in float64.
+
+        Args:
+            targets: One value for each prediction, in the shape of ``mean``.
+
+        Raises:
+            ValueError: If the shape is another.
+
+        Examples:
+            >>> from ibaml.likelihoods import GaussianComponents
+            >>> prediction = MixturePrediction(GaussianComponents(torch.zeros(1, 1, 1), torch.ones(1)))
+            >>> round(float(prediction.cdf(torch.tensor([[1.96]]))), 3)
+            0.975
+        """
+        return self._shown(self._cdf(self._values(targets)))
+
+    def quantile(self, probability: float) -> Any:
+        """Returns a quantile of the mixture for each target: the smallest value whose ``cdf`` reaches a probability.
+
+        It is found by bisection, to the last digits of float64, or exactly for counts. By Cantelli's inequality the
+        quantile at ``p`` lies between ``mean - sqrt(variance (1 - p) / p)`` and ``mean + sqrt(variance p / (1 - p))``.
+
+        Args:
+            probability: Strictly between 0 and 1.
+
+        Raises:
+            ValueError: If the probability is not.
+
+        Examples:
+            >>> from ibaml.likelihoods import GaussianComponents
+            >>> prediction = MixturePrediction(GaussianComponents(torch.zeros(1, 1, 1), torch.ones(1)))
+            >>> round(float(prediction.quantile(0.975)), 3)
+            1.96
+        """
+        if not 0 < probability < 1:
+            raise ValueError(f"probability is {probability}; expected a number strictly between 0 and 1, such as 0.95.")
+        odds = probability / (1 - probability)
+        # A hundredth wider, for the rounding of moments in float32.
+        mean, deviation = self._mean.double(), 1.01 * self._variance.double().sqrt()
+        slack = 1e-6 * (mean.abs() + deviation)
+        low, high = mean - deviation / math.sqrt(odds) - slack, mean + deviation * math.sqrt(odds) + slack
+        if self.components.is_discrete:
+            low, high = (low.floor() - 1).clamp_min(-1), high.ceil()
+        for _ in range(_NUM_BISECTIONS):
+            middle = (low + high) / 2
+            if self.components.is_discrete:
+                middle = middle.floor()
+            below = self._cdf(middle) < probability
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        found = high if self.components.is_discrete else (low + high) / 2
+        return self._shown(found.to(self._mean.dtype))
+
+    def interval(self, level: float = 0.9) -> tuple[Any, Any]:
+        """Returns the ends of the central interval that holds a target with probability ``level`` (counts: at least).
+
+        Args:
+            level: Strictly between 0 and 1.
+
+        Returns:
+            The quantiles at ``(1 - level) / 2`` and ``(1 + level) / 2``.
+
+        Raises:
+            ValueError: If the level is out of range.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
+        return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+
+    def tempered(self, temperature: float) -> "MixturePrediction":
+        """Returns the prediction made less sure (above 1) or surer by one positive number; see the likelihood."""
+        return dataclasses.replace(self, components=self.components.tempered(temperature))
+
+    def rescaled(self, mean: Tensor, scale: Tensor) -> "MixturePrediction":
+        """Returns the prediction of ``scale * target + mean``, in float64.
+
+        Args:
+            mean: Offset per target.
+            scale: Positive factor per target.
+        """
+        return dataclasses.replace(self, components=self.components.rescaled(mean, scale))
+
+    def to(self, device: torch.device) -> "MixturePrediction":
+        """Returns the prediction with its tensors on a device."""
+        return dataclasses.replace(self, components=self.components.to(device))
+
+    def in_terms_of(self, *, labels: Array | None, is_vector: bool, as_numpy: bool) -> "MixturePrediction":
+        """Returns the prediction in the shape of the data's targets, as tensors or numpy arrays."""
+        del labels
+        return dataclasses.replace(self, is_vector=is_vector, as_numpy=as_numpy)
+
+    def scores(self, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the scores of one task by name; ``ibaml.metrics`` defines them.
+
+        Counts have no ``quantile_calibration_error``, and their ``coverage_90`` is 0.9 or more when all is well: the
+        distribution function of a whole number jumps.
+        """
+        y = targets[None]
+        found = {
+            "mse": metrics.mse(self._mean.double()[None], y.double())[0],
+            "nll": self.nll(targets).double().mean().cpu(),
+        }
+        if self.components.is_discrete:
+            low, high = (end.double()[None] for end in self.interval(0.9))
+            return found | {"coverage_90": metrics.coverage(low, high, y.double())[0]}
+        cdf = self._cdf(targets)[None]
+        return found | {
+            "coverage_90": metrics.central_coverage(cdf, level=0.9)[0],
+            "quantile_calibration_error": metrics.quantile_calibration_error(cdf)[0],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns ``mean`` and ``variance`` in float64."""
+        return {"mean": self._mean.double().cpu(), "variance": self._variance.double().cpu()}
+
+    def columns(self, *, level: float, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Returns mean, interval and the standard deviations of noise and mean; for each target, if there are several.
+
+        Raises:
+            ValueError: If the level is out of range.
+        """
+        low, high = self.interval(level)
+        columns = {
+            "predicted": self.mean,
+            f"lower_{100 * level:g}": low,
+            f"upper_{100 * level:g}": high,
+            "noise_std": self.aleatoric**0.5,
+            "epistemic_std": self.epistemic**0.5,
+        }
+        if self.is_vector:
+            return {name: values.tolist() for name, values in columns.items()}
+        return {
+            f"{name}_{target}": values[:, index].tolist()
+            for index, target in enumerate(names)
+            for name, values in columns.items()
+        }
+
+    @property
+    def _mean(self) -> Tensor:
+        return self.components.mean.mean(0)
+
+    @property
+    def _aleatoric(self) -> Tensor:
+        return self.components.aleatoric.expand_as(self.components.mean).mean(0)
+
+    @property
+    def _epistemic(self) -> Tensor:
+        # Law of total variance: that between the samples and what each has by itself.
+        between = self.components.mean.var(0, correction=0)
+        return between + self.components.epistemic.expand_as(self.components.mean).mean(0)
+
+    @property
+    def _variance(self) -> Tensor:
+        return self._aleatoric + self._epistemic
+
+    def _cdf(self, values: Tensor) -> Tensor:
+        return self.components.cdf(values).mean(0)
+
+    def _values(self, targets: Any) -> Tensor:
+        values = torch.as_tensor(targets if isinstance(targets, torch.Tensor) else np.asarray(targets))
+        expected = self._mean.shape[:-1] if self.is_vector else self._mean.shape
+        if values.shape != expected:
+            raise ValueError(f"targets has shape {tuple(values.shape)}; expected {tuple(expected)}, as mean has.")
+        values = values.to(self._mean.device)
+        return values.unsqueeze(-1) if self.is_vector else values
+
+    def _shown(self, value: Tensor) -> Any:
+        return shown(value.squeeze(-1) if self.is_vector else value, as_numpy=self.as_numpy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumberLikelihood:
+    """What all likelihoods of numbers share.
+
+    Attributes:
+        num_targets: Numbers to predict for each example.
+    """
+
+    num_targets: int = 1
+
+    target_kind: ClassVar[TargetKind] = "real"
+    step_score_name: ClassVar[str] = "mse"
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        if self.num_targets < 1:
+            raise ValueError(f"num_targets must be at least 1, but is {self.num_targets}.")
+
+    def num_outputs(self, num_targets: int) -> int:
+        """Returns how many outputs a network needs for so many targets."""
+        return num_targets * self._outputs_per_target
+
+    def with_outputs(self, num_outputs: int) -> Any:
+        """Returns the likelihood for a network of so many outputs.
+
+        Raises:
+            ValueError: If they cannot be shared out among targets.
+        """
+        if num_outputs % self._outputs_per_target:
+            raise ValueError(
+                f"the network has {num_outputs} outputs, but {self} needs {self._outputs_per_target} for each target."
+            )
+        return dataclasses.replace(self, num_targets=num_outputs // self._outputs_per_target)
+
+    def step_score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean squared error of the predicted means."""
+        return ((self.mean(outputs) - targets) ** 2).mean()
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Returns the mean that network outputs stand for, ``[..., num_examples, num_targets]``."""
+        return outputs
+
+    def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
+        """Refuses targets that are not finite real numbers of shape ``[..., num_examples, num_targets]``.
+
+        Raises:
+            ValueError: Naming the argument, what came and what was expected.
+        """
+        if not targets.is_floating_point():
+            raise ValueError(
+                f"{argument} has dtype {targets.dtype}, but expected real targets; "
+                "convert them with .float(), or use likelihood='categorical' for class indices."
+            )
+        check_numbers(argument, targets, num_outputs // self._outputs_per_target)
+
+    def pooled_scores(self, predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> Mapping[str, Estimate]:
+        """Returns nothing: all scores are means over tasks."""
+        del predictions, targets
+        return {}
+
+    @property
+    def _outputs_per_target(self) -> int:
+        return 1
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, but is {value}.")
