@@ -187,13 +187,13 @@ def documented() -> set[object]:
 # Checks of arguments, file caches and start values: public for other modules, of no use outside the package.
 INTERNAL = {
     "ibaml.cli",
-    "ibaml.data.arguments",
+    "ibaml.atomic",
+    "ibaml.checks",
+    "ibaml.optional",
     "ibaml.data.files.cache",
-    "ibaml.networks.arguments",
-    "ibaml.networks.initialization",
+    "ibaml.networks.layers",
     "ibaml.testing.base",
     "ibaml.data.sources.sinusoid.require_range",
-    "ibaml.networks.normalization.check_norm",
 }
 
 

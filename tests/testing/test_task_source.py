@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources import Split
 from ibaml.testing import TaskSourceContract, failures

@@ -2,7 +2,7 @@
 
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.data.images import ClassImages, scale_pixels
 from ibaml.types import Batch, Episode, PyTree, Tensor
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.ragged import RaggedTasks
 from ibaml.types import Batch, Episode, Tensor
 

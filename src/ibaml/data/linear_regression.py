@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.types import Batch, Episode, Tensor
 
 Design = Literal["gaussian", "orthogonal"]

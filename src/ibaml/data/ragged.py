@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ibaml import tree
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.types import Batch, Episode, PyTree, Tensor
 
 

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from ibaml import plots
-from ibaml.learner.folder import write_text
+from ibaml.atomic import write_text
 from ibaml.learner.run_folder import describe_environment
 from ibaml.metrics import Estimate
 from ibaml.train.checkpoint import require_writable

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ibaml.atomic import atomic_write, write_text
 from ibaml.evaluation import Evaluation
-from ibaml.learner.folder import write_text
 from ibaml.learner.run_folder import EVALUATION
 from ibaml.metrics import Estimate, reliability_curve
 from ibaml.train.checkpoint import save_tensors
@@ -58,13 +57,11 @@ def write_evaluation(
         "metrics": {name: value._asdict() for name, value in evaluation.report.items()},
     }
     write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
-    temporary = target / f".per_task.{os.getpid()}"
-    with temporary.open("w", newline="") as file:
+    with atomic_write(target / "per_task.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", *evaluation.per_task])
         for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
             writer.writerow([index, *row])
-    os.replace(temporary, target / "per_task.csv")
     fields = ("targets", "log_probs", "mean", "variance")
     predictions = {name: value for name in fields if (value := getattr(evaluation, name)) is not None}
     save_tensors(target / "predictions.safetensors", predictions, {"tasks": tasks})

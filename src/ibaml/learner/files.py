@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
+from ibaml.optional import require
 from ibaml.posterior import FittedModel
 
 _TABLES = (".csv", ".parquet")
@@ -70,7 +70,7 @@ def read_table(path: Path) -> Any:
         raise ValueError(f"{path} is no table; expected a file that ends in .csv or .parquet.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    pandas = _import_pandas()
+    pandas = require("pandas", "pandas", "tables")
     try:
         return pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
     except (ValueError, OSError) as error:
@@ -85,19 +85,12 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         ImportError: If Parquet is asked for and pandas or pyarrow is not installed.
     """
     if path.suffix.lower() == ".parquet":
-        _import_pandas().DataFrame(dict(columns)).to_parquet(path, index=False)
+        require("pandas", "pandas", "tables").DataFrame(dict(columns)).to_parquet(path, index=False)
         return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
-
-
-def _import_pandas() -> Any:
-    try:
-        return importlib.import_module("pandas")
-    except ImportError as error:
-        raise ImportError("tables need pandas and pyarrow: pip install 'ibaml[tables]'") from error
 
 
 def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:

@@ -10,7 +10,6 @@ beside these (``ibaml.learner.run_folder``). A byte changed in either file is no
 """
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ibaml import algorithms, records
+from ibaml.atomic import write_text
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.settings import LearnerSettings
@@ -186,13 +186,6 @@ def restore_fixed(stored: StoredModel, into: Mapping[str, Tensor]) -> None:
                 f"{stored.path} belongs to another network: {name} {came}, the model's has shape {tuple(value.shape)}."
             )
         value.copy_(found)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one move: a reader sees the old file or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
 
 
 def _as_text(metadata: Mapping[str, Any]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from ibaml import records
-from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata, write_text
+from ibaml.atomic import write_text
+from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
 from ibaml.train.log import METRICS, read_metrics
 

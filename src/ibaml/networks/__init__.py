@@ -6,8 +6,8 @@ policy in the attribute ``norm``.
 """
 
 from ibaml.networks.conv4 import Conv4, Downsample
+from ibaml.networks.layers import NormPolicy
 from ibaml.networks.mlp import MLP, Activation
-from ibaml.networks.normalization import NormPolicy
 from ibaml.networks.resnet12 import ResNet12
 from ibaml.networks.settings import NetworkSettings, network_settings
 

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from ibaml.networks.arguments import check_input, check_positive, image_shape
-from ibaml.networks.initialization import initialize_weights
-from ibaml.networks.normalization import NormPolicy, check_norm, image_norm
+from ibaml.checks import require_positive_int
+from ibaml.networks.layers import NormPolicy, check_input, check_norm, image_norm, image_shape, initialize_weights
 from ibaml.types import Tensor
 
 Downsample: TypeAlias = Literal["max_pool", "stride"]
@@ -67,8 +66,8 @@ class Conv4(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive("num_outputs", num_outputs)
-        check_positive("channels", channels)
+        require_positive_int("num_outputs", num_outputs)
+        require_positive_int("channels", channels)
         check_norm(norm)
         if downsample not in get_args(Downsample):
             raise ValueError(

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from ibaml.networks.arguments import check_input, check_positive
-from ibaml.networks.initialization import Nonlinearity, initialize_weights
-from ibaml.networks.normalization import NormPolicy, check_norm, vector_norm
+from ibaml.checks import require_positive_int
+from ibaml.networks.layers import Nonlinearity, NormPolicy, check_input, check_norm, initialize_weights, vector_norm
 from ibaml.types import Tensor
 
 Activation: TypeAlias = Literal["relu", "tanh", "gelu", "silu"]
@@ -71,7 +70,7 @@ class MLP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive("num_outputs", num_outputs)
+        require_positive_int("num_outputs", num_outputs)
         check_norm(norm)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}.")
@@ -88,9 +87,9 @@ class MLP(nn.Module):
             "skip_inputs": skip_inputs,
         }
         for size in self.input_shape:
-            check_positive("input_shape", size)
+            require_positive_int("input_shape", size)
         for size in hidden_sizes:
-            check_positive("hidden_sizes", size)
+            require_positive_int("hidden_sizes", size)
 
         activation_type, nonlinearity = _ACTIVATIONS[activation]
         layers: list[nn.Module] = []

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from ibaml.networks.arguments import check_input, check_positive, image_shape
-from ibaml.networks.initialization import initialize_weights
-from ibaml.networks.normalization import NormPolicy, check_norm, image_norm
+from ibaml.checks import require_positive_int
+from ibaml.networks.layers import NormPolicy, check_input, check_norm, image_norm, image_shape, initialize_weights
 from ibaml.types import Tensor
 
 _NEGATIVE_SLOPE = 0.1
@@ -106,12 +105,12 @@ class ResNet12(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive("num_outputs", num_outputs)
+        require_positive_int("num_outputs", num_outputs)
         check_norm(norm)
         if len(widths) != 4:
             raise ValueError(f"widths must give the channels of 4 stages, got {len(widths)} of them: {tuple(widths)}.")
         for width in widths:
-            check_positive("widths", width)
+            require_positive_int("widths", width)
         self.norm: NormPolicy = norm
         self.input_shape = image_shape(in_channels, image_size)
         self.num_outputs = num_outputs

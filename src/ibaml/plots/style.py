@@ -13,6 +13,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ibaml.atomic import atomic_write
+
 BLACK, GREY, PALE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
 BLUE, VERMILION, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 COLORS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", SKY, BLACK)
@@ -110,11 +112,6 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     if path.suffix.lower() != ".png":
         raise ValueError(f"path is {str(path)!r}; expected a name that ends in .png.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

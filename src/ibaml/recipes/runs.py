@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ibaml import records
+from ibaml.atomic import write_text
 from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
-from ibaml.learner.folder import write_text
 from ibaml.learner.run_folder import RECIPE, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.processes import Processes

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters
+from ibaml.atomic import atomic_write
 from ibaml.train.settings import ONLY_HOW
 from ibaml.types import Tensor
 
@@ -38,14 +38,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     contiguous = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     text = json.dumps(dict(metadata), sort_keys=True)
     header = {"format": FORMAT, "sha256": digest(contiguous, text), "json": text}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(contiguous, temporary, metadata=header)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            save_file(contiguous, temporary, metadata=header)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

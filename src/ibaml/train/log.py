@@ -1,11 +1,11 @@
 """What a training run shows and writes while it goes on: a progress bar, ``metrics.csv`` and TensorBoard."""
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ibaml.atomic import atomic_write
 from ibaml.train.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -56,12 +56,10 @@ class TrainingLog:
             return
         self._rows.append({"step": step, "seconds": round(seconds, 2), **values})
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with temporary.open("w", newline="") as file:
+        with atomic_write(self._path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(temporary, self._path)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

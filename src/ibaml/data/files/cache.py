@@ -1,7 +1,6 @@
 """A cache of decoded or rendered images: one ``.npz`` file for each ClassImages, read without pickle."""
 
 import os
-import secrets
 import warnings
 import zipfile
 import zlib
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ibaml.atomic import atomic_write
 from ibaml.data.files.locate import cache_folders
 from ibaml.data.images import ClassImages
 
@@ -77,20 +77,13 @@ def write_class_images(folders: Sequence[Path], name: str, images: ClassImages) 
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Not tempfile: its files are readable by their owner only, and the folder may be shared.
-            temporary = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-            try:
-                with temporary.open("xb") as file:
-                    np.savez_compressed(
-                        file,
-                        images=images.images.cpu().numpy(),
-                        class_start=images.class_start.cpu().numpy(),
-                        class_names=np.array(images.class_names),
-                    )
-                os.replace(temporary, folder / name)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            with atomic_write(folder / name) as temporary, temporary.open("xb") as file:
+                np.savez_compressed(
+                    file,
+                    images=images.images.cpu().numpy(),
+                    class_start=images.class_start.cpu().numpy(),
+                    class_names=np.array(images.class_names),
+                )
         except OSError as error:
             failures.append(f"{folder} ({error.strerror or error})")
             continue

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.images import ClassImages
 from ibaml.data.preprocessing import Preprocessing, image_preprocessing

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.ragged import RaggedTasks

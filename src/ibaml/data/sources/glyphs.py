@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.files.cache import read_class_images, write_class_images
 from ibaml.data.files.locate import cache_folders
 from ibaml.data.images import ClassImages

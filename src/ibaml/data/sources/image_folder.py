@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.images import ClassImages, Pixels, decode_image, open_archive, read_member, resize_image, to_pixels
 from ibaml.data.sources.base import ImageSource, Split
 

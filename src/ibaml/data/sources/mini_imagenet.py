@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.files.cache import cached_images
 from ibaml.data.files.locate import ENVIRONMENT_VARIABLE, search_folders
 from ibaml.data.files.pickles import load_arrays

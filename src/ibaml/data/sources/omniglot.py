@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import torch
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.files.cache import cached_images
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.images import (

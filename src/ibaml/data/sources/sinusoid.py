@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ibaml.data.arguments import require_cpu_generator, require_positive_int
+from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import ClassVar, get_args
 
-from ibaml.data.arguments import require_positive_int
+from ibaml.checks import require_positive_int
 from ibaml.data.files.cache import cached_images
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.images import ClassImages, digest, member_stamps, open_archive

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.experiments.optional import require
+from ibaml.optional import require
 from ibaml.types import Batch, Tensor
 
 NUM_NEIGHBOURS = 5
@@ -51,7 +51,7 @@ def random_forest(support: Batch, x_query: Tensor, *, seed: int = 0) -> Tensor:
     Raises:
         ImportError: If scikit-learn is not installed.
     """
-    ensemble = require("sklearn.ensemble", "scikit-learn")
+    ensemble = require("sklearn.ensemble", "scikit-learn", "experiments")
     forest = ensemble.RandomForestClassifier(NUM_TREES, random_state=seed).fit(support.x.numpy(), support.y.numpy())
     active = torch.from_numpy(np.asarray(forest.predict_proba(x_query.numpy())[:, 1], dtype=np.float32))
     return (NUM_TREES * active + 1) / (NUM_TREES + 2)
@@ -67,7 +67,7 @@ def logistic_regression(support: Batch, x_query: Tensor) -> Tensor:
     Raises:
         ImportError: If scikit-learn is not installed.
     """
-    linear = require("sklearn.linear_model", "scikit-learn")
+    linear = require("sklearn.linear_model", "scikit-learn", "experiments")
     model = linear.LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000).fit(support.x.numpy(), support.y.numpy())
     return torch.from_numpy(np.asarray(model.predict_proba(x_query.numpy())[:, 1], dtype=np.float32))
 

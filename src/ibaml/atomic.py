@@ -1,0 +1,43 @@
+"""Files written in one move: a reader sees the old file or the new one, never a part."""
+
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Generator[Path]:
+    """Gives the path of a temporary file to write, which becomes ``path`` when the block ends without an error.
+
+    It lies in the same folder, as a rename is atomic within one file system only, and is made by the caller, so that
+    its permissions are the usual ones (``tempfile`` makes files that only their owner can read).
+
+    Args:
+        path: The file to write; its folder exists.
+
+    Raises:
+        OSError: If the file cannot be written; one already at ``path`` is then unchanged.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "numbers.txt"
+        ...     with atomic_write(path) as temporary:
+        ...         _ = temporary.write_text("1 2 3")
+        ...     path.read_text()
+        '1 2 3'
+    """
+    temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one move, with the same bytes on every system."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")

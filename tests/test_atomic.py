@@ -1,0 +1,34 @@
+"""A file is old or new, never a part."""
+
+import pytest
+
+from ibaml.atomic import atomic_write, write_text
+
+
+def test_a_block_that_ends_replaces_the_file(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path and temporary.suffix == ".csv"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "absent" / "file.txt", "text")
+
+
+def test_text_has_the_same_bytes_everywhere(tmp_path):
+    write_text(tmp_path / "file.txt", "one\ntwö\n")
+    assert (tmp_path / "file.txt").read_bytes() == b"one\ntw\xc3\xb6\n"
