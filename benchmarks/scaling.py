@@ -31,7 +31,7 @@ from ibaml.priors import DiagonalPrior
 from ibaml.processes import Processes, connect, launch, num_launched
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import Trainer, TrainerSettings
+from ibaml.train import Trainer, TrainerSettings
 from ibaml.types import TaskSampler
 
 IBAML = make_algorithm(

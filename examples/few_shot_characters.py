@@ -15,7 +15,7 @@ from ibaml import MetaLearner, metrics, plots
 from ibaml.data import EpisodeSampler, load_glyphs
 from ibaml.networks import Conv4
 from ibaml.recipes import get_recipe
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 NUM_WAYS, NUM_SHOTS = 5, 5
 

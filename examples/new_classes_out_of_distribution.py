@@ -15,7 +15,7 @@ from ibaml.data import EpisodeSampler, load_glyphs
 from ibaml.likelihoods import ClassPrediction
 from ibaml.networks import Conv4
 from ibaml.recipes import get_recipe
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 from ibaml.types import Episode
 
 NUM_WAYS, NUM_SHOTS = 5, 5

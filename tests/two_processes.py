@@ -24,7 +24,7 @@ from ibaml.networks import MLP
 from ibaml.processes import Processes, ProcessLostError
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
+from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode
 
 ALGORITHMS = {

@@ -34,7 +34,7 @@ from ibaml.learner import MetaLearner, NotFittedError, TaskPosterior  # noqa: E4
 from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence  # noqa: E402
 from ibaml.solvers.inner import adam, gradient_descent, preconditioned_gradient_descent  # noqa: E402
 from ibaml.solvers.linear import cg, dense, minres, neumann  # noqa: E402
-from ibaml.train.trainer import Trainer, TrainerSettings, TrainingDivergedError  # noqa: E402
+from ibaml.train import Trainer, TrainerSettings, TrainingDivergedError  # noqa: E402
 from ibaml.types import (  # noqa: E402
     Batch,
     Episode,

@@ -20,8 +20,8 @@ from ibaml.likelihoods import ClassPrediction, MixturePrediction
 from ibaml.networks import MLP
 from ibaml.solvers.inner import RelativeAdam
 from ibaml.table_evaluation import read_episodes
+from ibaml.train import TrainerSettings
 from ibaml.train.checkpoint import save_tensors
-from ibaml.train.trainer import TrainerSettings
 
 STEPS = 3
 

@@ -16,8 +16,8 @@ from ibaml.learner.folder import MODEL
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
+from ibaml.train import TrainerSettings
 from ibaml.train.checkpoint import load_tensors, save_tensors
-from ibaml.train.trainer import TrainerSettings
 from ibaml.types import Batch, Episode
 
 SETTINGS = TrainerSettings(num_steps=3, tasks_per_step=2, num_validation_tasks=2, validate_every=2)

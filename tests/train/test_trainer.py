@@ -27,6 +27,7 @@ from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.train import trainer
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors, save_tensors
+from ibaml.train.draw import DrawnTasks, draw_step
 from ibaml.train.log import METRICS, read_metrics
 from ibaml.train.trainer import (
     Trainer,
@@ -176,17 +177,22 @@ def test_tasks_with_generators_of_their_own(tmp_path):
     assert_same_meta(part.last_meta, whole.last_meta)
     assert_identical(tmp_path / "whole", tmp_path / "parts")
 
-    one = make(None, "ibaml", settings)
-    state = one._generator.get_state()
-    episodes, first, noises = one._draw(image_tasks(0), range(3))
+    algorithm, source = ALGORITHMS["ibaml"], generator()
+    meta = algorithm.init(image_model().adapted, {}, generator=generator())
+
+    def draw(share: range) -> DrawnTasks:
+        return draw_step(image_tasks(0), algorithm, meta, settings, share, generator=source)
+
+    state = source.get_state()
+    episodes, first, noises = draw(range(3))
     assert first == 0 and len(noises) == len(episodes.support.y) == 3
-    one._generator.set_state(state)
-    share, first, share_noises = one._draw(image_tasks(0), range(1, 3))
+    source.set_state(state)
+    share, first, share_noises = draw(range(1, 3))
     assert first == 1 and len(share_noises) == 2
     assert_same_meta(tree.map(lambda leaf: leaf[1:], episodes), share)
     assert_same_meta(noises[1:], share_noises)
     # No two tasks, steps or draws of noise are alike.
-    following, _, following_noises = one._draw(image_tasks(0), range(3))
+    following, _, following_noises = draw(range(3))
     inputs = [*episodes.support.x, *following.support.x]
     weights = [noise.inner["features.0.weight"] for noise in (*noises, *following_noises)]
     for values in (inputs, weights):

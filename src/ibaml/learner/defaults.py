@@ -17,7 +17,7 @@ from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 HEAD = "head.*"
 """Parameters that a task adapts in a default network for tables."""

@@ -26,12 +26,13 @@ def data_identity(source: Source, splits: SplitSettings) -> dict[str, Any]:
         settings = source.preprocessing.settings()
         # Names first: the first difference is what a message shows, and a name says most.
         named = {name: settings[name] for name in ("task_column", "target_columns", "feature_names", "class_labels")}
-        scales = digest(source.preprocessing.tensors())
-        described = {**named, **settings, "splits": vars(splits), "scales": scales}
+        described = {**named, **settings, "splits": vars(splits)}
     return {
         **described,
         "training_tasks": digest_of_tasks(source.train),
         "validation_tasks": None if source.validation is None else digest_of_tasks(source.validation),
+        # Tasks are digested as they are scaled, so that the scales are needed as well.
+        "scales": None if source.preprocessing is None else digest(source.preprocessing.tensors())[:16],
     }
 
 

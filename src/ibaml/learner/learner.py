@@ -29,8 +29,8 @@ from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
+from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.train.trainer import Trainer, TrainerSettings, TrainingResult
 from ibaml.types import Episode, TaskSampler, Tensor
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 # An implicit gradient is as good as the inner problem is solved, and it does not see the inner solver: with larger
 # steps or a weaker prior these runs ended where the inner loss was too sharp for gradient descent, with fewer steps

@@ -16,7 +16,7 @@ from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 Scale = Literal["paper", "laptop"]
 METHODS: Mapping[str, tuple[str, int]] = {

@@ -15,7 +15,7 @@ from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 # The step is stable for features of norm about 7, which layer normalisation and tanh give.
 _INNER = GradientDescent(num_steps=8, learning_rate=0.1, momentum=0.5)

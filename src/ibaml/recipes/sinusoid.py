@@ -15,7 +15,7 @@ from ibaml.networks import NetworkSettings
 from ibaml.priors import DiagonalPrior
 from ibaml.recipes.settings import Recipe
 from ibaml.solvers.inner import GradientDescent
-from ibaml.train.trainer import TrainerSettings
+from ibaml.train import TrainerSettings
 
 _INNER: Mapping[str, GradientDescent] = {
     "maml": GradientDescent(num_steps=1, learning_rate=0.02),

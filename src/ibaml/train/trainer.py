@@ -12,14 +12,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ibaml import records, tree
-from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.allocator import keep_freed_memory
-from ibaml.evaluation import draw_tasks, evaluate, task_generator
+from ibaml.evaluation import evaluate
 from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
@@ -33,37 +33,15 @@ from ibaml.train.checkpoint import (
     restore_state,
     save_state,
 )
+from ibaml.train.draw import check_targets, draw_step
 from ibaml.train.log import TrainingBar, TrainingLog
+from ibaml.train.result import StopReason, TrainingDivergedError, TrainingResult
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-StopReason = Literal["completed", "time limit", "interrupted"]
-
-
-class TrainingDivergedError(RuntimeError):
-    """A loss or gradient was not finite. The state before the step is in the checkpoint."""
-
-
-class TrainingResult(NamedTuple):
-    """What training returns.
-
-    Attributes:
-        meta: Meta-parameters with the lowest validation nll, or the last ones without validation.
-        last_meta: Meta-parameters after the last step.
-        num_steps: Steps taken in all, over all resumptions.
-        best_step: Step of ``meta``.
-        stop_reason: Why training ended.
-    """
-
-    meta: MetaParameters
-    last_meta: MetaParameters
-    num_steps: int
-    best_step: int
-    stop_reason: StopReason
 
 
 class Trainer:
@@ -224,10 +202,15 @@ class Trainer:
         generator_state = self._generator.get_state()
         settings = self.settings
         share = self.processes.share(settings.tasks_per_step)
-        episodes, first_drawn, noises = self._draw(tasks, share)
-        self._check_targets(episodes, first_drawn, generator_state)
-        own = tree.map(lambda leaf: leaf[share.start - first_drawn :][: len(share)].to(self.device), episodes)
-        own_noises = tree.map(lambda leaf: leaf.to(self.device), noises)
+        drawn = draw_step(tasks, self.algorithm, self._meta, settings, share, generator=self._generator)
+        try:
+            check_targets(self.model.likelihood, drawn, self._num_outputs, self._step + 1)
+        except ValueError:
+            self._generator.set_state(generator_state)
+            self._save()
+            raise
+        own = tree.map(lambda leaf: leaf[share.start - drawn.first :][: len(share)].to(self.device), drawn.episodes)
+        own_noises = tree.map(lambda leaf: leaf.to(self.device), drawn.noises)
         computed = self._meta_gradient(self._meta, own, own_noises)
         total, info, score = self._sum_over_processes(*computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
@@ -248,20 +231,6 @@ class Trainer:
             "linear_converged": float(info.linear_converged.double().mean()),
             "gradient_norm": float(gradient_norm),
         }
-
-    def _draw(self, tasks: TaskSampler, share: range) -> tuple[Episode, int, list[TaskNoise]]:
-        """Draws tasks, of which the second result is the first one's index, and the noise of this process's share."""
-        count = self.settings.tasks_per_step
-        if self.settings.draws == "per_task":
-            seed = int(torch.randint(2**40, (), generator=self._generator))
-            episodes = draw_tasks(tasks, share.start, share.stop, seed=seed)
-            # Far from the generators of the tasks.
-            generators = (torch.Generator().manual_seed(2**62 + task_generator(seed, i).initial_seed()) for i in share)
-            return episodes, share.start, [self.algorithm.draw_noise(self._meta, generator=g) for g in generators]
-        episodes = tasks.sample(count, generator=self._generator)
-        # All of it in every process, so that the generator stays the same in all.
-        drawn = (self.algorithm.draw_noise(self._meta, generator=self._generator) for _ in range(count))
-        return episodes, 0, [noise for index, noise in enumerate(drawn) if index in share]
 
     def _sum_over_processes(
         self, total: MetaParameters, info: HypergradientInfo, score: Tensor, share: range, generator_state: Tensor
@@ -340,20 +309,6 @@ class Trainer:
         episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
         return self.model.check_task(first, task=name)
-
-    def _check_targets(self, episodes: Episode, first: int, generator_state: Tensor) -> None:
-        """Refuses targets out of range, which would give a finite loss and so a wrong gradient, the state saved."""
-        for part, batch in (("support", episodes.support), ("query", episodes.query)):
-            check, step = self.model.likelihood.check_targets, self._step + 1
-            try:
-                # One comparison for all tasks; only a refusal looks for the task.
-                check(f"training tasks of step {step} {part}.y", batch.y.flatten(0, 1), self._num_outputs)
-            except ValueError:
-                self._generator.set_state(generator_state)
-                self._save()
-                for index, targets in enumerate(batch.y):
-                    check(f"training task {first + index} of step {step} {part}.y", targets, self._num_outputs)
-                raise
 
     def _report_divergence(self, own: Episode, share: range, info: HypergradientInfo, gradient_norm: Tensor) -> None:
         """Saves the state before the step and raises, after ruling out bad data."""

@@ -1,0 +1,75 @@
+"""The tasks and the noise of a meta-step."""
+
+from typing import NamedTuple
+
+import torch
+
+from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.evaluation import draw_tasks, task_generator
+from ibaml.likelihoods import Likelihood
+from ibaml.train.settings import TrainerSettings
+from ibaml.types import Episode, TaskSampler
+
+
+class DrawnTasks(NamedTuple):
+    """What a process has drawn for a step.
+
+    Attributes:
+        episodes: Tasks, with a leading axis.
+        first: Number of the first of them among the step's tasks.
+        noises: Noise of each task of this process's share.
+    """
+
+    episodes: Episode
+    first: int
+    noises: list[TaskNoise]
+
+
+def draw_step(
+    tasks: TaskSampler,
+    algorithm: Algorithm,
+    meta: MetaParameters,
+    settings: TrainerSettings,
+    share: range,
+    *,
+    generator: torch.Generator,
+) -> DrawnTasks:
+    """Draws the tasks of a step and the noise of a process's share of them.
+
+    Args:
+        tasks: Source of the tasks.
+        algorithm: What needs the noise.
+        meta: Meta-parameters, for its shapes.
+        settings: How many tasks, and whether each has a generator of its own.
+        share: Numbers of the tasks that the process computes.
+        generator: The run's generator; it ends in the same state in every process.
+    """
+    if settings.draws == "per_task":
+        seed = int(torch.randint(2**40, (), generator=generator))
+        episodes = draw_tasks(tasks, share.start, share.stop, seed=seed)
+        # Far from the generators of the tasks.
+        own = (torch.Generator().manual_seed(2**62 + task_generator(seed, i).initial_seed()) for i in share)
+        return DrawnTasks(episodes, share.start, [algorithm.draw_noise(meta, generator=one) for one in own])
+    episodes = tasks.sample(settings.tasks_per_step, generator=generator)
+    # All of it in every process, so that the generator stays the same in all.
+    drawn = (algorithm.draw_noise(meta, generator=generator) for _ in range(settings.tasks_per_step))
+    return DrawnTasks(episodes, 0, [noise for index, noise in enumerate(drawn) if index in share])
+
+
+def check_targets(likelihood: Likelihood, drawn: DrawnTasks, num_outputs: int, step: int) -> None:
+    """Refuses targets out of range, which would give a finite loss and so a wrong gradient.
+
+    Raises:
+        ValueError: Naming the task.
+
+    Cost:
+        One comparison for the support sets of all tasks and one for their query sets.
+    """
+    for part, batch in (("support", drawn.episodes.support), ("query", drawn.episodes.query)):
+        try:
+            likelihood.check_targets(f"training tasks of step {step} {part}.y", batch.y.flatten(0, 1), num_outputs)
+        except ValueError:
+            # Only a refusal looks for the task.
+            for index, targets in enumerate(batch.y, start=drawn.first):
+                likelihood.check_targets(f"training task {index} of step {step} {part}.y", targets, num_outputs)
+            raise
