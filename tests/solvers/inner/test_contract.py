@@ -2,7 +2,7 @@
 
 import pytest
 
-from ibaml.solvers.inner import INNER_SOLVERS, InnerSolver
+from ibaml.solvers.inner import INNER_SOLVERS, GradientDescent, InnerSolver
 from ibaml.testing import InnerSolverContract
 
 
@@ -10,3 +10,7 @@ class TestRegistered(InnerSolverContract):
     @pytest.fixture(params=INNER_SOLVERS)
     def solver(self, request: pytest.FixtureRequest) -> InnerSolver:
         return INNER_SOLVERS[request.param]()
+
+
+class TestMomentum(InnerSolverContract):
+    make = staticmethod(lambda: GradientDescent(momentum=0.5))
