@@ -120,14 +120,17 @@ def test_inner_steps_of_a_preset_lower_the_inner_loss(name: str, kind: str) -> N
 
 def test_presets_are_the_cells_of_the_grid() -> None:
     cells = {name: (type(make().prior), make().estimator) for name, make in ALGORITHMS.items()}
-    assert cells.items() >= {
-        "maml": (PointPrior, "unrolled"),
-        "fomaml": (PointPrior, "first_order"),
-        "imaml": (PointPrior, "implicit"),
-        "abml": (DiagonalPrior, "unrolled"),
-        "vampire": (DiagonalPrior, "unrolled"),
-        "ibaml": (DiagonalPrior, "implicit"),
-    }.items()
+    assert (
+        cells.items()
+        >= {
+            "maml": (PointPrior, "unrolled"),
+            "fomaml": (PointPrior, "first_order"),
+            "imaml": (PointPrior, "implicit"),
+            "abml": (DiagonalPrior, "unrolled"),
+            "vampire": (DiagonalPrior, "unrolled"),
+            "ibaml": (DiagonalPrior, "implicit"),
+        }.items()
+    )
 
 
 @pytest.mark.parametrize(

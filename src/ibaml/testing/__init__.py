@@ -26,6 +26,7 @@ pytest.register_assert_rewrite(*(f"{__name__}.{suite}" for suite in _SUITES))
 from ibaml.testing.algorithm import AlgorithmContract  # noqa: E402
 from ibaml.testing.base import failures  # noqa: E402
 from ibaml.testing.inner_solver import InnerSolverContract  # noqa: E402
+from ibaml.testing.likelihood import LikelihoodContract  # noqa: E402
 from ibaml.testing.linear_solver import LinearSolverContract  # noqa: E402
 from ibaml.testing.prior import PriorContract  # noqa: E402
 from ibaml.testing.task_source import TaskSourceContract  # noqa: E402
@@ -33,6 +34,7 @@ from ibaml.testing.task_source import TaskSourceContract  # noqa: E402
 __all__ = [
     "AlgorithmContract",
     "InnerSolverContract",
+    "LikelihoodContract",
     "LinearSolverContract",
     "PriorContract",
     "TaskSourceContract",
