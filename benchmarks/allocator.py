@@ -2,7 +2,7 @@
 
 import ctypes
 
-from ibaml.allocator import is_glibc, keep_freed_memory, set_thresholds
+from ibaml.fast.allocator import is_glibc, keep_freed_memory, set_thresholds
 
 # Where glibc's thresholds end up by themselves: they follow the largest block that was freed, up to 32 MiB.
 _LARGEST_OWN_THRESHOLD = 32 * 2**20

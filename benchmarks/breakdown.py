@@ -9,7 +9,7 @@ from unittest import mock
 
 from benchmarks.candidates import library
 from benchmarks.problems import Problem
-from ibaml.traced import derivatives
+from ibaml.fast import derivatives
 from ibaml.types import Tensor
 
 REST = "vectors, solvers, Python"

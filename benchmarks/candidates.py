@@ -9,7 +9,7 @@ import torch
 from benchmarks import baseline, peers
 from benchmarks.problems import AlgorithmName, MetaStep, Problem
 from ibaml import tree
-from ibaml.meta_step import MetaGradient
+from ibaml.step import HypergradientStep
 
 Candidate: TypeAlias = Callable[[Problem], MetaStep]
 
@@ -27,7 +27,7 @@ def library(problem: Problem, *, fast: bool = True) -> MetaStep:
         problem: The problem.
         fast: False: without anything that a probe in the network would not see every pass of.
     """
-    compute = MetaGradient(problem.model, problem.algorithm, fast=fast)
+    compute = HypergradientStep(problem.model, problem.algorithm, fast=fast)
     episodes = tree.map(lambda *leaves: torch.stack(leaves), *problem.episodes)
     return lambda: tree.leaves(compute(problem.meta, episodes, problem.noises, with_scores=False).total.prior)
 

@@ -57,7 +57,7 @@ class ConvProblem(NamedTuple):
         """Returns the hypergradients of some tasks at some cost."""
         algorithm = dataclasses.replace(self.algorithm, inner=inner, linear=linear, precondition=precondition)
         return [
-            algorithm.hypergradient(self.model.nll, self.meta, self.episodes[task], self.noises[task])[0].prior
+            algorithm.hypergradient(self.model, self.meta, self.episodes[task], self.noises[task])[0].prior
             for task in tasks
         ]
 
@@ -117,7 +117,7 @@ def _solve(problem: ConvProblem) -> ConvProblem:
 
 
 def _expected_nll(problem: ConvProblem, posterior: PyTree, noise: PyTree, batch: Batch) -> Tensor:
-    return objectives.expected_nll(lambda weights, b: problem.model.nll(weights, {}, b), posterior, noise, batch)
+    return objectives.expected_nll(lambda w, b: problem.model.per_example(w, {}, b), posterior, noise, batch)
 
 
 def inner_loss(problem: ConvProblem, episode: Episode, noise: TaskNoise, weight: float, posterior: PyTree) -> Tensor:

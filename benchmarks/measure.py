@@ -22,7 +22,7 @@ from benchmarks.problems import Case, MetaStep, Problem, build_problem
 from ibaml import tree
 from ibaml.experiments.fig2.cost import peak_bytes_of
 from ibaml.experiments.fig2.settings import Duration
-from ibaml.traced import channels_last
+from ibaml.fast import channels_last
 from ibaml.types import Batch, Tensor
 
 # A single forward and backward pass takes milliseconds; the shortest of a few per turn is steadier.

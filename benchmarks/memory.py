@@ -26,11 +26,11 @@ from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorith
 from ibaml.experiments.fig2.cost import HypergradientProblem, peak_bytes_of  # noqa: E402
 from ibaml.learner.folder import write_text  # noqa: E402
 from ibaml.likelihoods import Categorical  # noqa: E402
-from ibaml.meta_step import MetaGradient  # noqa: E402
 from ibaml.model import Model, build_model  # noqa: E402
 from ibaml.networks import Conv4  # noqa: E402
 from ibaml.solvers.inner import GradientDescent  # noqa: E402
 from ibaml.solvers.linear import CG  # noqa: E402
+from ibaml.step import HypergradientStep  # noqa: E402
 from ibaml.types import Batch, Episode  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +177,7 @@ def _problem(
 def _whole(
     model: Model, algorithm: Algorithm, meta: MetaParameters, episodes: Episode, noise: TaskNoise
 ) -> Callable[[], object]:
-    compute = MetaGradient(model, algorithm)
+    compute = HypergradientStep(model, algorithm)
     compute(meta, episodes, [noise])  # writes the programs
     return lambda: compute(meta, episodes, [noise])
 
@@ -187,7 +187,7 @@ def _seconds_after_inner_steps(
 ) -> float:
     single = Episode(*(Batch(batch.x[0], batch.y[0]) for batch in episodes))
     marks = [0.0]
-    problem = HypergradientProblem(algorithm, model.nll, meta, single, noise)
+    problem = HypergradientProblem(algorithm, model, meta, single, noise)
     problem.hypergradient(lambda: marks.append(time.perf_counter()))
     return time.perf_counter() - marks[-1]
 

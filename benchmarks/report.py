@@ -131,9 +131,9 @@ def summary(
         "inner step is one HVP. Conjugate gradients run without a tolerance, so that every solve takes L steps. The "
         "accuracy on the query set, which training logs, is left out: one more forward pass.",
         "",
-        "The library tells glibc to keep freed memory for reuse (`ibaml.allocator`), the peers leave the allocator as "
-        "it is; as all share one process, it is set and reset between them. The plain loops are timed both ways, which "
-        "shows how much of a ratio is the allocator's.",
+        "The library tells glibc to keep freed memory for reuse (`ibaml.fast.allocator`); peers leave the allocator "
+        "as it is; as all share one process, it is set and reset between them. The plain loops are timed both ways, "
+        "which shows how much of a ratio is the allocator's.",
         "",
         "Limit: the gradients that the algorithm cannot do without, each at the time of one plain eager forward and "
         "backward pass on the same batch in its best memory format, and each HVP at twice that time: a gradient has "

@@ -28,7 +28,7 @@ def expected_nll(problem):
     """The nll of the support set as a function of the posterior."""
     support, noise = problem.episodes[0].support, problem.noises[0].inner
     return lambda posterior: objectives.expected_nll(
-        lambda weights, batch: problem.model.nll(weights, {}, batch), posterior, noise, support
+        lambda weights, batch: problem.model.per_example(weights, {}, batch), posterior, noise, support
     )
 
 

@@ -135,7 +135,7 @@ def test_regression_report_is_that_of_the_predictions(name):
         source = generator(2**40 + index)
         noise = algorithm.draw_noise(meta, generator=source)
         evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=source)
-        posterior = algorithm.adapt(model.nll, meta, task.support, noise).value
+        posterior = algorithm.adapt(model, meta, task.support, noise).value
         prediction = predict(model, algorithm, meta, posterior, task.query.x, evaluation_noise)
         low, high = prediction.interval(0.9)
         inside.append(((low <= task.query.y) & (task.query.y <= high)).double().mean())
@@ -164,7 +164,7 @@ def test_one_task_by_hand(kind, name):
     source = generator(2**40 + 8 * 1_000_003)
     noise = algorithm.draw_noise(meta, generator=source)
     evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=source)
-    posterior = algorithm.adapt(model.nll, meta, task.support, noise).value
+    posterior = algorithm.adapt(model, meta, task.support, noise).value
     prediction = predict(model, algorithm, meta, posterior, task.query.x, evaluation_noise)
     samples = prediction.samples()
     assert samples.shape[0] == (3 if name == "ibaml" else 1)

@@ -152,7 +152,9 @@ def test_nll_is_the_likelihood_of_the_outputs() -> None:
     network, batch = small_network(), Batch(draw(5, 2), torch.tensor([0, 1, 2, 0, 1]))
     model = build_model(network, Categorical())
     oracle = nn.functional.cross_entropy(network(batch.x), batch.y, reduction="none").detach()
-    torch.testing.assert_close(model.nll(model.adapted, model.shared, batch), oracle, rtol=ALGEBRA, atol=ALGEBRA)
+    torch.testing.assert_close(
+        model.per_example(model.adapted, model.shared, batch), oracle, rtol=ALGEBRA, atol=ALGEBRA
+    )
 
 
 def test_nll_reads_the_noise_from_the_shared_parameters() -> None:
@@ -161,7 +163,7 @@ def test_nll_reads_the_noise_from_the_shared_parameters() -> None:
     shared = {"likelihood.log_noise_variance": torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)}
     normal = torch.distributions.Normal(network(batch.x), (0.5 * shared["likelihood.log_noise_variance"]).exp())
     oracle = -normal.log_prob(batch.y).sum(-1).detach()
-    torch.testing.assert_close(model.nll(model.adapted, shared, batch), oracle, rtol=ALGEBRA, atol=ALGEBRA)
+    torch.testing.assert_close(model.per_example(model.adapted, shared, batch), oracle, rtol=ALGEBRA, atol=ALGEBRA)
 
 
 def test_network_parameters_and_gradients_are_left_alone() -> None:
@@ -170,7 +172,7 @@ def test_network_parameters_and_gradients_are_left_alone() -> None:
     model = build_model(network, Categorical(), adapt="2.*", freeze="0.bias")
 
     def loss(adapted: Params) -> Tensor:
-        return model.nll(adapted, model.shared, batch).mean()
+        return model.per_example(adapted, model.shared, batch).mean()
 
     moved = tree.axpy(-1.0, torch.func.grad(loss)(model.adapted), model.adapted)
     curvature.hvp(loss, moved)(moved)
@@ -296,7 +298,7 @@ def sequence_model(build: Callable[[], nn.Module]) -> tuple[Model, Callable[[Par
     direction = {name: draw(*value.shape, seed=70 + index) for index, (name, value) in enumerate(model.adapted.items())}
 
     def loss(adapted: Params) -> Tensor:
-        return model.nll(adapted, model.shared, SEQUENCES).mean()
+        return model.per_example(adapted, model.shared, SEQUENCES).mean()
 
     return model, loss, direction
 
@@ -350,5 +352,20 @@ def test_attention_has_hessian_vector_products_with_the_math_kernel(build: Calla
     with sdpa_kernel(SDPBackend.MATH):
         product = curvature.hvp(loss, model.adapted, mode=mode)(direction)
         oracle = central_difference(loss, model.adapted, direction)
+    for name in oracle:
+        torch.testing.assert_close(product[name], oracle[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("build", FUSED_ATTENTION.values(), ids=FUSED_ATTENTION.keys())
+def test_attention_changes_no_flag_of_the_process(build: Callable[[], nn.Module]) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        model, loss, direction = sequence_model(build)
+        product = curvature.hvp(loss, model.adapted)(direction)
+        assert torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    oracle = central_difference(loss, model.adapted, direction)
     for name in oracle:
         torch.testing.assert_close(product[name], oracle[name], rtol=1e-6, atol=1e-7)

@@ -59,7 +59,7 @@ def meta_train(
         if num_weight_samples is not None:
             draws = torch.randn(num_tasks, num_weight_samples // 2, 1, 2, generator=source, dtype=DOUBLE)
             outer_noise = {"weight": torch.cat([draws, -draws], dim=1)}
-        meta_gradient = partial(algorithm.hypergradient, model.nll, MetaParameters(prior, shared))
+        meta_gradient = partial(algorithm.hypergradient, model, MetaParameters(prior, shared))
         gradient, info = torch.func.vmap(meta_gradient)(episode, TaskNoise(inner_noise, outer_noise))
         assert info.inner_grad_norm.max() < 1e-9
         assert info.linear_converged.all()

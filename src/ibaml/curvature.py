@@ -12,7 +12,7 @@ from ibaml.types import Loss, MatVec, PyTree, Tensor
 
 @dataclasses.dataclass(frozen=True)
 class DifferentiatedLoss:
-    """A loss that brings its gradient along, for use wherever a loss is expected: nobody has to differentiate it.
+    """A scalar function that brings its gradient along, for use wherever a function is expected.
 
     Attributes:
         value_and_gradient: The value and the gradient in the first argument; both differentiable.
@@ -29,25 +29,36 @@ class DifferentiatedLoss:
         return self.value(*arguments)
 
 
+def differentiated(function: Callable[..., Tensor]) -> DifferentiatedLoss:
+    """Returns a scalar function with the gradient in its first argument: its own, or else that of ``torch.func``."""
+    if isinstance(function, DifferentiatedLoss):
+        return function
+
+    def value_and_gradient(*arguments: PyTree) -> tuple[Tensor, PyTree]:
+        derivative, value = torch.func.grad_and_value(function)(*arguments)
+        return value, derivative
+
+    return DifferentiatedLoss(value_and_gradient, torch.func.grad(function), function)
+
+
 def gradient(function: Callable[..., Tensor]) -> Callable[..., PyTree]:
-    """Returns the gradient of a scalar function in its first argument: its own, or else that of ``torch.func``."""
-    return function.gradient if isinstance(function, DifferentiatedLoss) else torch.func.grad(function)
+    """Returns the gradient of a scalar function in its first argument."""
+    return differentiated(function).gradient
 
 
-def at_fixed(function: Callable[..., Tensor], *rest: PyTree) -> Loss:
-    """Returns a function of its first argument alone.
+def at_fixed(function: Callable[..., Tensor], *rest: PyTree) -> DifferentiatedLoss:
+    """Returns a function of its first argument alone, with its gradient.
 
     Args:
-        function: Scalar function of several pytrees; a ``DifferentiatedLoss`` stays one.
+        function: Scalar function of several pytrees.
         *rest: The arguments after the first.
     """
-    if isinstance(function, DifferentiatedLoss):
-        return DifferentiatedLoss(
-            lambda point: function.value_and_gradient(point, *rest),
-            lambda point: function.gradient(point, *rest),
-            lambda point: function.value(point, *rest),
-        )
-    return lambda point: function(point, *rest)
+    whole = differentiated(function)
+    return DifferentiatedLoss(
+        lambda point: whole.value_and_gradient(point, *rest),
+        lambda point: whole.gradient(point, *rest),
+        lambda point: whole.value(point, *rest),
+    )
 
 
 def value_gradient_and_hvp(
@@ -72,11 +83,10 @@ def value_gradient_and_hvp(
         One gradient; then about two gradients per product in reverse mode, three in forward mode.
         Memory: reverse mode holds one gradient graph for as long as the map lives.
     """
-    if mode == "reverse" and isinstance(function, DifferentiatedLoss):
-        outputs: Any = torch.func.vjp(lambda at: function.value_and_gradient(at)[::-1], point, has_aux=True)
-    elif mode == "reverse":
+    if mode == "reverse":
+        whole = differentiated(function)
         # torch does not say that has_aux adds a third result.
-        outputs = torch.func.vjp(torch.func.grad_and_value(function), point, has_aux=True)
+        outputs: Any = torch.func.vjp(lambda at: whole.value_and_gradient(at)[::-1], point, has_aux=True)
     elif mode == "forward":
         derivative, value = torch.func.grad_and_value(function)(point)
         return value, derivative, lambda vector: torch.func.jvp(torch.func.grad(function), (point,), (vector,))[1]

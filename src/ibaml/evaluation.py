@@ -12,11 +12,11 @@ import torch
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.likelihoods import Likelihood, Prediction
-from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
 from ibaml.metrics import Estimate
 from ibaml.model import Model
 from ibaml.priors import DiagonalGaussian
 from ibaml.processes import Processes
+from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.types import Episode, Params, TaskSampler, Tensor
 
 _SEED_STRIDE = 1_000_003
@@ -164,7 +164,7 @@ def evaluate(
     seed: int,
     temperature: float = 1.0,
     tasks_per_chunk: int | None = None,
-    passes: MetaGradient | None = None,
+    passes: HypergradientStep | None = None,
     on_progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> Evaluation:
@@ -198,7 +198,7 @@ def evaluate(
     def own_share() -> list[tuple[Prediction, Tensor]]:
         share = processes.share(num_tasks)
         programs = None if num_tasks >= NUM_CALLS_THAT_PAY else False
-        computing = passes or MetaGradient(model, algorithm, programs=programs)
+        computing = passes or HypergradientStep(model, algorithm, programs=programs)
         return _score_tasks(model, algorithm, meta, sampler, share, seed, tasks_per_chunk, computing, on_progress)
 
     scored = [task for share in processes.gather(own_share) for task in share]
@@ -214,7 +214,7 @@ def _score_tasks(
     indices: range,
     seed: int,
     tasks_per_chunk: int | None,
-    passes: MetaGradient,
+    passes: HypergradientStep,
     on_progress: Callable[[int], None] | None,
 ) -> list[tuple[Prediction, Tensor]]:
     num_tasks = len(indices)

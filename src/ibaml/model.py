@@ -10,19 +10,24 @@ import difflib
 import fnmatch
 import logging
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ibaml.likelihoods import Likelihood
+from ibaml.nll import PlainNll
 from ibaml.types import Batch, Episode, Params, Tensor
 
 _logger = logging.getLogger(__name__)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LARGEST_SMALL = 50_000  # Weights; measured.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(PlainNll):
     """A network seen as a function of its parameters.
 
     Attributes:
@@ -59,9 +64,19 @@ class Model:
         with second_derivative_kernels(self.network):
             return torch.func.functional_call(self.network, {**self.frozen, **own, **adapted}, (x,))
 
-    def nll(self, adapted: Params, shared: Params, batch: Batch) -> Tensor:
+    def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """Returns the negative log-likelihood per example in nats, ``[num_examples]``."""
-        return self.likelihood.nll(self.outputs(adapted, shared, batch.x), batch.y, shared)
+        return self.likelihood.nll(self.outputs(weights, shared, batch.x), batch.y, shared)
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether the network has convolutions: passing several sets of weights at once gains nothing then."""
+        return any(isinstance(each, _CONVOLUTIONS) for each in self.network.modules())
+
+    @property
+    def is_small(self) -> bool:
+        """Whether several weight samples, or tasks, at once are sooner done than one after the other (on a CPU)."""
+        return not self.is_convolutional and sum(leaf.numel() for leaf in self.adapted.values()) <= _LARGEST_SMALL
 
     def check_task(self, episode: Episode, *, task: str = "task") -> int:
         """Runs one task through the network and refuses what it cannot process; for the boundary, before long work.
@@ -131,9 +146,28 @@ def second_derivative_kernels(network: nn.Module) -> Generator[None, None, None]
     """Switches to kernels that can be differentiated twice: math attention, and recurrent layers without cuDNN."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if _has_attention(network):
+            stack.enter_context(_SeenByTorchFunction())
         if torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in network.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+class _SeenByTorchFunction(TorchFunctionMode):
+    """Changes nothing, but attention layers that see it leave their fused inference kernel, which has no derivatives.
+
+    ``torch.backends.mha.set_fastpath_enabled`` would do so for all threads of the process.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        return func(*args, **(kwargs or {}))
+
+
+def _has_attention(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) for module in network.modules())
 
 
 def build_model(
@@ -181,9 +215,7 @@ def build_model(
     if clash:
         raise ValueError(f"network has parameters named {clash}, as the likelihood has: rename that submodule.")
     network.eval()
-    if any(isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) for module in network.modules()):
-        # The fused inference kernel of these layers has no derivatives at all.
-        torch.backends.mha.set_fastpath_enabled(False)
+    if _has_attention(network):
         _logger.warning(
             "%s has attention layers: torch's fused attention kernels are switched off, because they have no second "
             "derivatives.",

@@ -6,7 +6,7 @@ neither network nor data. ``S`` is the number of weight samples, ``N`` the numbe
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -16,6 +16,14 @@ from ibaml.types import Batch, Params, Tensor
 
 NegativeLogLikelihood: TypeAlias = Callable[[Params, Batch], Tensor]
 """``(weights, batch) -> nll`` of shape ``[N]``, or its mean over the examples where no more than that is wanted."""
+
+
+class Samplable(Protocol):
+    """A distribution over weights."""
+
+    def sample(self, noise: Params) -> Params:
+        """Maps standard normal noise to weights."""
+        ...
 
 
 def kl_weight(num_support: int, temperature: float = 1.0) -> float:
@@ -38,7 +46,7 @@ def kl_weight(num_support: int, temperature: float = 1.0) -> float:
     return temperature / num_support
 
 
-def sampled_nll(nll: NegativeLogLikelihood, posterior: DiagonalGaussian, noise: Params, batch: Batch) -> Tensor:
+def sampled_nll(nll: NegativeLogLikelihood, posterior: Samplable, noise: Params, batch: Batch) -> Tensor:
     """Returns the nll of every example under every weight sample, shape ``[S, N]``.
 
     Args:
@@ -57,7 +65,7 @@ def sampled_nll(nll: NegativeLogLikelihood, posterior: DiagonalGaussian, noise: 
 
 
 def expected_nll(
-    nll: NegativeLogLikelihood, posterior: DiagonalGaussian, noise: Params, batch: Batch, *, vectorize: bool = False
+    nll: NegativeLogLikelihood, posterior: Samplable, noise: Params, batch: Batch, *, vectorize: bool = False
 ) -> Tensor:
     """Monte Carlo estimate of ``E_q[-log p(y | weights, X)]``, mean over examples, a scalar.
 
@@ -75,7 +83,7 @@ def expected_nll(
     return sampled_nll(nll, posterior, noise, batch).mean()
 
 
-def predictive_nll(nll: NegativeLogLikelihood, posterior: DiagonalGaussian, noise: Params, batch: Batch) -> Tensor:
+def predictive_nll(nll: NegativeLogLikelihood, posterior: Samplable, noise: Params, batch: Batch) -> Tensor:
     """Returns ``-log mean_s p(y | weights_s)``, mean over examples: the nll of the averaged prediction.
 
     By Jensen's inequality it is at most ``expected_nll`` with the same noise.

@@ -97,7 +97,7 @@ class FittedModel:
         """
         noise = self.algorithm.draw_noise(self.meta, generator=torch.Generator().manual_seed(seed))
         try:
-            solution = self.algorithm.adapt(self.model.nll, self.meta, support, noise, start=start)
+            solution = self.algorithm.adapt(self.model, self.meta, support, noise, start=start)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
                 raise MemoryError(

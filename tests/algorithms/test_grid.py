@@ -86,7 +86,7 @@ def meta_loss(
     algorithm: Algorithm, model: Model, task: Episode, noise: TaskNoise
 ) -> Callable[[MetaParameters], Tensor]:
     """The outer loss after adaptation, as a plain function of the meta-parameters."""
-    return lambda meta: algorithm.hypergradient(model.nll, meta, task, noise)[1].outer_loss
+    return lambda meta: algorithm.hypergradient(model, meta, task, noise)[1].outer_loss
 
 
 def descent(num_steps: int = 5, learning_rate: float = 0.05, **settings: Any) -> GradientDescent:
@@ -108,11 +108,13 @@ def test_inner_steps_of_a_preset_lower_the_inner_loss(name: str, kind: str) -> N
     algorithm = make_algorithm(name)
     assert algorithm.temperature == 0.01
     model, meta, task, noise = set_up(algorithm, kind)
-    adapted = algorithm.adapt(model.nll, meta, task.support, noise).value
+    adapted = algorithm.adapt(model, meta, task.support, noise).value
     weight = objectives.kl_weight(6, algorithm.temperature)
 
     def inner_loss(q: DiagonalGaussian) -> Tensor:
-        expected = objectives.expected_nll(lambda w, b: model.nll(w, meta.shared, b), q, noise.inner, task.support)
+        expected = objectives.expected_nll(
+            lambda w, b: model.per_example(w, meta.shared, b), q, noise.inner, task.support
+        )
         return objectives.negative_elbo(expected, q, meta.prior, weight)
 
     assert inner_loss(adapted) < inner_loss(meta.prior)
@@ -183,7 +185,7 @@ def test_steps_in_units_of_the_prior_are_refused_for_plain_weights(solver: Inner
     algorithm = algorithms.maml(inner=solver)
     model, meta, task, noise = set_up(algorithm)
     with pytest.raises(ValueError, match=f"{type(solver).__name__} takes its steps in units of a prior, but plain"):
-        algorithm.adapt(model.nll, meta, task.support, noise)
+        algorithm.adapt(model, meta, task.support, noise)
 
 
 def test_a_solver_of_the_users_own_is_called() -> None:
@@ -196,7 +198,7 @@ def test_a_solver_of_the_users_own_is_called() -> None:
 
     own, theirs = algorithms.maml(inner=Twice()), algorithms.maml(inner=descent(2))
     model, meta, task, noise = set_up(own)
-    found, expected = (each.hypergradient(model.nll, meta, task, noise)[0] for each in (own, theirs))
+    found, expected = (each.hypergradient(model, meta, task, noise)[0] for each in (own, theirs))
     assert relative_error(found, expected) == 0
 
 
@@ -236,7 +238,7 @@ def test_unrolled_hypergradients_equal_central_differences(name: str, kind: str)
     algorithm = make_algorithm(name.split()[0], **UNROLLED[name])
     model, meta, task, noise = set_up(algorithm, kind, adapt="2.*")
     assert {"0.weight", "0.bias"} <= set(meta.shared)
-    gradient, _ = algorithm.hypergradient(model.nll, meta, task, noise)
+    gradient, _ = algorithm.hypergradient(model, meta, task, noise)
     numeric = central_difference(meta_loss(algorithm, model, task, noise), meta)
     assert relative_error(gradient, numeric) < FINITE_DIFFERENCE
 
@@ -253,7 +255,7 @@ def test_maml_with_one_step_equals_a_hand_calculation() -> None:
         {"weight": torch.tensor([[0.3]], dtype=DOUBLE)}, {NOISE_NAME: torch.tensor([math.log(0.5)], dtype=DOUBLE)}
     )
     algorithm = algorithms.maml(inner=descent(1, 0.1))
-    gradient, info = algorithm.hypergradient(model.nll, meta, Episode(Batch(x, y), query), TaskNoise({}, {}))
+    gradient, info = algorithm.hypergradient(model, meta, Episode(Batch(x, y), query), TaskNoise({}, {}))
     # mean(x (0.3 x - y)) = ((0.3 - 1) + 2 (0.6 - 3)) / 2 = -2.75, so w' = 0.3 + 0.1 * 5.5 = 0.85.
     assert math.isclose(float(info.inner_params["weight"]), 0.85, rel_tol=1e-14)
     # mean(x_q (0.85 x_q - y_q)) = (1.25 - 0.2875) / 2 = 0.48125; mean(x^2) = 2.5.
@@ -262,7 +264,7 @@ def test_maml_with_one_step_equals_a_hand_calculation() -> None:
     outer = (1.25**2 + 0.575**2) / 2 + 0.5 * math.log(2 * math.pi * 0.5)
     assert math.isclose(float(info.outer_loss), outer, rel_tol=1e-14)
     first_order, _ = algorithms.fomaml(inner=descent(1, 0.1)).hypergradient(
-        model.nll, meta, Episode(Batch(x, y), query), TaskNoise({}, {})
+        model, meta, Episode(Batch(x, y), query), TaskNoise({}, {})
     )
     assert math.isclose(float(first_order.prior["weight"]), 0.48125 / 0.5, rel_tol=1e-14)
 
@@ -270,9 +272,11 @@ def test_maml_with_one_step_equals_a_hand_calculation() -> None:
 def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_point() -> None:
     algorithm = algorithms.vampire(**{**WIDE, "inner": descent(3)}, truncation=0)
     model, meta, task, noise = set_up(algorithm)
-    gradient, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    gradient, info = algorithm.hypergradient(model, meta, task, noise)
     through = torch.func.grad(
-        lambda q, shared: objectives.expected_nll(lambda w, b: model.nll(w, shared, b), q, noise.outer, task.query),
+        lambda q, shared: objectives.expected_nll(
+            lambda w, b: model.per_example(w, shared, b), q, noise.outer, task.query
+        ),
         argnums=(0, 1),
     )(info.inner_params, meta.shared)
     assert relative_error(tuple(gradient), through) < 1e-12
@@ -281,7 +285,7 @@ def test_first_order_gradient_is_the_outer_gradient_at_the_adapted_point() -> No
 def test_abml_outer_loss_equals_a_hand_computation() -> None:
     algorithm = algorithms.abml(**{**WIDE, "temperature": 0.7}, hyper_prior_weight=0.02)
     model, meta, task, noise = set_up(algorithm)
-    _, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    _, info = algorithm.hypergradient(model, meta, task, noise)
     posterior, prior = info.inner_params, meta.prior
     assert isinstance(prior, DiagonalGaussian)
 
@@ -321,9 +325,9 @@ def test_hyper_prior_adds_its_own_gradient_and_nothing_else(name: str, changes: 
     settings: dict[str, Any] = {**WIDE, **changes}
     plain = make_algorithm(name, **settings)
     model, meta, task, noise = set_up(plain)
-    without, info_without = plain.hypergradient(model.nll, meta, task, noise)
+    without, info_without = plain.hypergradient(model, meta, task, noise)
     penalised = make_algorithm(name, **settings, hyper_prior_weight=0.3)
-    gradient, info = penalised.hypergradient(model.nll, meta, task, noise)
+    gradient, info = penalised.hypergradient(model, meta, task, noise)
     penalty = tree.scale(0.3, torch.func.grad(hyper_prior_nll)(meta.prior))
     assert relative_error(tree.sub(gradient.prior, without.prior), penalty) < 1e-9
     torch.testing.assert_close(gradient.shared, without.shared, rtol=1e-12, atol=1e-14)
@@ -352,7 +356,7 @@ def test_log_variances_move_at_a_rate_of_their_own() -> None:
     assert isinstance(posterior, DiagonalGaussian)
 
     def inner_loss(q: DiagonalGaussian) -> Tensor:
-        nll = objectives.expected_nll(lambda w, b: model.nll(w, meta.shared, b), q, noise.inner, task.support)
+        nll = objectives.expected_nll(lambda w, b: model.per_example(w, meta.shared, b), q, noise.inner, task.support)
         return nll + kl_divergence(q, meta.prior) / 6
 
     velocity = tree.zeros_like(posterior)
@@ -363,7 +367,7 @@ def test_log_variances_move_at_a_rate_of_their_own() -> None:
             tree.axpy(-0.05, velocity.mean, posterior.mean),
             tree.axpy(-0.2 * 12, velocity.log_var, posterior.log_var),
         )
-    adapted = algorithm.adapt(model.nll, meta, task.support, noise)
+    adapted = algorithm.adapt(model, meta, task.support, noise)
     assert relative_error(adapted.value, posterior) < 1e-13
 
 
@@ -371,7 +375,7 @@ def test_relative_adam_moves_means_in_units_of_the_priors_deviation() -> None:
     algorithm = algorithms.ibaml(inner=RelativeAdam(num_steps=1, learning_rate=0.2))
     model, meta, task, noise = set_up(algorithm)
     assert isinstance(meta.prior, DiagonalGaussian)
-    adapted = algorithm.adapt(model.nll, meta, task.support, noise).value
+    adapted = algorithm.adapt(model, meta, task.support, noise).value
     moved = tree.sub(adapted, meta.prior)
     # The first step of Adam has the size of the learning rate wherever the gradient is not tiny.
     sizes = tree.map(lambda step, log_var: step.abs() / torch.exp(0.5 * log_var), moved.mean, meta.prior.log_var)
@@ -444,7 +448,7 @@ def test_natural_gradient_reaches_the_closed_form_in_far_fewer_steps_than_gradie
 
     def error(solver: InnerSolver) -> float:
         algorithm = algorithms.ibaml(inner=solver, temperature=1.0)
-        adapted = algorithm.adapt(model.nll, meta, task.support, noise)
+        adapted = algorithm.adapt(model, meta, task.support, noise)
         assert adapted.num_steps == solver.num_steps
         return relative_error(adapted.value, solution)
 
@@ -465,13 +469,15 @@ def test_ibaml_on_a_linear_model_is_the_derivative_of_the_closed_form(temperatur
         temperature=temperature,
         linear=CG(max_steps=30, rtol=1e-13),
     )
-    gradient, info = algorithm.hypergradient(model.nll, meta, task, noise)
+    gradient, info = algorithm.hypergradient(model, meta, task, noise)
     assert info.inner_grad_norm < 1e-12
     assert info.linear_converged
 
     def total(theta: MetaParameters) -> Tensor:
         posterior = linear_solution(theta.prior, theta.shared, task.support, temperature / 8)
-        return objectives.expected_nll(lambda w, b: model.nll(w, theta.shared, b), posterior, noise.outer, task.query)
+        return objectives.expected_nll(
+            lambda w, b: model.per_example(w, theta.shared, b), posterior, noise.outer, task.query
+        )
 
     assert relative_error(gradient, torch.func.grad(total)(meta)) < 1e-10
     torch.testing.assert_close(info.outer_loss, total(meta), rtol=1e-12, atol=0)
@@ -481,14 +487,14 @@ def test_imaml_on_a_linear_model_is_the_derivative_of_ridge_regression() -> None
     model, shared, task, _ = linear_task(torch.tensor([1.0, 0.5, 0.25], dtype=DOUBLE))
     meta = MetaParameters(linear_prior().mean, shared)
     algorithm = algorithms.imaml(inner=descent(300, 0.2), linear=CG(max_steps=10, rtol=1e-13), proximal_strength=0.7)
-    gradient, info = algorithm.hypergradient(model.nll, meta, task, TaskNoise({}, {}))
+    gradient, info = algorithm.hypergradient(model, meta, task, TaskNoise({}, {}))
     assert info.inner_grad_norm < 1e-12
 
     def total(theta: MetaParameters) -> Tensor:
         x, y, precision = task.support.x, task.support.y[:, 0], torch.exp(-theta.shared[NOISE_NAME])
         matrix = precision * x.mT @ x / 8 + 0.7 * torch.eye(3, dtype=DOUBLE)
         weights = torch.linalg.solve(matrix, precision * x.mT @ y / 8 + 0.7 * theta.prior["weight"][0])
-        return model.nll({"weight": weights.unsqueeze(0)}, theta.shared, task.query).mean()
+        return model.per_example({"weight": weights.unsqueeze(0)}, theta.shared, task.query).mean()
 
     assert relative_error(gradient, torch.func.grad(total)(meta)) < 1e-10
 
@@ -506,7 +512,7 @@ def test_gradient_of_a_shared_body_is_the_unrolled_one_once_the_head_has_converg
     model, meta, task, noise = set_up(implicit, adapt="2.*")
     assert set(meta.prior.mean) == {"2.weight", "2.bias"}
     assert set(meta.shared) == {"0.weight", "0.bias", NOISE_NAME}
-    gradient, info = implicit.hypergradient(model.nll, meta, task, noise)
+    gradient, info = implicit.hypergradient(model, meta, task, noise)
     assert info.inner_grad_norm < 1e-7
     assert info.linear_converged
     through = (
@@ -514,10 +520,10 @@ def test_gradient_of_a_shared_body_is_the_unrolled_one_once_the_head_has_converg
         if outer == "elbo"
         else partial(algorithms.vampire, **settings, outer=outer)
     )
-    unrolled, _ = through(**settings).hypergradient(model.nll, meta, task, noise)
+    unrolled, _ = through(**settings).hypergradient(model, meta, task, noise)
     assert relative_error(gradient, unrolled) < 1e-6
     # The body reaches the outer loss through the adapted head too, not only directly.
-    first_order, _ = through(**settings, truncation=0).hypergradient(model.nll, meta, task, noise)
+    first_order, _ = through(**settings, truncation=0).hypergradient(model, meta, task, noise)
     assert relative_error(gradient.shared, first_order.shared) > 0.01
 
 
@@ -526,8 +532,8 @@ def test_linear_solvers_are_interchangeable(linear: LinearSolver) -> None:
     settings: dict[str, Any] = {**WIDE, "temperature": 3.0, "inner": descent(20)}
     reference = algorithms.ibaml(**settings, linear=Dense())
     model, meta, task, noise = set_up(reference)
-    expected, _ = reference.hypergradient(model.nll, meta, task, noise)
-    gradient, info = algorithms.ibaml(**settings, linear=linear).hypergradient(model.nll, meta, task, noise)
+    expected, _ = reference.hypergradient(model, meta, task, noise)
+    gradient, info = algorithms.ibaml(**settings, linear=linear).hypergradient(model, meta, task, noise)
     assert info.linear_converged
     assert relative_error(gradient, expected) < 1e-8
 
@@ -539,7 +545,7 @@ def test_neumann_series_converges_to_the_solution_of_the_linear_system() -> None
     meta = MetaParameters(linear_prior(), shared)
     inner = NaturalGradient(num_steps=120, learning_rate=0.9)
     (gradient, info), (expected, _) = (
-        algorithms.ibaml(inner=inner, linear=linear).hypergradient(model.nll, meta, task, noise)
+        algorithms.ibaml(inner=inner, linear=linear).hypergradient(model, meta, task, noise)
         for linear in (Neumann(max_steps=20, rtol=1e-10), Dense(rtol=1e-10))
     )
     assert info.linear_converged
@@ -552,7 +558,7 @@ def test_linear_steps_and_tolerance_reach_the_solver() -> None:
     residuals = []
     for num_steps, tolerance in ((1, 1e-12), (4, 1e-12), (60, 1e-3), (60, 1e-12)):
         algorithm = algorithms.ibaml(**settings, linear=CG(max_steps=num_steps, rtol=tolerance))
-        _, info = algorithm.hypergradient(model.nll, meta, task, noise)
+        _, info = algorithm.hypergradient(model, meta, task, noise)
         residuals.append(float(info.linear_residual))
         assert bool(info.linear_converged) == (num_steps == 60)
     assert residuals[0] > residuals[1] > 1e-3 > residuals[2] > residuals[3] and residuals[3] < 1e-11
@@ -566,7 +572,7 @@ def test_result_carries_no_graph_when_the_meta_parameters_require_gradients(
     algorithm = make(**{**WIDE, "temperature": 3.0})
     model, meta, task, noise = set_up(algorithm)
     leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), meta)
-    gradient, info = algorithm.hypergradient(model.nll, leaves, task, noise)
+    gradient, info = algorithm.hypergradient(model, leaves, task, noise)
     assert not any(leaf.requires_grad for leaf in tree.leaves((gradient, info)))
-    expected, _ = algorithm.hypergradient(model.nll, meta, task, noise)
+    expected, _ = algorithm.hypergradient(model, meta, task, noise)
     assert relative_error(gradient, expected) == 0

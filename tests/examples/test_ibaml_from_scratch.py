@@ -98,7 +98,7 @@ def make_problem(
 def test_hypergradient_is_that_of_the_library(scratch, seed, temperature, sizes, num_inner_steps, num_linear_steps):
     counts = {"num_inner_steps": num_inner_steps, "num_linear_steps": num_linear_steps}
     problem = make_problem(scratch, seed=seed, sizes=sizes, temperature=temperature, **counts)
-    expected, info = problem.algorithm.hypergradient(problem.model.nll, problem.meta, problem.episode, problem.noise)
+    expected, info = problem.algorithm.hypergradient(problem.model, problem.meta, problem.episode, problem.noise)
     gradient, outer_loss, residual = scratch.hypergradient(
         problem.prior, *problem.episode, *problem.flat_noise, problem.settings
     )
@@ -122,9 +122,7 @@ def test_hypergradient_under_vmap_is_that_of_each_task(scratch):
 def test_inner_trajectory_is_that_of_the_library(scratch):
     for num_steps in (1, 2, 5, 30):
         problem = make_problem(scratch, seed=3, sizes=(2, 5, 4, 1), temperature=0.5, num_inner_steps=num_steps)
-        expected = problem.algorithm.adapt(
-            problem.model.nll, problem.meta, problem.episode.support, problem.noise
-        ).value
+        expected = problem.algorithm.adapt(problem.model, problem.meta, problem.episode.support, problem.noise).value
         assert isinstance(expected, DiagonalGaussian)
         adapted = scratch.adapt(problem.prior, problem.episode.support, problem.flat_noise[0], problem.settings)
         assert (adapted - problem.prior).norm() > 1e-3

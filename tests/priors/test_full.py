@@ -133,7 +133,7 @@ def solution(meta: MetaParameters, support: Batch) -> tuple[Tensor, Tensor]:
 def test_adaptation_is_exact_bayes(inner: Any) -> None:
     model, meta, episode, noise = linear_task(random_gaussian(0, 3))
     algorithm = algorithms.ibaml(prior=FullPrior(), temperature=1.0, inner=inner)
-    adapted = algorithm.adapt(model.nll, meta, episode.support, noise)
+    adapted = algorithm.adapt(model, meta, episode.support, noise)
     mean, covariance = solution(meta, episode.support)
     tolerance = 1e-10 if isinstance(inner, NaturalGradient) else 1e-2
     torch.testing.assert_close(adapted.value.mean["weight"][0], mean, rtol=tolerance, atol=tolerance)
@@ -149,7 +149,7 @@ def test_implicit_gradient_is_the_derivative_of_bayes_rule(temperature: float) -
         inner=NaturalGradient(num_steps=2, learning_rate=1.0),
         linear=CG(max_steps=60, rtol=1e-14),
     )
-    gradient, info = algorithm.hypergradient(model.nll, meta, episode, noise)
+    gradient, info = algorithm.hypergradient(model, meta, episode, noise)
     assert info.inner_grad_norm < 1e-10
 
     def outer_loss(theta: MetaParameters) -> Tensor:
@@ -182,12 +182,12 @@ def relative_error(actual: PyTree, expected: PyTree) -> float:
 )
 def test_unrolled_hypergradients_equal_central_differences(algorithm: Algorithm) -> None:
     model, meta, episode, noise = linear_task(random_gaussian(0, 3))
-    gradient, _ = algorithm.hypergradient(model.nll, meta, episode, noise)
+    gradient, _ = algorithm.hypergradient(model, meta, episode, noise)
     flat, unravel = tree.ravel(meta)
     step = 1e-5 * torch.eye(len(flat), dtype=DOUBLE)
 
     def loss(vector: Tensor) -> Tensor:
-        return algorithm.hypergradient(model.nll, unravel(vector), episode, noise)[1].outer_loss
+        return algorithm.hypergradient(model, unravel(vector), episode, noise)[1].outer_loss
 
     ahead, behind = (torch.stack([loss(flat + sign * each) for each in step]) for sign in (1, -1))
     assert relative_error(gradient, unravel((ahead - behind) / 2e-5)) < 1e-6
@@ -203,9 +203,9 @@ def test_vmap_over_tasks_equals_the_loop() -> None:
 
     tasks = [(Episode(batch(), batch()), algorithm.draw_noise(meta, generator=source)) for _ in range(3)]
     stacked = tree.map(lambda *leaves: torch.stack(leaves), *tasks)
-    gradients, _ = torch.func.vmap(partial(algorithm.hypergradient, model.nll, meta))(*stacked)
+    gradients, _ = torch.func.vmap(partial(algorithm.hypergradient, model, meta))(*stacked)
     for i, task in enumerate(tasks):
-        expected, _ = algorithm.hypergradient(model.nll, meta, *task)
+        expected, _ = algorithm.hypergradient(model, meta, *task)
         for actual, wanted in zip(tree.leaves(gradients), tree.leaves(expected), strict=True):
             torch.testing.assert_close(actual[i], wanted, rtol=1e-9, atol=1e-12)
 

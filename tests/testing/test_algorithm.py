@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ibaml import tree
-from ibaml.algorithms import FOMAML, IBAML, IMAML, MAML, MetaParameters, TaskNll, TaskNoise
+from ibaml.algorithms import FOMAML, IBAML, IMAML, MAML, MetaParameters, TaskNoise
 from ibaml.algorithms.base import Estimator
+from ibaml.nll import Nll
 from ibaml.priors import PointPrior
 from ibaml.testing import AlgorithmContract, failures
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
@@ -38,7 +39,7 @@ class OneStep:
 
     def adapt(
         self,
-        nll: TaskNll,
+        nll: Nll,
         meta: MetaParameters,
         support: Batch,
         noise: TaskNoise,
@@ -46,17 +47,17 @@ class OneStep:
         start: Any = None,
         with_grad_norm: bool = True,
     ) -> InnerSolution:
-        gradient = torch.func.grad(lambda w: nll(w, meta.shared, support).mean())
+        gradient = torch.func.grad(lambda w: nll.mean(support)(w, meta.shared))
         start = meta.prior if start is None else start
         value = tree.axpy(-self.rate, gradient(start), start)
         return InnerSolution(value, tree.norm(gradient(value)), 1)
 
     def hypergradient(
-        self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
     ) -> tuple[MetaParameters, HypergradientInfo]:
         def outer(theta: MetaParameters) -> tuple[Tensor, InnerSolution]:
             solution = self.adapt(nll, theta, episode.support, noise)
-            return nll(solution.value, theta.shared, episode.query).mean(), solution._replace(num_steps=torch.ones(()))
+            return nll.mean(episode.query)(solution.value, theta.shared), solution._replace(num_steps=torch.ones(()))
 
         gradient, (loss, solution) = torch.func.grad_and_value(outer, has_aux=True)(meta)
         no_residual = torch.zeros_like(loss)
@@ -107,7 +108,7 @@ class Unsolved(IMAML):
 class Impure(MAML):
     """Writes the adapted weights into the meta-parameters."""
 
-    def hypergradient(self, nll: TaskNll, meta: MetaParameters, *arguments: Any) -> Any:
+    def hypergradient(self, nll: Nll, meta: MetaParameters, *arguments: Any) -> Any:
         gradient, info = super().hypergradient(nll, meta, *arguments)
         for weight, adapted in zip(tree.leaves(meta.prior), tree.leaves(info.inner_params), strict=True):
             weight.copy_(adapted)
@@ -127,7 +128,7 @@ class Random(MAML):
 class Branching(MAML):
     """Asks a tensor a question that has no answer under vmap."""
 
-    def hypergradient(self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Any:
+    def hypergradient(self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Any:
         if episode.support.y.sum() > 1e9:
             raise ValueError("too large")
         return super().hypergradient(nll, meta, episode, noise)

@@ -571,9 +571,7 @@ def test_a_step_applies_the_mean_hypergradient_of_its_tasks():
     episodes = image_tasks().sample(3, generator=source)
     noises = [algorithm.draw_noise(meta, generator=source) for _ in range(3)]
     tasks = [tree.map(lambda leaf, i=index: leaf[i], episodes) for index in range(3)]
-    single = [
-        algorithm.hypergradient(model.nll, meta, task, noise)[0] for task, noise in zip(tasks, noises, strict=True)
-    ]
+    single = [algorithm.hypergradient(model, meta, task, noise)[0] for task, noise in zip(tasks, noises, strict=True)]
     for name, before in model.adapted.items():
         mean = torch.stack([gradient.prior[name] for gradient in single]).mean(0)
         torch.testing.assert_close(run.applied[0].prior[name], mean, rtol=1e-5, atol=1e-7)

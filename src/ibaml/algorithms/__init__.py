@@ -8,11 +8,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ibaml.algorithms.base import Algorithm
+from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
-from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
 from ibaml.priors import PRIORS
 from ibaml.solvers.inner import INNER_SOLVERS
 from ibaml.solvers.linear import LINEAR_SOLVERS
@@ -116,7 +115,6 @@ __all__ = [
     "Algorithm",
     "GradientBased",
     "MetaParameters",
-    "TaskNll",
     "TaskNoise",
     "abml",
     "fomaml",

@@ -1,16 +1,41 @@
 """What every algorithm is: initial meta-parameters, adaptation to a task, a hypergradient, and predictions."""
 
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
+from ibaml.nll import Nll
 from ibaml.priors import Prior
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params
 
 Estimator: TypeAlias = Literal["unrolled", "first_order", "implicit"]
 """Kinds of hypergradient: the derivative of the outer loss through the steps that were taken, exact for any number of
 them; one that leaves a part out; or that of the solution of the inner problem, exact where it is solved."""
+
+
+class MetaParameters(NamedTuple):
+    """All that is learned over tasks.
+
+    Attributes:
+        prior: The prior over what is adapted: a member of the algorithm's family (``ibaml.priors``), which for
+            algorithms on weights is the initial weights.
+        shared: Parameters that are the same for all tasks.
+    """
+
+    prior: Any
+    shared: Params
+
+
+class TaskNoise(NamedTuple):
+    """Standard normal noise of one task; empty dicts for weights algorithms.
+
+    Attributes:
+        inner: For the expected nll of the support set, leading axis ``num_samples``.
+        outer: For the outer loss, leading axis ``num_samples``.
+    """
+
+    inner: Params
+    outer: Params
 
 
 class Algorithm(Protocol):
@@ -66,7 +91,7 @@ class Algorithm(Protocol):
 
     def adapt(
         self,
-        nll: TaskNll,
+        nll: Nll,
         meta: MetaParameters,
         support: Batch,
         noise: TaskNoise,
@@ -77,7 +102,7 @@ class Algorithm(Protocol):
         """Solves the inner problem of one task.
 
         Args:
-            nll: Per-example nll.
+            nll: Nll of the examples of a task.
             meta: Meta-parameters.
             support: Support set.
             noise: Noise of the task.
@@ -90,12 +115,12 @@ class Algorithm(Protocol):
         ...
 
     def hypergradient(
-        self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss in the meta-parameters.
 
         Args:
-            nll: Per-example nll.
+            nll: Nll of the examples of a task.
             meta: Meta-parameters.
             episode: Support and query set.
             noise: Noise of the task.

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import Algorithm, Estimator
+from ibaml.algorithms.base import Algorithm, Estimator, MetaParameters, TaskNoise
 from ibaml.curvature import DifferentiatedLoss, at_fixed
 from ibaml.hypergradients import first_order_hypergradient, unrolled_hypergradient
-from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise
+from ibaml.nll import Nll
 from ibaml.priors import Prior
 from ibaml.solvers.inner import GradientDescent, InnerSolver
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
@@ -34,7 +34,7 @@ class TaskProblem(NamedTuple):
     """One task's bilevel problem in the inner variable ``v`` and the meta-parameters ``theta``.
 
     Attributes:
-        nll: Per-example nll.
+        nll: Nll of the examples of a task.
         episode: Support and query set.
         noise: Noise of the task.
         meta: ``theta``, where the gradient is taken.
@@ -45,13 +45,13 @@ class TaskProblem(NamedTuple):
         solver: ``(loss, init) -> InnerSolution``.
     """
 
-    nll: TaskNll
+    nll: Nll
     episode: Episode
     noise: TaskNoise
     meta: MetaParameters
     weight: float
-    support_nll: Callable[..., Tensor]
-    inner_loss: Callable[..., Tensor]
+    support_nll: DifferentiatedLoss
+    inner_loss: DifferentiatedLoss
     outer_loss: Callable[..., Tensor]
     solver: Callable[..., InnerSolution]
 
@@ -87,7 +87,7 @@ class GradientBased(abc.ABC):
 
     def adapt(
         self,
-        nll: TaskNll,
+        nll: Nll,
         meta: MetaParameters,
         support: Batch,
         noise: TaskNoise,
@@ -102,7 +102,7 @@ class GradientBased(abc.ABC):
             at_fixed(inner_loss, meta), meta.prior if start is None else start, with_grad_norm=with_grad_norm
         )
 
-    def hypergradient(self, nll: TaskNll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Hypergradient:
+    def hypergradient(self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Hypergradient:
         """Returns one task's gradient of the outer loss in the meta-parameters; see ``Algorithm``."""
         # Parameters that ask for gradients would make every inner step keep its graph.
         meta = tree.detach(meta)
@@ -165,12 +165,12 @@ class GradientBased(abc.ABC):
         """Returns the weight of the divergence beside the mean nll of so many examples."""
 
     @abc.abstractmethod
-    def _nll(self, nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
+    def _nll(self, nll: Nll, batch: Batch, draws: Params, *, twice: bool = False) -> DifferentiatedLoss:
         """Returns ``(v, shared) -> mean nll``; ``twice`` announces that it will be differentiated twice."""
 
     @abc.abstractmethod
     def _outer_loss(
-        self, nll: TaskNll, episode: Episode, noise: TaskNoise, posterior: Any, theta: MetaParameters
+        self, nll: Nll, episode: Episode, noise: TaskNoise, posterior: Any, theta: MetaParameters
     ) -> Tensor:
         """Returns the outer loss."""
 
@@ -186,11 +186,10 @@ def num_inner_steps(algorithm: Algorithm) -> int:
     return algorithm.inner.num_steps
 
 
-def regularised(support_nll: Callable[..., Tensor], family: Prior, weight: float) -> Callable[..., Tensor]:
+def regularised(support_nll: DifferentiatedLoss, family: Prior, weight: float) -> DifferentiatedLoss:
     """Returns the inner loss ``F(v, theta) = L(v, shared) + weight * divergence(v, prior)``.
 
-    With a distribution it is the negative ELBO (Zhang et al. 2023, eq. (7)). It brings its gradient along if ``L``
-    does.
+    With a distribution it is the negative ELBO (Zhang et al. 2023, eq. (7)).
     """
 
     def with_divergence(mean: Tensor, posterior: Any, theta: MetaParameters) -> Tensor:
@@ -201,9 +200,6 @@ def regularised(support_nll: Callable[..., Tensor], family: Prior, weight: float
 
     def value(posterior: Any, theta: MetaParameters) -> Tensor:
         return with_divergence(support_nll(posterior, theta.shared), posterior, theta)
-
-    if not isinstance(support_nll, DifferentiatedLoss):
-        return value
 
     def value_and_gradient(posterior: Any, theta: MetaParameters) -> tuple[Tensor, Any]:
         mean, of_nll = support_nll.value_and_gradient(posterior, theta.shared)

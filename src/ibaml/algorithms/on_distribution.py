@@ -1,16 +1,17 @@
 """Algorithms that adapt a distribution over weights: ABML, VAMPIRE, iBaML."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from ibaml import objectives, tree
+from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
+from ibaml.curvature import DifferentiatedLoss
 from ibaml.hypergradients import regularised_implicit_hypergradient
-from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise, expected_nll
+from ibaml.nll import Nll
 from ibaml.priors import DiagonalPrior, Prior
 from ibaml.solvers.linear import CG, LinearSolver
 from ibaml.types import Batch, Episode, Params, Tensor
@@ -64,9 +65,9 @@ class OnDistribution(GradientBased):
 
     def weight_samples(self, posterior: Any, noise: Params) -> list[Params]:
         """Returns one weight sample for each draw of the noise."""
-        draws = self.prior.sample(posterior, noise)
+        # One after the other: rows of a common tensor would start at addresses that no kernel likes.
         num_samples = tree.leaves(noise)[0].shape[0]
-        return [tree.map(lambda leaf, i=i: leaf[i], draws) for i in range(num_samples)]
+        return [self.prior.sample(posterior, tree.map(lambda leaf, i=i: leaf[i], noise)) for i in range(num_samples)]
 
     @property
     def _family(self) -> Prior:
@@ -84,12 +85,12 @@ class OnDistribution(GradientBased):
     def _weight(self, num_examples: int) -> float:
         return objectives.kl_weight(num_examples, self.temperature)
 
-    def _nll(self, nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
-        return expected_nll(nll, batch, draws, twice=twice)
+    def _nll(self, nll: Nll, batch: Batch, draws: Params, *, twice: bool = False) -> DifferentiatedLoss:
+        return nll.expected(self.prior, batch, draws, twice=twice)
 
     def _outer_loss(
         self,
-        nll: TaskNll,
+        nll: Nll,
         episode: Episode,
         noise: TaskNoise,
         posterior: Any,
@@ -101,15 +102,16 @@ class OnDistribution(GradientBased):
         kind, hyper_prior_weight = self._outer
         if kind == "predictive_nll":
             loss = objectives.predictive_nll(
-                lambda w, batch: nll(w, theta.shared, batch), posterior, noise.outer, episode.query
+                lambda w, batch: nll.per_example(w, theta.shared, batch), posterior, noise.outer, episode.query
             )
         else:
-            loss = expected_nll(nll, episode.query, noise.outer)(posterior, theta.shared)
+            loss = nll.expected(self.prior, episode.query, noise.outer)(posterior, theta.shared)
         if kind == "elbo":
             share = _support_share(episode)
             loss = (1 - share) * loss
             if with_support:
-                loss = loss + share * expected_nll(nll, episode.support, noise.inner)(posterior, theta.shared)
+                of_support = nll.expected(self.prior, episode.support, noise.inner)
+                loss = loss + share * of_support(posterior, theta.shared)
             weight = self._weight(len(episode.support.y) + len(episode.query.y))
             loss = loss + weight * self.prior.divergence(posterior, theta.prior)
         if hyper_prior_weight:

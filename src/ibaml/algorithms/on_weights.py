@@ -1,14 +1,15 @@
 """Algorithms that adapt plain weights: MAML, first-order MAML, iMAML."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 
+from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
+from ibaml.curvature import DifferentiatedLoss
 from ibaml.hypergradients import implicit_hypergradient
-from ibaml.inner_problem import MetaParameters, TaskNll, TaskNoise, mean_nll
+from ibaml.nll import Nll
 from ibaml.priors import PointPrior, Prior
 from ibaml.solvers.inner import GradientDescent, InnerSolver
 from ibaml.solvers.linear import CG, LinearSolver
@@ -50,15 +51,15 @@ class OnWeights(GradientBased):
         del num_examples
         return 0.0
 
-    def _nll(self, nll: TaskNll, batch: Batch, draws: Params, *, twice: bool = False) -> Callable[..., Tensor]:
+    def _nll(self, nll: Nll, batch: Batch, draws: Params, *, twice: bool = False) -> DifferentiatedLoss:
         del draws
-        return mean_nll(nll, batch, twice=twice)
+        return nll.mean(batch, twice=twice)
 
     def _outer_loss(
-        self, nll: TaskNll, episode: Episode, noise: TaskNoise, posterior: Params, theta: MetaParameters
+        self, nll: Nll, episode: Episode, noise: TaskNoise, posterior: Params, theta: MetaParameters
     ) -> Tensor:
         del noise
-        return mean_nll(nll, episode.query)(posterior, theta.shared)
+        return nll.mean(episode.query)(posterior, theta.shared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

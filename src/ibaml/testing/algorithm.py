@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ibaml import tree
-from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, TaskNll, TaskNoise
+from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, TaskNoise
 from ibaml.data.sources import Sinusoid
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
 from ibaml.model import build_model
+from ibaml.nll import FunctionNll, Nll
 from ibaml.solvers.inner import GradientDescent, NaturalGradient
 from ibaml.solvers.linear import Dense
 from ibaml.testing.base import assert_close, assert_json_round_trip, generator, with_settings
@@ -24,7 +25,7 @@ from ibaml.types import Batch, Episode, Params, Tensor
 class _Problem(NamedTuple):
     """A regression task on a network of nine weights, of which the last three are adapted; in float64."""
 
-    nll: TaskNll
+    nll: Nll
     adapted: Params
     meta: MetaParameters
     episode: Episode
@@ -164,11 +165,11 @@ class AlgorithmContract:
             return {"flat": tree.ravel(named)[0]}
 
         def flat_nll(adapted: Params, shared: Params, batch: Batch) -> Tensor:
-            return problem.nll(unravel(adapted["flat"]), shared, batch)
+            return problem.nll.per_example(unravel(adapted["flat"]), shared, batch)
 
         meta = MetaParameters(algorithm.prior.map(flat, problem.meta.prior), problem.meta.shared)
         noise = TaskNoise(*(torch.func.vmap(flat)(part) if part else {} for part in problem.noise))
-        found, info = algorithm.hypergradient(flat_nll, meta, problem.episode, noise)
+        found, info = algorithm.hypergradient(FunctionNll(flat_nll), meta, problem.episode, noise)
         expected, expected_info = _hypergradient(algorithm, problem)
         assert_close(algorithm.prior.map(lambda vector: unravel(vector["flat"]), found.prior), expected.prior, 1e-9)
         assert_close(found.shared, expected.shared, 1e-9)
@@ -246,7 +247,7 @@ def _problem(algorithm: Algorithm, seed: int = 0, num_support: int = 6, adapt: s
         return Batch(x, torch.sin(2 * x) + 0.2 * torch.randn(size, 1, generator=source, dtype=torch.float64))
 
     episode = Episode(batch(num_support), batch(9))
-    return _Problem(model.nll, model.adapted, meta, episode, algorithm.draw_noise(meta, generator=source))
+    return _Problem(model, model.adapted, meta, episode, algorithm.draw_noise(meta, generator=source))
 
 
 def _adapt(algorithm: Algorithm, problem: _Problem, **options: Any) -> Any:

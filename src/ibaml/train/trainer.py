@@ -18,11 +18,11 @@ import torch
 
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
-from ibaml.allocator import keep_freed_memory
 from ibaml.evaluation import evaluate
-from ibaml.meta_step import NUM_CALLS_THAT_PAY, MetaGradient
+from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
+from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.train.checkpoint import (
     CHECKPOINT,
     TrainingState,
@@ -93,7 +93,7 @@ class Trainer:
         self._meta = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
         # The optimiser holds copies: it changes them in place, while the model's initial values are the user's.
         self._meta = tree.map(lambda leaf: leaf.clone(), self._meta)
-        self._meta_gradient = MetaGradient(
+        self._hypergradients = HypergradientStep(
             self.model,
             algorithm,
             # Writing programs takes seconds, which a short training never gets back.
@@ -141,6 +141,7 @@ class Trainer:
             OSError: If the run folder cannot be written; nothing has been computed then.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
+            DeviceLostError: If a kernel fails on a CUDA device.
         """
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
@@ -148,6 +149,14 @@ class Trainer:
             return self._fit(train_tasks, validation_tasks, max_minutes)
         except ProcessLostError as error:
             raise ProcessLostError(f"{error} {self._how_to_resume()}") from error
+        except RuntimeError as error:
+            if not is_device_lost(error):
+                raise
+            # What is on the device is lost, so that nothing can be saved but what has been.
+            raise DeviceLostError(
+                f"step {self._step + 1}: {str(error).splitlines()[0]} No further step is possible in this process. "
+                f"{self._how_to_resume()} If it happens again, try fast=False, which neither captures nor replays."
+            ) from error
 
     def _fit(
         self, train_tasks: TaskSampler, validation_tasks: TaskSampler | None, max_minutes: float | None
@@ -211,7 +220,7 @@ class Trainer:
             raise
         own = tree.map(lambda leaf: leaf[share.start - drawn.first :][: len(share)].to(self.device), drawn.episodes)
         own_noises = tree.map(lambda leaf: leaf.to(self.device), drawn.noises)
-        computed = self._meta_gradient(self._meta, own, own_noises)
+        computed = self._hypergradients(self._meta, own, own_noises)
         total, info, score = self._sum_over_processes(*computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
@@ -283,7 +292,7 @@ class Trainer:
                 # Far from every seed that a user would give to test tasks.
                 seed=self.settings.seed + 10**6,
                 tasks_per_chunk=self.settings.tasks_per_chunk,
-                passes=self._meta_gradient,
+                passes=self._hypergradients,
                 processes=self.processes,
             )
         except (ValueError, FloatingPointError) as error:

@@ -75,13 +75,13 @@ def test_the_probe_changes_neither_values_nor_derivatives() -> None:
 
     def losses(nll: Any) -> Any:
         def mean(weights: Any) -> torch.Tensor:
-            return nll(weights, built.meta.shared, built.episode.support).mean()
+            return nll.per_example(weights, built.meta.shared, built.episode.support).mean()
 
         prior = built.meta.prior
         gradient, pullback = torch.func.vjp(torch.func.grad(mean), prior)[:2]
         return mean(prior), gradient, pullback(prior)
 
-    torch.testing.assert_close(losses(counted), losses(model.nll), rtol=1e-14, atol=0)
+    torch.testing.assert_close(losses(counted), losses(model), rtol=1e-14, atol=0)
 
 
 class TestPeakBytes:

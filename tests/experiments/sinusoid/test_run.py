@@ -159,9 +159,9 @@ def test_examples_are_the_first_test_tasks_before_and_after_adaptation(result: S
         assert bool(((example.prior_mean - outputs).abs() <= 4 * spread + 1e-5).all())
         # One inner problem, solved by hand: gradient descent lowers the support loss.
         support = Batch(tasks.support.x[index], tasks.support.y[index])
-        before = model.nll(center, meta.shared, support).mean()
+        before = model.per_example(center, meta.shared, support).mean()
         posterior = learner.adapt(*support).value
-        assert float(model.nll(posterior.mean, meta.shared, support).mean()) < float(before)
+        assert float(model.per_example(posterior.mean, meta.shared, support).mean()) < float(before)
         adapted = model.outputs(posterior.mean, meta.shared, x).detach()
         assert (adapted - example.mean).square().mean() < (outputs - example.mean).square().mean()
 
@@ -239,7 +239,7 @@ def test_maml_has_the_settings_of_its_publication(num_shots: int) -> None:
     gradient = torch.func.grad(squared_error)(model.adapted)
     meta = recipe.algorithm.init(model.adapted, model.shared, generator=torch.Generator())
     noise = recipe.algorithm.draw_noise(meta, generator=torch.Generator())
-    adapted = recipe.algorithm.adapt(model.nll, meta, support, noise).value
+    adapted = recipe.algorithm.adapt(model, meta, support, noise).value
     for name, value in adapted.items():
         torch.testing.assert_close(value, model.adapted[name] - 0.01 * gradient[name], rtol=1e-5, atol=1e-5)
     assert recipe.algorithm.inner.num_steps == 1

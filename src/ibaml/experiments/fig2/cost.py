@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from ibaml.algorithms import MetaParameters, TaskNll, TaskNoise
+from ibaml.algorithms import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
 from ibaml.model import Model
+from ibaml.nll import FunctionNll, Nll
 from ibaml.types import Batch, Episode, Params, Tensor
 
 
@@ -20,14 +21,14 @@ class HypergradientProblem(NamedTuple):
 
     Attributes:
         algorithm: MAML, iMAML, ABML or iBaML.
-        nll: Per-example nll.
+        nll: Nll of the task's examples.
         meta: Where the gradient is taken.
         episode: Support and query set.
         noise: Noise of the weight samples.
     """
 
     algorithm: GradientBased
-    nll: TaskNll
+    nll: Nll
     meta: MetaParameters
     episode: Episode
     noise: TaskNoise
@@ -45,12 +46,12 @@ class HypergradientProblem(NamedTuple):
         is_unrolled = self.algorithm.estimator == "unrolled"
 
         def watched(adapted: Params, shared: Params, batch: Batch) -> Tensor:
-            value = self.nll(adapted, shared, batch)
+            value = self.nll.per_example(adapted, shared, batch)
             if is_unrolled or batch is query:
                 on_forward()
             return value
 
-        return self.algorithm.hypergradient(watched, self.meta, self.episode, self.noise)[0]
+        return self.algorithm.hypergradient(FunctionNll(watched), self.meta, self.episode, self.noise)[0]
 
 
 class PassCounter:
@@ -82,14 +83,14 @@ class PassCounter:
         """Returns the outputs of a network with the probe in them."""
         return cast(Tensor, _Probe.apply(outputs, self._passed, 0, 1))
 
-    def nll(self, model: Model) -> TaskNll:
-        """Returns ``model.nll`` with the probe in it."""
+    def nll(self, model: Model) -> Nll:
+        """Returns the model's nll with the probe in it."""
 
         def counted(adapted: Params, shared: Params, batch: Batch) -> Tensor:
             outputs = self.watch(model.outputs(adapted, shared, batch.x))
             return model.likelihood.nll(outputs, batch.y, shared)
 
-        return counted
+        return FunctionNll(counted)
 
 
 class _Probe(torch.autograd.Function):

@@ -130,7 +130,7 @@ def build_problem(
     meta = built.init(model.adapted, model.shared, generator=generator)
     noise = built.draw_noise(meta, generator=generator)
     episode = Episode(batch(settings.num_shots), batch(settings.num_queries))
-    return HypergradientProblem(built, model.nll, meta, episode, noise), model
+    return HypergradientProblem(built, model, meta, episode, noise), model
 
 
 def serve(request: str, commands: Iterable[str], answer: Callable[[str], object]) -> None:

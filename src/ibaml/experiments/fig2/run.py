@@ -7,7 +7,7 @@ time nor memory depends on what they show.
 How it is measured:
 
 - It is the library's own hypergradient (``Algorithm.hypergradient``), of the plain nll of a model: automatic
-  differentiation as in the paper, without the programs of ``ibaml.traced``.
+  differentiation as in the paper, without the programs of ``ibaml.fast``.
 - Every point has a process of its own. The processes of one curve (one algorithm, one L, every K) wait for one another
   and take turns repeat by repeat, so that a machine that slows down for a while does so for every K alike.
 - The forward half is the inner solve and the value of the outer loss, the backward half all the rest, by the same rule

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ibaml.traced.batch_norm import fused_batch_norm
+from ibaml.fast.batch_norm import fused_batch_norm
 from ibaml.types import Tensor
 
 Loss: TypeAlias = Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -75,7 +75,7 @@ def trace_product(
     ``(*residuals, *direction) -> Hessian times direction``.
 
     Batch normalisation with the statistics of the batch gets derivatives that keep its fused kernels
-    (``ibaml.traced.batch_norm``); all other operations are differentiated by torch.
+    (``ibaml.fast.batch_norm``); all other operations are differentiated by torch.
 
     Args:
         loss: As in ``trace_gradient``, and twice differentiable.

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from ibaml import allocator
+from ibaml.fast import allocator
 
 _COUNT_FAULTS = """
 import resource, sys
 import torch
-from ibaml.allocator import keep_freed_memory
+from ibaml.fast.allocator import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

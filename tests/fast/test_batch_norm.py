@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ibaml.traced.batch_norm import fused_batch_norm
+from ibaml.fast.batch_norm import fused_batch_norm
 from ibaml.types import Tensor
 
 

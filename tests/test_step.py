@@ -10,11 +10,11 @@ from torch import nn
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
-from ibaml.meta_step import MetaGradient, TaskGradients
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
 from ibaml.priors import DiagonalPrior
 from ibaml.solvers.inner import Adam, GradientDescent, NaturalGradient
+from ibaml.step import HypergradientStep, TaskHypergradients
 from ibaml.types import Batch, Episode, Tensor
 
 NUM_TASKS = 3
@@ -74,7 +74,7 @@ def start(model: Model, algorithm: Algorithm) -> tuple[MetaParameters, list[Task
     return meta, [algorithm.draw_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
 
 
-def assert_equal(fast: TaskGradients, plain: TaskGradients, tolerance: float = 1e-10) -> None:
+def assert_equal(fast: TaskHypergradients, plain: TaskHypergradients, tolerance: float = 1e-10) -> None:
     scale = float(tree.norm(plain.total))
     assert float(tree.norm(tree.sub(fast.total, plain.total))) < tolerance * scale
     torch.testing.assert_close(fast.scores, plain.scores, rtol=0, atol=0)
@@ -96,8 +96,8 @@ def test_fast_gradients_equal_plain_ones(problem: Any, name: str) -> None:
     model, episodes = problem()
     algorithm = make_algorithm(ALGORITHMS[name][0], **{"inner": GradientDescent(num_steps=3), **ALGORITHMS[name][1]})
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
-    plain = MetaGradient(model, algorithm, fast=False)(meta, episodes, noises)
+    fast = HypergradientStep(model, algorithm, programs=True)(meta, episodes, noises)
+    plain = HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises)
     assert float(tree.norm(plain.total)) > 1e-3
     # Conjugate gradients magnify rounding, as does Adam's division by small gradients.
     magnifies = algorithm.estimator == "implicit" or isinstance(algorithm.inner, Adam)
@@ -120,8 +120,8 @@ def test_other_networks(network: nn.Module, size: int) -> None:
     model, episodes = image_problem(network, size)
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
-    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+    fast = HypergradientStep(model, algorithm, programs=True)(meta, episodes, noises)
+    assert_equal(fast, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("tasks_per_chunk", [1, 2, NUM_TASKS])
@@ -130,8 +130,10 @@ def test_chunks_do_not_matter(tasks_per_chunk: int, programs: bool) -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=3), **BAYESIAN)
     meta, noises = start(model, algorithm)
-    chunked = MetaGradient(model, algorithm, tasks_per_chunk=tasks_per_chunk, programs=programs)(meta, episodes, noises)
-    assert_equal(chunked, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+    chunked = HypergradientStep(model, algorithm, tasks_per_chunk=tasks_per_chunk, programs=programs)(
+        meta, episodes, noises
+    )
+    assert_equal(chunked, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -139,7 +141,7 @@ def test_scores_can_be_left_out(fast: bool) -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)
     meta, noises = start(model, algorithm)
-    compute = MetaGradient(model, algorithm, fast=fast, programs=True)
+    compute = HypergradientStep(model, algorithm, fast=fast, programs=True)
     without = compute(meta, episodes, noises, with_scores=False)
     assert without.scores.isnan().all() and without.scores.shape == (NUM_TASKS,)
     torch.testing.assert_close(without.total, compute(meta, episodes, noises).total, rtol=1e-12, atol=1e-14)
@@ -153,7 +155,7 @@ def test_outputs_of_adapted_networks_are_the_same() -> None:
         generator = torch.Generator().manual_seed(3)
         draws = [algorithm.draw_evaluation_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
         fast, plain = (
-            MetaGradient(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)
+            HypergradientStep(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)
             for fast in (True, False)
         )
         assert fast.shape == (NUM_TASKS, 3, *model_outputs(episodes, plain))
@@ -168,7 +170,7 @@ def model_outputs(episodes: Episode, outputs: Tensor) -> tuple[int, int]:
 def test_programs_are_written_for_convolutions_only(
     problem: Any, num_written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ibaml.traced import derivatives
+    from ibaml.fast import derivatives
 
     written: list[Any] = []
     write = derivatives.trace_gradient
@@ -177,7 +179,7 @@ def test_programs_are_written_for_convolutions_only(
     algorithm = make_algorithm("fomaml")
     meta, noises = start(model, algorithm)
     for programs in (False, None):
-        MetaGradient(model, algorithm, programs=programs)(meta, episodes, noises)
+        HypergradientStep(model, algorithm, programs=programs)(meta, episodes, noises)
         assert len(written) == (num_written if programs is None else 0)
 
 
@@ -201,9 +203,9 @@ def test_a_network_that_cannot_be_traced_is_differentiated_all_the_same(caplog: 
     algorithm = make_algorithm("maml", inner=GradientDescent(num_steps=2))
     meta, noises = start(model, algorithm)
     with caplog.at_level(logging.WARNING):
-        fast = MetaGradient(model, algorithm, programs=True)(meta, Episode(batch, batch), noises[:1])
+        fast = HypergradientStep(model, algorithm, programs=True)(meta, Episode(batch, batch), noises[:1])
     assert "Branching is differentiated step by step" in caplog.text
-    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, Episode(batch, batch), noises[:1]))
+    assert_equal(fast, HypergradientStep(model, algorithm, fast=False)(meta, Episode(batch, batch), noises[:1]))
 
 
 def test_shared_network_parameters_are_learned_all_the_same() -> None:
@@ -212,9 +214,9 @@ def test_shared_network_parameters_are_learned_all_the_same() -> None:
     model = build_model(network, Categorical(), adapt="head.*")
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)
     meta, noises = start(model, algorithm)
-    fast = MetaGradient(model, algorithm, programs=True)(meta, episodes, noises)
+    fast = HypergradientStep(model, algorithm, programs=True)(meta, episodes, noises)
     assert float(tree.norm(fast.total.shared)) > 1e-3
-    assert_equal(fast, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+    assert_equal(fast, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("name", ["maml", "ibaml", "ibaml with abml's outer loss"])
@@ -222,19 +224,19 @@ def test_passing_examples_in_parts_gives_the_same_gradients(name: str) -> None:
     model, episodes = conv_problem(norm="group")
     algorithm = make_algorithm(ALGORITHMS[name][0], **{"inner": GradientDescent(num_steps=2), **ALGORITHMS[name][1]})
     meta, noises = start(model, algorithm)
-    in_parts = MetaGradient(model, algorithm, max_examples_per_pass=4)(meta, episodes, noises)
-    assert_equal(in_parts, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+    in_parts = HypergradientStep(model, algorithm, max_examples_per_pass=4)(meta, episodes, noises)
+    assert_equal(in_parts, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
 def test_parts_that_cannot_be_are_refused() -> None:
     algorithm = make_algorithm("maml")
     batch_norm, group_norm = (conv_problem(norm=norm)[0] for norm in ("batch", "group"))
     with pytest.raises(ValueError, match=r"max_examples_per_pass is 4, but features\.1 \(BatchNorm2d\) normalises all"):
-        MetaGradient(batch_norm, algorithm, max_examples_per_pass=4)
+        HypergradientStep(batch_norm, algorithm, max_examples_per_pass=4)
     with pytest.raises(ValueError, match="max_examples_per_pass must be at least 1 or None, but is 0"):
-        MetaGradient(group_norm, algorithm, max_examples_per_pass=0)
+        HypergradientStep(group_norm, algorithm, max_examples_per_pass=0)
     with pytest.raises(ValueError, match="max_examples_per_pass needs fast=True"):
-        MetaGradient(group_norm, algorithm, max_examples_per_pass=4, fast=False)
+        HypergradientStep(group_norm, algorithm, max_examples_per_pass=4, fast=False)
 
 
 @pytest.mark.slow
@@ -242,5 +244,5 @@ def test_compiled_programs_give_the_same_gradients() -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)
     meta, noises = start(model, algorithm)
-    compiled = MetaGradient(model, algorithm, programs=True, compile=True)(meta, episodes, noises)
-    assert_equal(compiled, MetaGradient(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+    compiled = HypergradientStep(model, algorithm, programs=True, compile=True)(meta, episodes, noises)
+    assert_equal(compiled, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)

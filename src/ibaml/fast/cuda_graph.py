@@ -10,21 +10,43 @@ import torch
 from ibaml import tree
 
 _logger = logging.getLogger(__name__)
+_MOST_GRAPHS = 8
+"""Each holds its memory; tasks of many sizes would need one each."""
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _NUM_WARM_UP_CALLS = 2
+
+
+class DeviceLostError(RuntimeError):
+    """A kernel failed on the device: the process cannot use it any more, whatever it does next."""
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Tells whether an error of torch means that the process has lost its device.
+
+    Memory that ran out, and operations that cannot be captured, leave the device as it was.
+    """
+    if isinstance(error, DeviceLostError):
+        return True
+    if isinstance(error, torch.OutOfMemoryError) or "captur" in str(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 def replayed(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Returns the function, replaying a CUDA graph of it wherever all its arguments are on one CUDA device.
 
     The first calls for new shapes run as they are, so that kernels are chosen and programs written; then the function
-    is captured. What it returns is copied, so that the next call does not change it. On other devices, and if capturing
-    fails, which is logged, the function is called as it is.
+    is captured. What it returns is copied, so that the next call does not change it. On other devices, for more than
+    eight sets of shapes, and if the function cannot be captured, which is logged, it is called as it is.
 
     Args:
         function: Takes and returns pytrees of tensors, has no side effects, and does the same operations for all values
             of its arguments. What it closes over is read at the addresses of the first call.
+
+    Raises:
+        DeviceLostError: If a kernel fails. Nothing that follows on the device could succeed.
     """
     graphs: dict[Any, _Graph | None] = {}
 
@@ -35,16 +57,30 @@ def replayed(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             return function(*args, **kwargs)
         key = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-        if key not in graphs:
-            try:
-                graphs[key] = _Graph(function, (args, kwargs))
-            except RuntimeError as error:
-                graphs[key] = None
-                _logger.warning("no CUDA graph could be captured, every kernel is launched anew: %s", error)
-        graph = graphs[key]
-        return function(*args, **kwargs) if graph is None else cast(_R, graph.replay((args, kwargs)))
+        try:
+            if key not in graphs and len(graphs) < _MOST_GRAPHS:
+                graphs[key] = _captured(function, (args, kwargs))
+            graph = graphs.get(key)
+            return function(*args, **kwargs) if graph is None else cast(_R, graph.replay((args, kwargs)))
+        except RuntimeError as error:
+            if is_device_lost(error):
+                raise DeviceLostError(
+                    f"a kernel failed, and with it the process's use of the device ({error})."
+                ) from error
+            raise
 
     return call
+
+
+def _captured(function: Callable[..., Any], arguments: Any) -> "_Graph | None":
+    """Returns the captured call, or None if that is not possible."""
+    try:
+        return _Graph(function, arguments)
+    except RuntimeError as error:
+        if is_device_lost(error):
+            raise
+        _logger.warning("no CUDA graph could be captured, every kernel is launched anew: %s", error)
+        return None
 
 
 class _Graph:

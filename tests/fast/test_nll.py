@@ -9,14 +9,14 @@ import torch
 from torch import fx, nn
 
 from ibaml import tree
+from ibaml.fast import ProgramNll, channels_last, flatten, unflatten
+from ibaml.fast.flat import FLAT
+from ibaml.fast.programs import trace_product
 from ibaml.likelihoods import Categorical
 from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
 from ibaml.objectives import expected_nll
-from ibaml.priors import DiagonalGaussian
-from ibaml.traced import TracedNll, channels_last, flatten, unflatten
-from ibaml.traced.loss import FLAT
-from ibaml.traced.program import trace_product
+from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.types import Batch, Params, Tensor
 
 Loss = Callable[[Params], Tensor]
@@ -44,8 +44,12 @@ def mlp() -> tuple[Model, Batch]:
 def losses(problem: Callable[[], tuple[Model, Batch]], num_kept: int = 1) -> tuple[Params, Loss, Loss]:
     """Returns a point, the traced loss and the plain one."""
     model, batch = problem()
-    traced = TracedNll(model, num_kept=num_kept)
-    return flatten(model.adapted), lambda w: traced.mean(w, {}, batch), lambda w: traced(w, {}, batch).mean()
+    traced = ProgramNll(model, num_kept=num_kept)
+    return flatten(model.adapted), *mean_losses(traced, batch)
+
+
+def mean_losses(traced: ProgramNll, batch: Batch) -> tuple[Loss, Loss]:
+    return lambda w: traced.mean(batch)(w, {}), lambda w: traced.per_example(w, {}, batch).mean()
 
 
 def members(point: Params, number: int) -> Params:
@@ -132,16 +136,16 @@ def test_operations_without_a_tangent_are_differentiated_backwards(caplog: pytes
     torch.manual_seed(0)
     model = build_model(_OnlyBackwards().double(), Categorical())
     batch = mlp()[1]
-    traced, point = TracedNll(model), flatten(model.adapted)
+    traced, point = ProgramNll(model), flatten(model.adapted)
     direction = tree.map(torch.cos, point)
     with caplog.at_level(logging.WARNING):
-        found = product(lambda w: traced.mean(w, {}, batch), point, direction)
+        found = product(mean_losses(traced, batch)[0], point, direction)
     assert "Hessian-vector products are computed step by step" in caplog.text
-    assert_close(found, product(lambda w: traced(w, {}, batch).mean(), point, direction))
+    assert_close(found, product(mean_losses(traced, batch)[1], point, direction))
     several, directions = members(point, 3), tree.map(torch.sin, members(point, 3))
     mapped = [
         torch.func.vmap(lambda w, u, f=loss: product(f, w, u))(several, directions)
-        for loss in (lambda w: traced.mean(w, {}, batch), lambda w: traced(w, {}, batch).mean())
+        for loss in mean_losses(traced, batch)
     ]
     assert_close(*mapped)
 
@@ -161,10 +165,10 @@ def test_products_at_several_points_in_turn(num_kept: int) -> None:
 
 def test_residuals_are_kept_for_so_many_points_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = mlp()
-    traced = TracedNll(model, num_kept=2)
+    traced = ProgramNll(model, num_kept=2)
     point = flatten(model.adapted)
     pullbacks = [
-        torch.func.vjp(torch.func.grad(lambda w: traced.mean(w, {}, batch)), {FLAT: point[FLAT] + shift})[1]
+        torch.func.vjp(torch.func.grad(mean_losses(traced, batch)[0]), {FLAT: point[FLAT] + shift})[1]
         for shift in (0.0, 0.1, 0.2)
     ]
     for pullback in pullbacks:
@@ -175,7 +179,7 @@ def test_residuals_are_kept_for_so_many_points_only(monkeypatch: pytest.MonkeyPa
 
 
 def test_programs_are_written_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ibaml.traced import derivatives as module
+    from ibaml.fast import derivatives as module
 
     count = 0
     write = module.trace_gradient
@@ -187,12 +191,12 @@ def test_programs_are_written_once_for_each_shape(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(module, "trace_gradient", counted)
     model, batch = mlp()
-    traced = TracedNll(model)
+    traced = ProgramNll(model)
     point = flatten(model.adapted)
     for _ in range(3):
-        traced.mean(point, {}, batch)
+        traced.mean(batch)(point, {})
     assert count == 1
-    traced.mean(point, {}, Batch(batch.x[:4], batch.y[:4]))
+    traced.mean(Batch(batch.x[:4], batch.y[:4]))(point, {})
     assert count == 2
 
 
@@ -206,36 +210,26 @@ def test_third_derivative_is_refused() -> None:
         torch.func.grad(curvature)(point)
 
 
-def test_flatten_and_unflatten_are_inverse() -> None:
-    parameters = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7.0)}
-    flat = flatten(parameters)
-    assert flat[FLAT].tolist() == [0, 1, 2, 3, 4, 5, 7]
-    restored = unflatten(flat, parameters)
-    assert all(torch.equal(restored[name], value) for name, value in parameters.items())
-    assert flatten({name: value.expand(4, *value.shape) for name, value in parameters.items()}, num_axes=1)[
-        FLAT
-    ].shape == (4, 7)
-    assert flatten({}) == {}
-
-
 @pytest.mark.parametrize("is_small", [True, False])
 @pytest.mark.parametrize("problem", [conv, mlp])
-def test_mean_over_weight_samples(problem: Callable[[], tuple[Model, Batch]], is_small: bool) -> None:
+def test_mean_over_weight_samples(
+    problem: Callable[[], tuple[Model, Batch]], is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # In order: value, gradient, and the derivative of the gradient.
     model, batch = problem()
     if is_small and batch.x.ndim == 4:
         pytest.skip("a convolutional network passes its samples one by one")
-    traced = TracedNll(model, num_kept=3)
-    traced.is_small = is_small
+    traced = ProgramNll(model, num_kept=3)
+    monkeypatch.setattr("ibaml.model._LARGEST_SMALL", 1000 if is_small else 0)
     mean = flatten(model.adapted)
     posterior = DiagonalGaussian(mean, {FLAT: -3 + torch.cos(mean[FLAT])})
     noise = members({FLAT: torch.zeros_like(mean[FLAT])}, 3)
 
     def plain(at: DiagonalGaussian) -> Tensor:
-        return expected_nll(lambda w, examples: traced(w, {}, examples), at, noise, batch)
+        return expected_nll(lambda w, examples: traced.per_example(w, {}, examples), at, noise, batch)
 
     def of(at: DiagonalGaussian, twice: bool = True) -> tuple[Tensor, DiagonalGaussian]:
-        return traced.expected_and_gradient(at, {}, noise, batch, twice=twice)
+        return traced.expected(DiagonalPrior(), batch, noise, twice=twice).value_and_gradient(at, {})
 
     gradient, value = torch.func.grad_and_value(plain)(posterior)
     direction = tree.map(torch.sin, posterior)
@@ -250,7 +244,7 @@ def test_mean_over_weight_samples(problem: Callable[[], tuple[Model, Batch]], is
 
 def test_mean_over_weight_samples_of_several_posteriors() -> None:
     model, batch = mlp()
-    traced = TracedNll(model)
+    traced = ProgramNll(model)
     means = members(flatten(model.adapted), 2)
     posteriors = DiagonalGaussian(means, {FLAT: -2 + 0 * means[FLAT]})
     noises = {FLAT: torch.stack([members(tree.zeros_like(tree.map(lambda x: x[0], means)), 3)[FLAT]] * 2)}
@@ -262,9 +256,9 @@ def test_mean_over_weight_samples_of_several_posteriors() -> None:
         return torch.func.vmap(of)(posteriors, noises), torch.func.vmap(product_with_sine)(posteriors, noises)
 
     def plain(at: DiagonalGaussian, noise: Params) -> DiagonalGaussian:
-        return torch.func.grad(lambda p: expected_nll(lambda w, b: traced(w, {}, b), p, noise, batch))(at)
+        return torch.func.grad(lambda p: expected_nll(lambda w, b: traced.per_example(w, {}, b), p, noise, batch))(at)
 
-    found = derivatives(lambda at, noise: traced.expected_and_gradient(at, {}, noise, batch, twice=True)[1])
+    found = derivatives(lambda at, noise: traced.expected(DiagonalPrior(), batch, noise, twice=True).gradient(at, {}))
     torch.testing.assert_close(found, derivatives(plain), rtol=1e-10, atol=1e-12)
 
 
@@ -275,7 +269,7 @@ def test_residuals_of_one_point_do_not_serve_many_directions_at_once() -> None:
 
 
 def test_an_announced_second_derivative_spares_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ibaml.traced import derivatives as module
+    from ibaml.fast import derivatives as module
 
     count = 0
     linearize = module.TracedLoss.linearize
@@ -289,9 +283,9 @@ def test_an_announced_second_derivative_spares_a_pass(monkeypatch: pytest.Monkey
     model, batch = mlp()
     point = flatten(model.adapted)
     for twice, num_before in ((True, 1), (False, 0)):
-        traced, count = TracedNll(model), 0
+        traced, count = ProgramNll(model), 0
         gradient, pullback = torch.func.vjp(
-            lambda w, t=traced, twice=twice: t.mean_and_gradient(w, {}, batch, twice=twice)[1], point
+            lambda w, t=traced, twice=twice: t.mean(batch, twice=twice).gradient(w, {}), point
         )
         assert count == num_before
         pullback(gradient)
@@ -313,7 +307,7 @@ def test_programs_add_no_zeros(problem: Callable[[], tuple[Model, Batch]]) -> No
     model, batch = problem()
 
     def mean(point: list[Tensor], constants: list[Tensor]) -> Tensor:
-        return model.nll(unflatten({FLAT: point[0]}, model.adapted), {}, Batch(*constants)).mean()
+        return model.per_example(unflatten({FLAT: point[0]}, model.adapted), {}, Batch(*constants)).mean()
 
     for program in trace_product(mean, [flatten(model.adapted)[FLAT]], list(batch)):
         for node in cast(fx.GraphModule, program).graph.nodes:

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ibaml.traced.derivatives import Leaves, Point, TracedLoss
+from ibaml.fast.derivatives import Leaves, Point, TracedLoss
 from ibaml.types import Tensor
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 
-from ibaml.traced.program import Loss, Program, UntraceableError, trace_gradient, trace_product
+from ibaml.fast.programs import Loss, Program, UntraceableError, trace_gradient, trace_product
 from ibaml.types import Tensor
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,17 @@ def value_and_gradient(loss: TwiceDifferentiable, leaves: Sequence[Tensor], *, t
 
 
 class TracedLoss:
-    """A loss for tensors of given shapes, with programs that are written when they are first needed."""
+    """A loss for tensors of given shapes, with programs that are written when they are first needed.
+
+    Args:
+        losses: The loss in the memory format that its programs shall have, and in that of ``torch.func.vmap``, which
+            knows but one.
+        num_point: Leaves that are differentiated.
+        keep: Called before the residuals of a point are computed.
+        finish: Compiles a program for example arguments, or returns it as it is.
+        programs: Where programs are kept, and found if they have been written before.
+        axes: Sizes of the leading axes that every tensor has.
+    """
 
     def __init__(
         self,
@@ -76,31 +86,32 @@ class TracedLoss:
         num_point: int,
         keep: Callable[[Point], None],
         finish: Callable[[Program, Sequence[Tensor]], Program],
-        num_axes: int = 0,
+        programs: dict[Any, Any],
+        axes: tuple[int, ...] = (),
     ) -> None:
         self.num_point = num_point
-        # torch.func.vmap does not know memory formats.
         self._losses = losses
-        self._loss = losses[0 if num_axes == 0 else 1]
+        self._loss = losses[1 if axes else 0]
         self._keep = keep
         self._finish = finish
-        self._num_axes = num_axes
-        self._gradient: Program | None = None
-        self._product: tuple[Program, Program] | None = None
+        self._programs = programs
+        self._axes = axes
         self._mapped: dict[int, TracedLoss] = {}
 
     def mapped(self, size: int) -> "TracedLoss":
         """See ``TwiceDifferentiable``."""
         if size not in self._mapped:
-            self._mapped[size] = TracedLoss(self._losses, self.num_point, self._keep, self._finish, self._num_axes + 1)
+            shared = (self._losses, self.num_point, self._keep, self._finish, self._programs)
+            self._mapped[size] = TracedLoss(*shared, (*self._axes, size))
         return self._mapped[size]
 
     def gradient(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """See ``TwiceDifferentiable``."""
-        if self._gradient is None:
-            program = trace_gradient(self._loss, *self._split(leaves), num_axes=self._num_axes)
-            self._gradient = self._finish(program, leaves)
-        return self._gradient(*leaves)
+        key = ("gradient", self._axes)
+        if key not in self._programs:
+            program = trace_gradient(self._loss, *self._split(leaves), num_axes=len(self._axes))
+            self._programs[key] = self._finish(program, leaves)
+        return self._programs[key](*leaves)
 
     def linearize(self, point: Point, leaves: Sequence[Tensor]) -> list[Tensor]:
         """See ``TwiceDifferentiable``."""
@@ -115,28 +126,32 @@ class TracedLoss:
         # Residuals without an axis of members are of no use for directions that have one.
         if point.residuals is None or point.owner is not self:
             self.linearize(point, leaves())
-        assert point.residuals is not None and self._product is not None
-        return self._product[1](*point.residuals, *direction)
+        assert point.residuals is not None
+        return self._product_programs(leaves)[1](*point.residuals, *direction)
 
-    def _product_programs(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
-        if self._product is None:
-            linearize, product = self._trace_product(leaves)
-            linearize = self._finish(linearize, leaves)
-            residuals = linearize(*leaves)[1 + self.num_point :]
-            self._product = linearize, self._finish(product, [*residuals, *leaves[: self.num_point]])
-        return self._product
+    def _product_programs(self, leaves: Sequence[Tensor] | Leaves) -> tuple[Program, Program]:
+        key = ("product", self._axes)
+        if key not in self._programs:
+            leaves = leaves() if callable(leaves) else leaves
+            programs = self._trace_product(leaves)
+            if programs is not None:
+                linearize = self._finish(programs[0], leaves)
+                residuals = linearize(*leaves)[1 + self.num_point :]
+                programs = linearize, self._finish(programs[1], [*residuals, *leaves[: self.num_point]])
+            self._programs[key] = programs
+        return self._programs[key] or (lambda *leaves: [*self.gradient(leaves), *leaves], self._plain_product)
 
-    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program]:
+    def _trace_product(self, leaves: Sequence[Tensor]) -> tuple[Program, Program] | None:
         reason = ""
         # torch 2.13: the derivative of group_norm has a tangent for contiguous tensors only.
         for loss in dict.fromkeys((self._loss, self._losses[1])):
             try:
-                return trace_product(loss, *self._split(leaves), num_axes=self._num_axes)
+                return trace_product(loss, *self._split(leaves), num_axes=len(self._axes))
             except UntraceableError as error:
                 reason = str(error).splitlines()[0]
         self.gradient(leaves)  # Raises if there is no program for it either.
         _logger.warning("Hessian-vector products are computed step by step, which is slower: %s.", reason)
-        return lambda *leaves: [*self.gradient(leaves), *leaves], self._plain_product
+        return None
 
     def _plain_product(self, *tensors: Tensor) -> list[Tensor]:
         """Returns the product from leaves and direction by reverse over reverse, for operations without a tangent."""
@@ -148,7 +163,7 @@ class TracedLoss:
             pullback = torch.func.vjp(lambda at: torch.func.grad(self._loss)(at, constants), point)[1]
             return pullback(list(values[num_leaves:]))[0]
 
-        for _ in range(self._num_axes):
+        for _ in self._axes:
             product = torch.func.vmap(product)
         return product(*leaves, *direction)
 
