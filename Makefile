@@ -67,9 +67,10 @@ demo: $(VENV)/.runtime
 	$(BIN)/ibaml evaluate $(RUNS)/demo_maml
 	$(BIN)/ibaml compare $(RUNS)/demo_ibaml $(RUNS)/demo_maml
 
-# One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much.
+# One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much. Each worker
+# starts with a row of neighbours, which share fixtures, and takes over tests of slower ones when it is done.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 # Results go to benchmarks/results/, the headline ratios into the README. For the whole grid: make bench BENCH_ARGS=--full
 bench: $(VENV)/.bench

@@ -135,6 +135,12 @@ def test_how_to_tuning():
     assert names["info"].linear_residual < 1e-6
 
 
+def test_how_to_extend():
+    names = run("howto-extend.md")
+    assert all(found == {} for found in names["found"].values()) and len(names["found"]) == 6
+    assert names["learner"].training_result.num_steps == 3
+
+
 def test_how_to_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("howto-training.md")
