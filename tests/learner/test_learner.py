@@ -351,8 +351,9 @@ def test_the_file_is_plain(tmp_path):
     with safe_open(file, framework="pt") as content:
         assert {name.rsplit("/", 1)[0] for name in content.keys()} == {"prior/mean", "prior/log_var"}  # noqa: SIM118
     _, metadata = load_tensors(file)
-    assert metadata["version"] == ibaml.__version__
-    assert metadata["network"]["name"] == "MLP" and metadata["algorithm"]["name"] == "ibaml"
+    assert metadata["versions"]["ibaml"] == ibaml.__version__
+    learner = metadata["learner"]
+    assert learner["network"]["name"] == "MLP" and learner["algorithm"]["type"] == "IBAML"
 
 
 def test_saving_again_replaces(tmp_path):
@@ -364,7 +365,7 @@ def test_saving_again_replaces(tmp_path):
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint at .*absent"):
+    with pytest.raises(FileNotFoundError, match="absent has no model.safetensors: it holds no trained model"):
         MetaLearner.load(tmp_path / "absent")
     file = fitted("maml").save(tmp_path) / MODEL
     content = file.read_bytes()
@@ -375,7 +376,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
         MetaLearner.load(tmp_path)
     save_tensors(file, {"x": torch.ones(1)}, {"step": 3})
-    with pytest.raises(ValueError, match="is no saved MetaLearner: it was not written by MetaLearner.save"):
+    with pytest.raises(ValueError, match="is no trained model: it was not written by MetaLearner.save"):
         MetaLearner.load(tmp_path)
 
 

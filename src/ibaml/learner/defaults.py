@@ -8,21 +8,25 @@ directions that the examples span, a diagonal one cannot be, and at temperature 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train import TrainerSettings
+from ibaml.types import TaskSampler, Tensor
 
 HEAD = "head.*"
 """Parameters that a task adapts in a default network for tables."""
 
 _NUM_FEATURES = 16
+_NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
     num_steps=300,
@@ -35,6 +39,54 @@ TABLE_TRAINER = TrainerSettings(
     checkpoint_every=50,
 )
 """Outer loop for tables. Sixteen such small tasks cost hardly more time than one."""
+
+
+class Suited(NamedTuple):
+    """What suits some data.
+
+    Attributes:
+        network: The network.
+        algorithm: What adapts.
+        likelihood: The likelihood, with initial values near those of the targets.
+        adapt: Name patterns of the parameters that each task adapts.
+    """
+
+    network: nn.Module
+    algorithm: Algorithm
+    likelihood: Likelihood
+    adapt: str | Sequence[str]
+
+
+def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], *, is_image: bool) -> Suited:
+    """Returns the network that suits tasks, and what else a learner leaves open.
+
+    Args:
+        tasks: The training tasks.
+        parameters: Arguments of the learner; names of an algorithm or a likelihood stand for what suits the data.
+        is_image: Whether inputs are ``[channels, height, width]``.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    algorithm, adapt, seed = parameters["algorithm"], parameters["adapt"], parameters["seed"]
+    likelihood = find_likelihood(parameters["likelihood"])
+    if not is_image:
+        adapt = HEAD if adapt == "*" else adapt
+        if isinstance(algorithm, str):
+            is_regression = likelihood.target_kind != "classes"
+            algorithm = table_algorithm(algorithm, tasks.input_shape, is_regression=is_regression)
+    if isinstance(parameters["likelihood"], str):
+        likelihood = likelihood.suited_to(_some_targets(tasks, seed=seed))
+    num_outputs = likelihood.num_outputs(tasks.num_outputs)
+    network = default_network(tasks.input_shape, num_outputs, is_image=is_image, seed=seed)
+    return Suited(network, make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm, likelihood, adapt)
+
+
+def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
+    """Returns the targets of some tasks, one task at a time because their sizes may differ."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [tasks.sample(1, generator=generator) for _ in range(_NUM_TASKS_TO_START_FROM)]
+    return torch.cat([batch.y[0] for episode in drawn for batch in episode])
 
 
 def default_network(input_shape: Sequence[int], num_outputs: int, *, is_image: bool, seed: int) -> nn.Module:

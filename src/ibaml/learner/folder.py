@@ -15,17 +15,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ibaml import algorithms, records
+from ibaml.algorithms import Algorithm
 from ibaml.atomic import write_text
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
+from ibaml.model import Model
 from ibaml.networks import NetworkSettings
 from ibaml.posterior import FittedModel
-from ibaml.train.checkpoint import digest, load_tensors, meta_to_tensors, save_tensors
+from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
 from ibaml.types import Tensor
 
 MODEL = "model.safetensors"
@@ -68,6 +71,39 @@ class StoredModel(NamedTuple):
     preprocessing: Preprocessing | None
     temperature: float
     step: int | None
+
+    def build_network(self) -> nn.Module:
+        """Builds the network that the settings name.
+
+        Raises:
+            ValueError: If it is not one of ``ibaml.networks``.
+        """
+        if self.settings.network is None:
+            raise ValueError(
+                f"{self.path} holds a network that is not one of ibaml.networks: pass a module of the same "
+                "architecture, MetaLearner.load(folder, network=...)."
+            )
+        dtype = next(value.dtype for name, value in self.tensors.items() if name.startswith("prior"))
+        return self.settings.network.build().to(dtype)
+
+    def restore(self, model: Model, algorithm: Algorithm, device: torch.device) -> FittedModel:
+        """Returns the fitted model; frozen parameters and buffers are copied into the network.
+
+        Raises:
+            ValueError: If the model belongs to another network.
+        """
+        like = algorithm.init(model.adapted, model.shared, generator=torch.Generator())
+        meta = meta_from_tensors(self.tensors, like=like, source=str(self.path))
+        _restore_fixed(self, fixed_tensors(model.frozen, model.network))
+        return FittedModel(
+            model=model,
+            algorithm=algorithm,
+            meta=meta,
+            preprocessing=self.preprocessing,
+            device=device,
+            temperature=self.temperature,
+            step=self.step,
+        )
 
 
 def write_model(
@@ -172,7 +208,7 @@ def fixed_tensors(frozen: Mapping[str, Tensor], network: nn.Module) -> dict[str,
     return named | {f"buffer/{name}": value for name, value in network.named_buffers()}
 
 
-def restore_fixed(stored: StoredModel, into: Mapping[str, Tensor]) -> None:
+def _restore_fixed(stored: StoredModel, into: Mapping[str, Tensor]) -> None:
     """Copies frozen parameters and buffers into those of a network, as ``fixed_tensors`` names them.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,8 @@ from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, 
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
-from ibaml.learner.folder import fixed_tensors, read_model, restore_fixed, write_model
+from ibaml.learner.estimator import Estimator, NotFittedError
+from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.identity import data_identity
 from ibaml.learner.run_folder import write_environment, write_summary
 from ibaml.learner.settings import LearnerSettings
@@ -31,20 +31,13 @@ from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.types import Episode, TaskSampler, Tensor
+from ibaml.types import Episode, TaskSampler
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-_NUM_TASKS_TO_START_FROM = 32
-
-
-class NotFittedError(RuntimeError, ValueError, AttributeError):
-    """The learner has no meta-parameters yet; of the types that scikit-learn's error of this name has, as well."""
-
-
-class MetaLearner:
+class MetaLearner(Estimator):
     """Learns from many small tasks how to learn a new one, and how sure to be of it.
 
     The constructor's arguments are kept as given (``get_params``), so that ``sklearn.base.clone`` gives an unfitted
@@ -108,16 +101,16 @@ class MetaLearner:
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
-        self._parameters: dict[str, Any] = {
-            "network": network,
-            "algorithm": algorithm,
-            "likelihood": likelihood,
-            "adapt": adapt,
-            "freeze": freeze,
-            "classes": classes,
-            "device": device,
-            "seed": seed,
-        }
+        super().__init__(
+            network=network,
+            algorithm=algorithm,
+            likelihood=likelihood,
+            adapt=adapt,
+            freeze=freeze,
+            classes=classes,
+            device=device,
+            seed=seed,
+        )
         self.network = network
         self.algorithm = make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         self.likelihood = find_likelihood(likelihood)
@@ -167,34 +160,7 @@ class MetaLearner:
         )
 
     def __repr__(self) -> str:
-        changed = [
-            f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}"
-            for name, value in self._parameters.items()
-            if value != inspect.signature(MetaLearner.__init__).parameters[name].default
-        ]
-        return f"MetaLearner({', '.join(changed)}), {'not ' if self._fitted is None else ''}fitted"
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Returns the constructor's arguments as they were given.
-
-        Args:
-            deep: Not used; there are no nested learners.
-        """
-        del deep
-        return dict(self._parameters)
-
-    def set_params(self, **parameters: Any) -> "MetaLearner":
-        """Changes constructor arguments and forgets what was fitted.
-
-        Raises:
-            ValueError: If there is no such argument, or its value is refused.
-        """
-        if unknown := sorted(set(parameters) - set(self._parameters)):
-            raise ValueError(
-                f"MetaLearner has no parameter {', '.join(unknown)}; there are {', '.join(self._parameters)}."
-            )
-        MetaLearner.__init__(self, **{**self._parameters, **parameters})
-        return self
+        return f"{super().__repr__()}, {'not ' if self._fitted is None else ''}fitted"
 
     @property
     def model(self) -> Model:
@@ -298,7 +264,11 @@ class MetaLearner:
         if num_steps is not None:
             settings = dataclasses.replace(settings, num_steps=num_steps)
         if self._parameters["network"] is None:
-            self._build_default(source.train, is_image=source.preprocessing is not None and not is_table)
+            suited = defaults.suited_to(
+                source.train, self.get_params(), is_image=source.preprocessing is not None and not is_table
+            )
+            self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
+            self._build(suited.network)
         self._splits = splits
         folder = None if run_folder is None else Path(run_folder)
 
@@ -482,29 +452,11 @@ class MetaLearner:
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network.
         """
         stored = read_model(Path(folder))
-        settings = stored.settings
         if network is None:
-            if settings.network is None:
-                raise ValueError(
-                    f"{stored.path} holds a network that is not one of ibaml.networks: pass a module of the same "
-                    "architecture, MetaLearner.load(folder, network=...)."
-                )
-            dtype = next(value.dtype for name, value in stored.tensors.items() if name.startswith("prior"))
-            network = settings.network.build().to(dtype)
-        learner = cls.from_settings(settings, network=network, device=device, seed=stored.seed)
-        model = learner.model
-        like = learner.algorithm.init(model.adapted, model.shared, generator=torch.Generator())
-        restore_fixed(stored, fixed_tensors(model.frozen, model.network))
+            network = stored.build_network()
+        learner = cls.from_settings(stored.settings, network=network, device=device, seed=stored.seed)
         learner._splits = stored.splits
-        learner._fitted = FittedModel(
-            model=model,
-            algorithm=learner.algorithm,
-            meta=meta_from_tensors(stored.tensors, like=like, source=str(stored.path)),
-            preprocessing=stored.preprocessing,
-            device=learner.device,
-            temperature=stored.temperature,
-            step=stored.step,
-        )
+        learner._fitted = stored.restore(learner.model, learner.algorithm, learner.device)
         return learner
 
     @property
@@ -530,32 +482,11 @@ class MetaLearner:
         built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
         self._model = built.to(self.device)
 
-    def _build_default(self, tasks: TaskSampler, *, is_image: bool) -> None:
-        shape, algorithm = tasks.input_shape, self._parameters["algorithm"]
-        if not is_image:
-            self.adapt_patterns = defaults.HEAD if self._parameters["adapt"] == "*" else self._parameters["adapt"]
-            self.algorithm = (
-                defaults.table_algorithm(algorithm, shape, is_regression=self.likelihood.target_kind != "classes")
-                if isinstance(algorithm, str)
-                else algorithm
-            )
-        if isinstance(self._parameters["likelihood"], str):
-            self.likelihood = self.likelihood.suited_to(_some_targets(tasks, seed=self.seed))
-        num_outputs = self.likelihood.num_outputs(tasks.num_outputs)
-        self._build(defaults.default_network(shape, num_outputs, is_image=is_image, seed=self.seed))
-
 
 def _console() -> "Console":
     from rich.console import Console  # only for those who want to see the progress
 
     return Console(stderr=True)
-
-
-def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
-    """Returns the targets of some tasks, one task at a time because their sizes may differ."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [tasks.sample(1, generator=generator) for _ in range(_NUM_TASKS_TO_START_FROM)]
-    return torch.cat([batch.y[0] for episode in drawn for batch in episode])
 
 
 def _as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
