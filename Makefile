@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench check static format docs clean
+.PHONY: help demo test test-cuda bench check static format docs clean
 
 help:
 	@echo "make demo    train iBaML and MAML on rendered characters, evaluate and compare them (no download of data)"
 	@echo "make test    run the test suite"
+	@echo "make test-cuda  everything that a user does, on a CUDA device against the CPU's numbers (three minutes)"
 	@echo "make bench   measure speed and accuracy of meta-gradients, beside a plain loop and other libraries (15 minutes)"
 	@echo "make check   everything that continuous integration runs"
 	@echo "make static  the part of check that is not the test suite: format, lint, types, layers, doctests, docs"
@@ -71,6 +72,10 @@ demo: $(VENV)/.runtime
 # starts with a row of neighbours, which share fixtures, and takes over tests of slower ones when it is done.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+test-cuda: $(VENV)/.test
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'this torch finds no CUDA device'"
+	$(BIN)/python -m pytest tests/test_cuda.py -k cuda --durations=5
 
 # Results go to benchmarks/results/, the headline ratios into the README. For the whole grid: make bench BENCH_ARGS=--full
 bench: $(VENV)/.bench

@@ -65,7 +65,7 @@ def replayed(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except RuntimeError as error:
             if is_device_lost(error):
                 raise DeviceLostError(
-                    f"a kernel failed, and with it the process's use of the device ({error})."
+                    f"a kernel failed, and with it the process's use of the device ({error})"
                 ) from error
             raise
 

@@ -154,7 +154,7 @@ class Trainer:
                 raise
             # What is on the device is lost, so that nothing can be saved but what has been.
             raise DeviceLostError(
-                f"step {self._step + 1}: {str(error).splitlines()[0]} No further step is possible in this process. "
+                f"step {self._step + 1}: {str(error).splitlines()[0]}. No further step is possible in this process. "
                 f"{self._how_to_resume()} If it happens again, try fast=False, which neither captures nor replays."
             ) from error
 
