@@ -368,7 +368,6 @@ def test_a_survivor_saves_the_state_before_the_step(tmp_path, monkeypatch):
             raise RuntimeError("Connection closed by peer\nand a long trace")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda sent, src: None)
     monkeypatch.setattr(
         torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own])
     )
@@ -390,19 +389,19 @@ def test_rows_are_placed_among_zeros():
 
 RECIPE = "sinusoid_5shot_ibaml"
 SMALL = (
-    "trainer.tasks_per_step=3",
-    "trainer.validate_every=4",
-    "trainer.num_validation_tasks=3",
-    "trainer.checkpoint_every=1",
-    "trainer.log_every=1",
-    "data.num_test_queries=6",
-    "network.arguments.hidden_sizes=[6,6]",
+    *("--trainer.tasks-per-step", "3"),
+    *("--trainer.validate-every", "4"),
+    *("--trainer.num-validation-tasks", "3"),
+    *("--trainer.checkpoint-every", "1"),
+    *("--trainer.log-every", "1"),
+    *("--data.num-test-queries", "6"),
+    *("--network.arguments.hidden-sizes", "6", "6"),
 )
 
 
 def command(folder: Path, *arguments: object) -> list[object]:
     options = ["--run-folder", folder, "--device", "cpu", "--threads", 1]
-    return ["-m", "ibaml.cli", "train", RECIPE, *options, *arguments, "--set", *SMALL]
+    return ["-m", "ibaml.cli", "train", RECIPE, *options, *arguments, *SMALL]
 
 
 @pytest.mark.slow
@@ -441,8 +440,8 @@ def test_devices_start_processes(tmp_path):
 
 @pytest.mark.slow
 def test_errors_of_several_processes_are_told_once(tmp_path):
-    process = start(sys.executable, *command(tmp_path, "--devices", 2, "--steps", 2, "--data", tmp_path)[:-8], "--set",
-                    "trainer.tasks_per_step=1")  # fmt: skip
+    process = start(sys.executable, *command(tmp_path, "--devices", 2, "--steps", 2, "--data", tmp_path),
+                    "--trainer.tasks-per-step", "1")  # fmt: skip
     output = finish(process)
     assert process.returncode == 2, output
     assert output.count("tasks_per_step is 1, fewer than the 2 processes") == 1 and "Traceback" not in output

@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -95,7 +95,7 @@ class Processes:
         flat, unravel = tree.ravel(tensors)
         vector = flat.to(torch.promote_types(flat.dtype, torch.float32))
         # Not Fabric's all_reduce, which puts a barrier, a second collective, before each sum.
-        with _losses_named(self):
+        with _lost_processes_named(self):
             distributed.all_reduce(vector)
         return tree.map(lambda leaf, total: total.to(leaf.dtype), tensors, unravel(vector))
 
@@ -113,10 +113,13 @@ class Processes:
             return [function()]
         outcomes: list[tuple[Any, Exception | None]] = [(None, None)] * self.size
         own = _outcome(function)
-        with _losses_named(self):
+        with _lost_processes_named(self):
             distributed.all_gather_object(outcomes, own)
         for _, error in outcomes:
-            self._raise_agreed(error)
+            if error is not None:
+                if not self.is_first:
+                    error.add_note(_AGREED)
+                raise error
         return [value for value, _ in outcomes]
 
     def together(self, function: Callable[[], T]) -> T:
@@ -140,14 +143,7 @@ class Processes:
             Exception: In every process, if the function raised: what it raised.
             ProcessLostError: If another process has died, or does not come within the time limit.
         """
-        if self.size == 1:
-            return function()
-        sent: list[Any] = [_outcome(function) if self.is_first else None]
-        with _losses_named(self):
-            distributed.broadcast_object_list(sent, src=0)
-        value, error = sent[0]
-        self._raise_agreed(error)
-        return value
+        return self.gather(lambda: function() if self.is_first else cast(T, None))[0]
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Calls a function in every process, and in the first one before all others, so that it can fill a cache.
@@ -159,13 +155,6 @@ class Processes:
         own: list[T] = []
         self.on_first(lambda: own.append(function()))
         return self.together(lambda: own[0] if own else function())
-
-    def _raise_agreed(self, error: Exception | None) -> None:
-        if error is None:
-            return
-        if not self.is_first:
-            error.add_note(_AGREED)
-        raise error
 
 
 def is_told_by_first(error: BaseException) -> bool:
@@ -257,7 +246,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         min_nodes=1,
@@ -274,7 +263,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     logging.disable(logging.ERROR)
     try:
-        launch_agent(config, sys.executable, ["-u", *arguments])
+        elastic_launch(config, sys.executable)("-u", *arguments)
     except SignalException:
         return 130
     except ChildFailedError as error:
@@ -312,7 +301,7 @@ def _join(device: torch.device, timeout: timedelta) -> Processes:
         num_nodes=num_launched() // num_local,
         strategy=DDPStrategy(process_group_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout),
     )
-    with _losses_named(Processes(rank=launched_rank(), size=num_launched())):
+    with _lost_processes_named(Processes(rank=launched_rank(), size=num_launched())):
         fabric.launch()
     return Processes(rank=fabric.global_rank, size=fabric.world_size, device=fabric.device)
 
@@ -325,7 +314,7 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 @contextlib.contextmanager
-def _losses_named(processes: Processes) -> Generator[None, None, None]:
+def _lost_processes_named(processes: Processes) -> Generator[None, None, None]:
     """Turns the errors of a back end, all of them RuntimeErrors, into one that says what happened."""
     try:
         yield

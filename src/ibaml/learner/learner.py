@@ -287,16 +287,18 @@ class MetaLearner(Estimator):
             self._write(folder, fitted(meta, step))
             write_environment(folder, num_processes=processes.size)
 
-        trainer = Trainer(
-            self.model,
-            self.algorithm,
-            settings,
-            run_folder=folder,
-            device=self.device,
-            console=_console() if progress is True else progress or None,
-            processes=processes,
-            data_identity=None if folder is None else data_identity(source, splits),
-            on_chosen=None if folder is None else store,
+        trainer = processes.together(
+            lambda: Trainer(
+                self.model,
+                self.algorithm,
+                settings,
+                run_folder=folder,
+                device=self.device,
+                console=_console() if progress is True else progress or None,
+                processes=processes,
+                data_identity=None if folder is None else data_identity(source, splits),
+                on_chosen=None if folder is None else store,
+            )
         )
         self.training_result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
         self._fitted = fitted(self.training_result.meta, self.training_result.best_step)
