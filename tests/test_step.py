@@ -155,7 +155,9 @@ def test_outputs_of_adapted_networks_are_the_same() -> None:
         generator = torch.Generator().manual_seed(3)
         draws = [algorithm.draw_evaluation_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
         fast, plain = (
-            HypergradientStep(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)
+            HypergradientStep(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)[
+                "outputs"
+            ]
             for fast in (True, False)
         )
         assert fast.shape == (NUM_TASKS, 3, *model_outputs(episodes, plain))

@@ -150,8 +150,14 @@ def predict(
         x: Inputs of one task, ``[num_examples, *input_shape]``.
         noise: From ``algorithm.draw_evaluation_noise``.
     """
-    outputs = [model.outputs(weights, meta.shared, x) for weights in algorithm.weight_samples(posterior, noise)]
-    return model.likelihood.predict(torch.stack(outputs), meta.shared)
+    outputs = algorithm.outputs(lambda weights: model.outputs(weights, meta.shared, x), posterior, noise)
+    return _prediction(model, meta, outputs)
+
+
+def _prediction(model: Model, meta: MetaParameters, outputs: dict[str, Tensor]) -> Prediction:
+    """Returns what the likelihood makes of ``Algorithm.outputs``."""
+    known = {name: value for name, value in outputs.items() if name != "outputs"}
+    return model.likelihood.predict(outputs["outputs"], meta.shared, **known)
 
 
 def evaluate(
@@ -239,15 +245,16 @@ def _score_tasks(
             (algorithm.draw_noise(meta, generator=g), algorithm.draw_evaluation_noise(meta, generator=g))
             for g in generators
         ]
-        outputs = list(passes.outputs(meta, episodes, *zip(*noises, strict=True)))
+        stacked = passes.outputs(meta, episodes, *zip(*noises, strict=True))
+        outputs = [tree.map(lambda leaf, i=index: leaf[i], stacked) for index in range(stop - start)]
         for index, value in enumerate(outputs, start=start):
-            if not bool(torch.isfinite(value).all()):
+            if not bool(tree.all_finite(value)):
                 raise FloatingPointError(
                     f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
                     f"too large ({algorithm.describe()}), or inputs far from unit scale."
                 )
         scored += [
-            (model.likelihood.predict(value, meta.shared).to(torch.device("cpu")), y.cpu())
+            (_prediction(model, meta, value).to(torch.device("cpu")), y.cpu())
             for value, y in zip(outputs, episodes.query.y, strict=True)
         ]
         if on_progress is not None:

@@ -125,8 +125,8 @@ class HypergradientStep:
         episodes: Episode,
         noises: Sequence[TaskNoise],
         evaluation_noises: Sequence[Params],
-    ) -> Tensor:
-        """Adapts to each task and returns outputs at its query inputs, ``[num_tasks, num_samples, num_query, ...]``.
+    ) -> dict[str, Tensor]:
+        """Adapts to each task and returns what ``Algorithm.outputs`` does at its query inputs, with an axis of tasks.
 
         Args:
             meta: Meta-parameters.
@@ -136,14 +136,14 @@ class HypergradientStep:
         """
         meta = self._flat(meta)
 
-        def of_task(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> Tensor:
+        def of_task(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> dict[str, Tensor]:
             posterior = self._algorithm.adapt(self._nll, meta, episode.support, noise, with_grad_norm=False).value
-            samples = self._algorithm.weight_samples(posterior, evaluation_noise)
-            return torch.stack([self._network_outputs(weights, meta.shared, episode.query.x) for weights in samples])
+            network = functools.partial(self._network_outputs, shared=meta.shared, x=episode.query.x)
+            return self._algorithm.outputs(network, posterior, evaluation_noise)
 
         draws = self._flat_noise(_stacked(evaluation_noises))
         chunks = self._in_chunks(of_task, episodes, self._flat_task_noise(_stacked(noises)), draws)
-        return torch.cat(chunks)
+        return tree.map(lambda *leaves: torch.cat(leaves), *chunks)
 
     def _hypergradients_of(
         self, meta: MetaParameters, episodes: Episode, noises: TaskNoise, *, with_scores: bool = True

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ibaml import algorithms, objectives, tree
-from ibaml.algorithms import ALGORITHMS, IBAML, Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.algorithms import ALGORITHMS, IBAML, Algorithm, GradientBased, MetaParameters, TaskNoise, make_algorithm
 from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
 from ibaml.model import Model, build_model
@@ -24,6 +24,7 @@ from ibaml.types import Batch, Episode, InnerSolution, Params, PyTree, Tensor
 
 DOUBLE = torch.float64
 FINITE_DIFFERENCE = 1e-7
+GRID = [name for name, record in ALGORITHMS.items() if issubclass(record, GradientBased)]
 NOISE_NAME = Gaussian.parameter_name
 
 
@@ -121,7 +122,7 @@ def test_inner_steps_of_a_preset_lower_the_inner_loss(name: str, kind: str) -> N
 
 
 def test_presets_are_the_cells_of_the_grid() -> None:
-    cells = {name: (type(make().prior), make().estimator) for name, make in ALGORITHMS.items()}
+    cells = {name: (type(make().prior), make().estimator) for name in GRID for make in [ALGORITHMS[name]]}
     assert (
         cells.items()
         >= {

@@ -10,6 +10,7 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
+from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.priors import PRIORS
@@ -23,6 +24,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "abml": ABML,
     "vampire": VAMPIRE,
     "ibaml": IBAML,
+    "linear_gaussian": LinearGaussian,
 }
 
 RECORDS: tuple[type, ...] = (
@@ -110,6 +112,7 @@ __all__ = [
     "IBAML",
     "IMAML",
     "MAML",
+    "LinearGaussian",
     "RECORDS",
     "VAMPIRE",
     "Algorithm",

@@ -1,12 +1,13 @@
 """What every algorithm is: initial meta-parameters, adaptation to a task, a hypergradient, and predictions."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ibaml.nll import Nll
 from ibaml.priors import Prior
-from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params
+from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 
 Estimator: TypeAlias = Literal["unrolled", "first_order", "implicit"]
 """Kinds of hypergradient: the derivative of the outer loss through the steps that were taken, exact for any number of
@@ -131,11 +132,26 @@ class Algorithm(Protocol):
         """Draws the noise of a prediction."""
         ...
 
-    def weight_samples(self, posterior: Any, noise: Params) -> list[Params]:
-        """Returns the weights whose outputs make a prediction.
+    def outputs(self, network: Callable[[Params], Tensor], posterior: Any, noise: Params) -> dict[str, Tensor]:
+        """Returns what a likelihood makes a prediction of, by the names of its arguments.
 
         Args:
+            network: ``weights -> outputs`` at the inputs of interest, ``[num_examples, num_outputs]``.
             posterior: What ``adapt`` returned.
             noise: From ``draw_evaluation_noise``.
+
+        Returns:
+            ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and where they are known in closed form
+            ``"output_variance"``, of the same shape.
+        """
+        ...
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses a model that the algorithm cannot solve, before long work; most take any.
+
+        Args:
+            nll: Nll of the examples of a task.
+            meta: Meta-parameters.
+            episode: One task.
         """
         ...

@@ -123,6 +123,14 @@ class GradientBased(abc.ABC):
             )
         )
 
+    def outputs(self, network: Callable[[Params], Tensor], posterior: Any, noise: Params) -> dict[str, Tensor]:
+        """Returns the outputs under each weight sample; see ``Algorithm``."""
+        return {"outputs": torch.stack([network(weights) for weights in self.weight_samples(posterior, noise)])}
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses nothing."""
+        del nll, meta, episode
+
     @property
     def num_curvature_points(self) -> int:
         """At how many points a hypergradient takes Hessian-vector products; see ``Algorithm``."""
@@ -159,6 +167,15 @@ class GradientBased(abc.ABC):
     @abc.abstractmethod
     def _family(self) -> Prior:
         """The family of the inner variable."""
+
+    @abc.abstractmethod
+    def weight_samples(self, posterior: Any, noise: Params) -> list[Params]:
+        """Returns the weights whose outputs make a prediction.
+
+        Args:
+            posterior: What ``adapt`` returned.
+            noise: From ``draw_evaluation_noise``.
+        """
 
     @abc.abstractmethod
     def _weight(self, num_examples: int) -> float:

@@ -134,14 +134,17 @@ def table_algorithm(name: str, input_shape: Sequence[int], *, is_regression: boo
     Raises:
         ValueError: If the name is unknown.
     """
+    log_var = -math.log(math.prod(input_shape) + _NUM_FEATURES // 4)
+    prior = DiagonalPrior(initial_log_var=(log_var, log_var))
+    if name == "linear_gaussian":
+        return make_algorithm(name, prior=prior)
     if not make_algorithm(name).is_bayesian:
         return make_algorithm(name, inner=Adam(num_steps=20, learning_rate=0.1))
-    log_var = -math.log(math.prod(input_shape) + _NUM_FEATURES // 4)
     return make_algorithm(
         name,
         # With steps of one size, training that narrows the prior of some weights makes the inner problem diverge.
         inner=RelativeAdam(num_steps=20, learning_rate=0.2),
-        prior=DiagonalPrior(initial_log_var=(log_var, log_var)),
+        prior=prior,
         temperature=1.0 if is_regression else 0.1,
         num_samples=8,
         antithetic=True,

@@ -46,6 +46,10 @@ class DiagonalGaussian(NamedTuple):
         """
         return tree.map(lambda m, rho, e: m + torch.exp(0.5 * rho) * e, self.mean, self.log_var, noise)
 
+    def factor(self) -> Tensor:
+        """Returns the diagonal matrix of standard deviations over the flattened weights."""
+        return torch.diag(torch.exp(0.5 * tree.ravel(self.log_var)[0]))
+
     def log_prob(self, value: Params) -> Tensor:
         """Returns the log-density of one weight dict, in nats, a scalar tensor.
 

@@ -39,10 +39,12 @@ class AlgorithmContract:
         tolerance: Largest relative error of a hypergradient against central differences of its own outer loss, in any
             tensor of the meta-parameters: for estimators that are exact.
         implicit_tolerance: The same where the inner problem was solved, for implicit ones.
+        adapt: Name pattern of what is adapted in tests of whole networks: ``"2.*"`` is the last layer.
     """
 
     tolerance: ClassVar[float] = 1e-7
     implicit_tolerance: ClassVar[float] = 1e-5
+    adapt: ClassVar[str] = "*"
 
     @staticmethod
     def make() -> Algorithm:
@@ -74,28 +76,36 @@ class AlgorithmContract:
         again = algorithm.init(problem.adapted, problem.meta.shared, generator=generator(1))
         assert_close(again, problem.meta, 0.0)
 
-    def test_posterior_is_a_member_of_the_prior_family(self, algorithm: Algorithm) -> None:
-        """Of the prior's shapes, with the gradient norm of the inner problem; the same every time."""
+    def test_posterior_is_around_weights_of_the_task(self, algorithm: Algorithm) -> None:
+        """Of the shapes of the weights, with the gradient norm of the inner problem; the same every time."""
         problem = _problem(algorithm)
         first, again = (_adapt(algorithm, problem) for _ in range(2))
-        _assert_same_shapes(first.value, problem.meta.prior)
+        _assert_same_shapes(algorithm.prior.mean(first.value), problem.adapted)
         assert first.grad_norm.shape == () and torch.isfinite(first.grad_norm)
         assert_close(again.value, first.value, 0.0)
         spared = _adapt(algorithm, problem, with_grad_norm=False)
         assert_close(spared.value, first.value)
 
-    def test_weight_samples_follow_their_noise(self, algorithm: Algorithm) -> None:
-        """Weights by name that differ with the noise if there is a distribution, and are one if there is none."""
+    def test_outputs_follow_their_noise(self, algorithm: Algorithm) -> None:
+        """Those of weight samples, or of one with their variance, if there is a distribution; else of one."""
         problem = _problem(algorithm)
         posterior = _adapt(algorithm, problem).value
         noise = algorithm.draw_evaluation_noise(problem.meta, generator=generator(3))
         assert_close(algorithm.draw_evaluation_noise(problem.meta, generator=generator(3)), noise, 0.0)
-        samples = algorithm.weight_samples(posterior, noise)
-        assert_close(algorithm.weight_samples(posterior, noise), samples, 0.0)
-        for sample in samples:
-            _assert_same_shapes(sample, problem.adapted)
-        assert algorithm.is_bayesian == algorithm.prior.is_distribution == (len(samples) > 1)
-        assert not algorithm.is_bayesian or tree.norm(tree.sub(samples[0], samples[1])) > 0
+        x = problem.episode.query.x
+
+        def network(weights: Params) -> Tensor:
+            _assert_same_shapes(weights, problem.adapted)
+            hidden = torch.tanh(x @ problem.meta.shared["0.weight"].mT + problem.meta.shared["0.bias"])
+            return hidden @ weights["2.weight"].mT + weights["2.bias"]
+
+        found = algorithm.outputs(network, posterior, noise)
+        assert_close(algorithm.outputs(network, posterior, noise), found, 0.0)
+        outputs, variance = found["outputs"], found.get("output_variance")
+        assert outputs.shape[1:] == (len(x), 1) and torch.isfinite(outputs).all()
+        assert variance is None or (variance.shape == outputs.shape and (variance > 0).all())
+        has_spread = variance is not None or (len(outputs) > 1 and bool((outputs[0] - outputs[1]).norm() > 0))
+        assert algorithm.is_bayesian == algorithm.prior.is_distribution == has_spread
 
     def test_hypergradient_has_the_structure_of_the_meta_parameters(self, algorithm: Algorithm) -> None:
         """Finite, nowhere zero as a whole, with scalar diagnostics, at the parameters that ``adapt`` finds."""
@@ -175,9 +185,9 @@ class AlgorithmContract:
         assert_close(found.shared, expected.shared, 1e-9)
         assert_close(info.outer_loss, expected_info.outer_loss)
 
-    def test_support_of_one_example_and_everything_adapted(self, algorithm: Algorithm) -> None:
-        """The smallest task, and no shared weights."""
-        problem = _problem(algorithm, num_support=1, adapt="*")
+    def test_support_of_one_example(self, algorithm: Algorithm) -> None:
+        """The smallest task, with no shared weights if everything can be adapted."""
+        problem = _problem(algorithm, num_support=1, adapt=self.adapt)
         gradient, info = _hypergradient(algorithm, problem)
         assert tree.all_finite(gradient) and torch.isfinite(info.outer_loss)
 
@@ -195,18 +205,21 @@ class AlgorithmContract:
         """Two steps of ``MetaLearner.fit``; saved and loaded, the predictions do not change by a bit."""
         tasks = Sinusoid(num_shots=3, num_queries=4).sampler("train")
         source = generator(0)
-        learner, again = (_learner(algorithm).fit(tasks, num_steps=2) for _ in range(2))
+        learner, again = (self._learner(algorithm).fit(tasks, num_steps=2) for _ in range(2))
         x, y = (torch.randn(4, 1, generator=source) for _ in range(2))
         expected = _predicted(learner, x, y)
         assert torch.isfinite(expected).all()
         assert_close(_predicted(again, x, y), expected, 0.0)
-        moved = tree.sub(learner.meta_parameters, _learner(algorithm).fit(tasks, num_steps=1).meta_parameters)
+        moved = tree.sub(learner.meta_parameters, self._learner(algorithm).fit(tasks, num_steps=1).meta_parameters)
         assert tree.norm(moved) > 0
         if type(algorithm) not in RECORDS:
             pytest.skip("only the library's own algorithms are loaded from a folder")
         with tempfile.TemporaryDirectory() as folder:
             loaded = MetaLearner.load(learner.save(folder), network=_network(torch.float32))
         assert_close(_predicted(loaded, x, y), expected, 0.0)
+
+    def _learner(self, algorithm: Algorithm) -> MetaLearner:
+        return MetaLearner(_network(torch.float32), algorithm=algorithm, likelihood="gaussian", adapt=self.adapt)
 
     def test_algorithm_describes_itself(self, algorithm: Algorithm) -> None:
         """For reports and messages."""
@@ -225,10 +238,6 @@ def _network(dtype: torch.dtype) -> nn.Module:
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=source, dtype=torch.float64).to(dtype)
     return network
-
-
-def _learner(algorithm: Algorithm) -> MetaLearner:
-    return MetaLearner(_network(torch.float32), algorithm=algorithm, likelihood="gaussian")
 
 
 def _predicted(learner: MetaLearner, x: Tensor, y: Tensor) -> Tensor:

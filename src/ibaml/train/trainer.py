@@ -317,7 +317,9 @@ class Trainer:
         """Draws one task with a generator of its own and checks it, so that misfits show before long work."""
         episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
-        return self.model.check_task(first, task=name)
+        num_outputs = self.model.check_task(first, task=name)
+        self.algorithm.check_task(self.model, self._meta, first)
+        return num_outputs
 
     def _report_divergence(self, own: Episode, share: range, info: HypergradientInfo, gradient_norm: Tensor) -> None:
         """Saves the state before the step and raises, after ruling out bad data."""
