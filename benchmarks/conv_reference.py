@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from benchmarks.settings import AccuracySettings
-from ibaml import objectives, tree
-from ibaml.algorithms import IBAML, MetaParameters, TaskNoise
-from ibaml.curvature import value_gradient_and_hvp
+from ibaml import tree
+from ibaml.algorithms import IBAML, MetaParameters, TaskNoise, objectives
+from ibaml.algorithms.model import Model, build_model
 from ibaml.hypergradients import gaussian_implicit_hypergradient
 from ibaml.likelihoods import Categorical
-from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.solvers.curvature import value_gradient_and_hvp
 from ibaml.solvers.inner import InnerSolver
 from ibaml.solvers.linear import CG, LinearSolver, cg
 from ibaml.types import Batch, Episode, HypergradientInfo, PyTree, Tensor

@@ -23,10 +23,10 @@ import tyro  # noqa: E402
 from torch import nn  # noqa: E402
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm  # noqa: E402
+from ibaml.algorithms.model import Model, build_model  # noqa: E402
 from ibaml.experiments.fig2.cost import HypergradientProblem, peak_bytes_of  # noqa: E402
 from ibaml.learner.folder import write_text  # noqa: E402
 from ibaml.likelihoods import Categorical  # noqa: E402
-from ibaml.model import Model, build_model  # noqa: E402
 from ibaml.networks import Conv4  # noqa: E402
 from ibaml.solvers.inner import GradientDescent  # noqa: E402
 from ibaml.solvers.linear import CG  # noqa: E402

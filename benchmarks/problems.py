@@ -9,8 +9,8 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Categorical
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG

@@ -23,9 +23,9 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.likelihoods import make_likelihood
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalPrior
 from ibaml.processes import Processes, connect, launch, num_launched

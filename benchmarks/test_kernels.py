@@ -11,8 +11,9 @@ import torch
 from benchmarks.candidates import BASELINE, LIBRARY, candidates
 from benchmarks.measure import plain_passes
 from benchmarks.problems import Case, build_problem
-from ibaml import objectives, tree
-from ibaml.curvature import value_gradient_and_hvp
+from ibaml import tree
+from ibaml.algorithms import objectives
+from ibaml.solvers.curvature import value_gradient_and_hvp
 from ibaml.solvers.linear import cg
 
 CASE = Case(network="conv4_64_28", algorithm="ibaml", num_linear_steps=5, num_tasks=1)

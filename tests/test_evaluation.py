@@ -8,10 +8,10 @@ import torch
 
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.evaluation import Evaluation, draw_tasks, evaluate, predict, task_generator
 from ibaml.likelihoods import Categorical, make_likelihood
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP
 from ibaml.solvers.inner import GradientDescent
 from ibaml.types import Batch, Episode, TaskSampler

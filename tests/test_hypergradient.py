@@ -11,7 +11,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ibaml import objectives, tree
+from ibaml import tree
+from ibaml.algorithms import objectives
 from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.hypergradients import (
     first_order_hypergradient,

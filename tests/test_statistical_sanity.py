@@ -9,9 +9,9 @@ from torch import nn
 
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.model import build_model
 from ibaml.data.linear_regression import LinearRegressionTasks
 from ibaml.likelihoods import Gaussian
-from ibaml.model import build_model
 from ibaml.priors import DiagonalGaussian
 from ibaml.solvers.inner import NaturalGradient
 from ibaml.solvers.linear import CG

@@ -9,8 +9,8 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4, ResNet12
 from ibaml.priors import DiagonalPrior
 from ibaml.solvers.inner import Adam, GradientDescent, NaturalGradient

@@ -15,11 +15,11 @@ from torch import distributed
 
 from ibaml import processes, tree
 from ibaml.algorithms import make_algorithm
+from ibaml.algorithms.model import build_model
 from ibaml.data import SinusoidTasks
 from ibaml.evaluation import evaluate
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
-from ibaml.model import build_model
 from ibaml.networks import MLP
 from ibaml.processes import Processes, ProcessLostError
 from ibaml.solvers.inner import GradientDescent

@@ -22,7 +22,6 @@ from ibaml.algorithms import (  # noqa: E402 - the version must exist before the
     maml,
     vampire,
 )
-from ibaml.curvature import gauss_newton_vp, hvp  # noqa: E402
 from ibaml.data.prepare import SplitSettings  # noqa: E402
 from ibaml.hypergradients import (  # noqa: E402
     first_order_hypergradient,
@@ -32,6 +31,7 @@ from ibaml.hypergradients import (  # noqa: E402
 )
 from ibaml.learner import MetaLearner, NotFittedError, TaskPosterior  # noqa: E402
 from ibaml.priors.diagonal import DiagonalGaussian, kl_divergence  # noqa: E402
+from ibaml.solvers.curvature import gauss_newton_vp, hvp  # noqa: E402
 from ibaml.solvers.inner import adam, gradient_descent, preconditioned_gradient_descent  # noqa: E402
 from ibaml.solvers.linear import cg, dense, minres, neumann  # noqa: E402
 from ibaml.train import Trainer, TrainerSettings, TrainingDivergedError  # noqa: E402

@@ -11,9 +11,9 @@ import torch
 
 from ibaml import metrics, tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.model import Model
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
-from ibaml.model import Model
 from ibaml.priors import DiagonalGaussian
 from ibaml.processes import Processes
 from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep

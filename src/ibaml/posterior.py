@@ -8,11 +8,11 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.model import Model
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.evaluation import predict
 from ibaml.likelihoods import Prediction
-from ibaml.model import Model
 from ibaml.priors import DiagonalGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
 

@@ -19,9 +19,9 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.model import Model
+from ibaml.algorithms.nll import Nll
 from ibaml.fast import FlatNll, NllInParts, ProgramNll, channels_last, flatten, replayed, unflatten
-from ibaml.model import Model
-from ibaml.nll import Nll
 from ibaml.types import Episode, HypergradientInfo, Params, Tensor
 
 NUM_CALLS_THAT_PAY = 50

@@ -11,11 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from ibaml import algorithms, objectives, tree
-from ibaml.algorithms import ALGORITHMS, IBAML, Algorithm, GradientBased, MetaParameters, TaskNoise, make_algorithm
+from ibaml import algorithms, tree
+from ibaml.algorithms import (
+    ALGORITHMS,
+    IBAML,
+    Algorithm,
+    GradientBased,
+    MetaParameters,
+    TaskNoise,
+    make_algorithm,
+    objectives,
+)
+from ibaml.algorithms.model import Model, build_model
 from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
-from ibaml.model import Model, build_model
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, PointPrior, kl_divergence
 from ibaml.priors.diagonal import hyper_prior_nll
 from ibaml.solvers.inner import INNER_SOLVERS, Adam, GradientDescent, InnerSolver, NaturalGradient, RelativeAdam

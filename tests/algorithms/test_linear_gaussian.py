@@ -13,10 +13,10 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from ibaml import MetaLearner, records, tree
 from ibaml.algorithms import RECORDS, MetaParameters, TaskNoise, make_algorithm
 from ibaml.algorithms.heads import LinearGaussian
+from ibaml.algorithms.model import Model, build_model
 from ibaml.hypergradients import gaussian_implicit_hypergradient
 from ibaml.learner.defaults import table_algorithm
 from ibaml.likelihoods import Categorical, Gaussian
-from ibaml.model import Model, build_model
 from ibaml.priors import DiagonalGaussian, FullPrior, PointPrior
 from ibaml.solvers.linear import Dense
 from ibaml.types import Batch, Episode, Params, Tensor

@@ -12,8 +12,8 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Gaussian
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, kl_divergence
 from ibaml.solvers.inner import GradientDescent

@@ -9,13 +9,13 @@ import torch
 from torch import fx, nn
 
 from ibaml import tree
+from ibaml.algorithms.model import Model, build_model
+from ibaml.algorithms.objectives import expected_nll
 from ibaml.fast import ProgramNll, channels_last, flatten, unflatten
 from ibaml.fast.flat import FLAT
 from ibaml.fast.programs import trace_product
 from ibaml.likelihoods import Categorical
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP, Conv4
-from ibaml.objectives import expected_nll
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.types import Batch, Params, Tensor
 
@@ -220,7 +220,7 @@ def test_mean_over_weight_samples(
     if is_small and batch.x.ndim == 4:
         pytest.skip("a convolutional network passes its samples one by one")
     traced = ProgramNll(model, num_kept=3)
-    monkeypatch.setattr("ibaml.model._LARGEST_SMALL", 1000 if is_small else 0)
+    monkeypatch.setattr("ibaml.algorithms.model._LARGEST_SMALL", 1000 if is_small else 0)
     mean = flatten(model.adapted)
     posterior = DiagonalGaussian(mean, {FLAT: -3 + torch.cos(mean[FLAT])})
     noise = members({FLAT: torch.zeros_like(mean[FLAT])}, 3)

@@ -12,8 +12,8 @@ from torch.distributions import MultivariateNormal
 
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import GaussianNoise
-from ibaml.model import Model, build_model
 from ibaml.priors import FullGaussian, FullPrior
 from ibaml.solvers.inner import Adam, GradientDescent, NaturalGradient, RelativeAdam
 from ibaml.solvers.linear import CG

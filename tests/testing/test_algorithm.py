@@ -10,7 +10,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import FOMAML, IBAML, IMAML, MAML, MetaParameters, TaskNoise
 from ibaml.algorithms.base import Estimator
-from ibaml.nll import Nll
+from ibaml.algorithms.nll import Nll
 from ibaml.priors import PointPrior
 from ibaml.testing import AlgorithmContract, failures
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
+from ibaml.algorithms.model import build_model
 from ibaml.likelihoods import Categorical, Gaussian
-from ibaml.model import build_model
 from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian
 from ibaml.train import checkpoint

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ibaml.algorithms import make_algorithm
+from ibaml.algorithms.model import build_model
 from ibaml.data import SinusoidTasks
 from ibaml.fast import DeviceLostError
 from ibaml.likelihoods import make_likelihood
-from ibaml.model import build_model
 from ibaml.solvers.inner import GradientDescent
 from ibaml.train import Trainer, TrainerSettings
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors

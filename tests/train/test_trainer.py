@@ -18,9 +18,9 @@ from torch import nn
 
 from ibaml import evaluation, records, tree
 from ibaml.algorithms import RECORDS, MetaParameters, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.likelihoods import Categorical, make_likelihood
-from ibaml.model import Model, build_model
 from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
@@ -258,7 +258,7 @@ import torch
 from ibaml.algorithms import make_algorithm
 from ibaml.data import SinusoidTasks
 from ibaml.likelihoods import make_likelihood
-from ibaml.model import build_model
+from ibaml.algorithms.model import build_model
 from ibaml.networks import MLP
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG

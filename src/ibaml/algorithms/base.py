@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from ibaml.nll import Nll
+from ibaml.algorithms.nll import Nll
 from ibaml.priors import Prior
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 

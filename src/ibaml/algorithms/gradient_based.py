@@ -20,10 +20,10 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms.base import Algorithm, Estimator, MetaParameters, TaskNoise
-from ibaml.curvature import DifferentiatedLoss, at_fixed
+from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import first_order_hypergradient, unrolled_hypergradient
-from ibaml.nll import Nll
 from ibaml.priors import Prior
+from ibaml.solvers.curvature import DifferentiatedLoss, at_fixed
 from ibaml.solvers.inner import GradientDescent, InnerSolver
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 

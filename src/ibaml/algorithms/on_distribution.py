@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from ibaml import objectives, tree
+from ibaml import tree
+from ibaml.algorithms import objectives
 from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
-from ibaml.curvature import DifferentiatedLoss
+from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import regularised_implicit_hypergradient
-from ibaml.nll import Nll
 from ibaml.priors import DiagonalPrior, Prior
+from ibaml.solvers.curvature import DifferentiatedLoss
 from ibaml.solvers.linear import CG, LinearSolver
 from ibaml.types import Batch, Episode, Params, Tensor
 

@@ -7,10 +7,10 @@ import torch
 
 from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
-from ibaml.curvature import DifferentiatedLoss
+from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import implicit_hypergradient
-from ibaml.nll import Nll
 from ibaml.priors import PointPrior, Prior
+from ibaml.solvers.curvature import DifferentiatedLoss
 from ibaml.solvers.inner import GradientDescent, InnerSolver
 from ibaml.solvers.linear import CG, LinearSolver
 from ibaml.types import Batch, Episode, Params, Tensor

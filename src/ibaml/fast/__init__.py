@@ -1,6 +1,6 @@
 """The same numbers sooner: flat parameters, programs for passes through a network, CUDA graphs, kept memory.
 
-Nothing below knows this package; algorithms get an ``ibaml.nll.Nll`` that is made here.
+Nothing below knows this package; algorithms get an ``ibaml.algorithms.nll.Nll`` that is made here.
 """
 
 from ibaml.fast.allocator import keep_freed_memory

@@ -10,14 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ibaml.curvature import DifferentiatedLoss
+from ibaml.algorithms.model import Model
+from ibaml.algorithms.nll import PlainNll
 from ibaml.fast.derivatives import Point, TracedLoss, value_and_gradient
 from ibaml.fast.flat import FLAT, unflatten
 from ibaml.fast.programs import Program, UntraceableError, compiled
 from ibaml.fast.samples import SampledLoss
-from ibaml.model import Model
-from ibaml.nll import PlainNll
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
+from ibaml.solvers.curvature import DifferentiatedLoss
 from ibaml.types import Batch, Params, Tensor
 
 _logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ import functools
 from torch import nn
 
 from ibaml import tree
-from ibaml.curvature import DifferentiatedLoss
-from ibaml.nll import Nll
+from ibaml.algorithms.nll import Nll
 from ibaml.priors import Prior
+from ibaml.solvers.curvature import DifferentiatedLoss
 from ibaml.types import Batch, Params, PyTree, Tensor
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from ibaml import tree
-from ibaml.curvature import at_fixed, value_gradient_and_hvp
-from ibaml.curvature import gradient as gradient_of
 from ibaml.hypergradients.base import diagnostics
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
+from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
+from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 

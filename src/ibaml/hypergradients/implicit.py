@@ -3,9 +3,9 @@
 import torch
 
 from ibaml import tree
-from ibaml.curvature import at_fixed, value_gradient_and_hvp
-from ibaml.curvature import gradient as gradient_of
 from ibaml.hypergradients.base import BilevelLoss, diagnostics
+from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
+from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import HypergradientInfo, PyTree
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 from ibaml import tree
-from ibaml.curvature import at_fixed
 from ibaml.hypergradients.base import BilevelLoss, InnerRun, diagnostics
+from ibaml.solvers.curvature import at_fixed
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 
 

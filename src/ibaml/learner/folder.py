@@ -20,12 +20,12 @@ from torch import nn
 
 from ibaml import algorithms, records
 from ibaml.algorithms import Algorithm
+from ibaml.algorithms.model import Model
 from ibaml.atomic import write_text
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
-from ibaml.model import Model
 from ibaml.networks import NetworkSettings
 from ibaml.posterior import FittedModel
 from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors

@@ -11,6 +11,7 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
+from ibaml.algorithms.model import Model, build_model
 from ibaml.calibration import fit_temperature
 from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, prepare
@@ -24,7 +25,6 @@ from ibaml.learner.run_folder import write_environment, write_summary
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
-from ibaml.model import Model, build_model
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.processes import Processes

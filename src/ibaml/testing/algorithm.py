@@ -10,11 +10,11 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.model import build_model
+from ibaml.algorithms.nll import FunctionNll, Nll
 from ibaml.data.sources import Sinusoid
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
-from ibaml.model import build_model
-from ibaml.nll import FunctionNll, Nll
 from ibaml.solvers.inner import GradientDescent, NaturalGradient
 from ibaml.solvers.linear import Dense
 from ibaml.testing.base import assert_close, assert_json_round_trip, generator, with_settings

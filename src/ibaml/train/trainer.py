@@ -18,9 +18,9 @@ import torch
 
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.model import Model
 from ibaml.evaluation import evaluate
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
-from ibaml.model import Model
 from ibaml.processes import Processes, ProcessLostError, placed
 from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.train.checkpoint import (

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ibaml import tree
+from ibaml.algorithms.model import Model
 from ibaml.experiments.fig2.cost import HypergradientProblem, PassCounter, peak_bytes_of
 from ibaml.experiments.fig2.process import build_problem
 from ibaml.experiments.fig2.settings import EXPLICIT, AlgorithmName, Fig2Settings
-from ibaml.model import Model
 
 ALGORITHMS: tuple[AlgorithmName, ...] = ("maml", "imaml", "abml", "ibaml")
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ibaml.algorithms.model import Model
 from ibaml.experiments.fig2 import process
 from ibaml.experiments.fig2 import run as fig2
 from ibaml.experiments.fig2.cost import HypergradientProblem, peak_bytes_of
@@ -19,7 +20,6 @@ from ibaml.experiments.fig2.process import build_problem
 from ibaml.experiments.fig2.report import summary
 from ibaml.experiments.fig2.run import run
 from ibaml.experiments.fig2.settings import EXPLICIT, AlgorithmName, CostPoint, Duration, Fig2Settings
-from ibaml.model import Model
 
 CPU = torch.device("cpu")
 TINY = Fig2Settings(

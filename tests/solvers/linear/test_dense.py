@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml import curvature, tree
+from ibaml import tree
+from ibaml.solvers import curvature
 from ibaml.solvers.linear import dense
 from ibaml.types import Tensor
 

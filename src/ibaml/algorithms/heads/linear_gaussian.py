@@ -19,8 +19,8 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters, TaskNoise
-from ibaml.nll import Nll
-from ibaml.objectives import kl_weight
+from ibaml.algorithms.nll import Nll
+from ibaml.algorithms.objectives import kl_weight
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, FullGaussian, Prior
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 

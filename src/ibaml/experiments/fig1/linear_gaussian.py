@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from ibaml import objectives
+from ibaml.algorithms import objectives
 from ibaml.data.linear_regression import closed_form_posterior
 from ibaml.hypergradients import InnerRun, gaussian_implicit_hypergradient, unrolled_hypergradient
 from ibaml.priors import DiagonalGaussian, kl_divergence

@@ -11,8 +11,8 @@ import torch
 
 from ibaml.algorithms import MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.model import Model
-from ibaml.nll import FunctionNll, Nll
+from ibaml.algorithms.model import Model
+from ibaml.algorithms.nll import FunctionNll, Nll
 from ibaml.types import Batch, Episode, Params, Tensor
 
 

@@ -19,11 +19,11 @@ import torch
 
 from ibaml.algorithms import make_algorithm
 from ibaml.algorithms.gradient_based import GradientBased
+from ibaml.algorithms.model import Model, build_model
 from ibaml.experiments.fig2.cost import HypergradientProblem, PassCounter, peak_bytes_of
 from ibaml.experiments.fig2.settings import AlgorithmName, Fig2Settings, curve_name
 from ibaml.experiments.report import describe_device
 from ibaml.likelihoods import Categorical
-from ibaml.model import Model, build_model
 from ibaml.networks import Conv4
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ibaml import tree
-from ibaml.curvature import gradient as gradient_of
+from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.types import InnerSolution, Loss, PyTree, Tensor
 
 

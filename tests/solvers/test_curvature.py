@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibaml import curvature, tree
-from ibaml.curvature import DifferentiatedLoss, at_fixed, differentiated, gradient, hvp
+from ibaml import tree
+from ibaml.solvers import curvature
+from ibaml.solvers.curvature import DifferentiatedLoss, at_fixed, differentiated, gradient, hvp
 from ibaml.types import Params, Tensor
 
 ALGEBRA = 1e-10

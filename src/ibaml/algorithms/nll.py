@@ -1,15 +1,15 @@
 """The nll of one task's examples as a function of weights, or of a distribution over them.
 
 An algorithm knows no network: it asks an ``Nll`` for losses of the inner variable. ``PlainNll`` derives them from the
-nll per example by ``torch.func``; ``ibaml.model.Model`` is one. ``ibaml.fast`` has one that is sooner done.
+nll per example by ``torch.func``; ``ibaml.algorithms.model.Model`` is one. ``ibaml.fast`` has one that is sooner done.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from ibaml import objectives
-from ibaml.curvature import DifferentiatedLoss, differentiated
+from ibaml.algorithms import objectives
 from ibaml.priors import Prior
+from ibaml.solvers.curvature import DifferentiatedLoss, differentiated
 from ibaml.types import Batch, Params, Tensor
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Gamma, Normal
 
-from ibaml import objectives, tree
+from ibaml import tree
+from ibaml.algorithms import objectives
 from ibaml.priors import PointPrior
 from ibaml.priors.diagonal import DiagonalGaussian, hyper_prior_nll, kl_divergence, natural_gradient, sample_noise
 from ibaml.types import Batch, Params, Tensor

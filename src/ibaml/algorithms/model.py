@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ibaml.algorithms.nll import PlainNll
 from ibaml.likelihoods import Likelihood
-from ibaml.nll import PlainNll
 from ibaml.types import Batch, Episode, Params, Tensor
 
 _logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ibaml import curvature, tree
+from ibaml import tree
+from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Categorical, Gaussian
-from ibaml.model import Model, build_model
+from ibaml.solvers import curvature
 from ibaml.types import Batch, Params, Tensor
 
 ALGEBRA = 1e-10
