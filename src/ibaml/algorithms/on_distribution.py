@@ -1,5 +1,6 @@
 """Algorithms that adapt a distribution over weights: ABML, VAMPIRE, iBaML."""
 
+import abc
 import dataclasses
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -79,9 +80,9 @@ class OnDistribution(GradientBased):
         return self.num_samples
 
     @property
+    @abc.abstractmethod
     def _outer(self) -> tuple[OuterLoss, float]:
         """Kind of the outer loss, and weight of the hyper-prior in it."""
-        raise NotImplementedError
 
     def _weight(self, num_examples: int) -> float:
         return objectives.kl_weight(num_examples, self.temperature)
