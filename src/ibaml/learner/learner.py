@@ -19,17 +19,16 @@ from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
 from ibaml.learner.estimator import Estimator, NotFittedError
+from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
-from ibaml.learner.identity import data_identity
-from ibaml.learner.run_folder import write_environment, write_summary
-from ibaml.learner.settings import LearnerSettings
+from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.processes import Processes
 from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
-from ibaml.train import Trainer, TrainerSettings, TrainingResult
+from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.types import Episode, TaskSampler
 
@@ -101,16 +100,8 @@ class MetaLearner(Estimator):
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
-        super().__init__(
-            network=network,
-            algorithm=algorithm,
-            likelihood=likelihood,
-            adapt=adapt,
-            freeze=freeze,
-            classes=classes,
-            device=device,
-            seed=seed,
-        )
+        by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
+        super().__init__(**by_position, freeze=freeze, classes=classes, device=device, seed=seed)
         self.network = network
         self.algorithm = make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         self.likelihood = find_likelihood(likelihood)
@@ -148,16 +139,7 @@ class MetaLearner(Estimator):
         """
         if network is None and settings.network is not None:
             network = settings.network.build(generator=torch.Generator().manual_seed(seed))
-        return cls(
-            network,
-            settings.algorithm,
-            settings.likelihood,
-            settings.adapt,
-            freeze=settings.freeze,
-            classes=settings.classes,
-            device=device,
-            seed=seed,
-        )
+        return cls(network, **settings.arguments(), device=device, seed=seed)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, {'not ' if self._fitted is None else ''}fitted"
@@ -246,7 +228,7 @@ class MetaLearner(Estimator):
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
         """
-        splits, processes = splits or SplitSettings(), processes or Processes()
+        splits = splits or SplitSettings()
         source = prepare(
             train_tasks,
             validation_tasks,
@@ -270,40 +252,19 @@ class MetaLearner(Estimator):
             self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
             self._build(suited.network)
         self._splits = splits
-        folder = None if run_folder is None else Path(run_folder)
-
-        def fitted(meta: MetaParameters, step: int) -> FittedModel:
-            return FittedModel(
-                model=self.model,
-                algorithm=self.algorithm,
-                meta=meta,
-                preprocessing=source.preprocessing,
-                device=self.device,
-                step=step,
-            )
-
-        def store(meta: MetaParameters, step: int) -> None:
-            assert folder is not None
-            self._write(folder, fitted(meta, step))
-            write_environment(folder, num_processes=processes.size)
-
-        trainer = processes.together(
-            lambda: Trainer(
-                self.model,
-                self.algorithm,
-                settings,
-                run_folder=folder,
-                device=self.device,
-                console=_console() if progress is True else progress or None,
-                processes=processes,
-                data_identity=None if folder is None else data_identity(source, splits),
-                on_chosen=None if folder is None else store,
-            )
+        self._fitted, self.training_result = fit_model(
+            self.model,
+            self.algorithm,
+            source,
+            settings,
+            splits=splits,
+            device=self.device,
+            run_folder=None if run_folder is None else Path(run_folder),
+            write=self._write,
+            max_minutes=max_minutes,
+            progress=progress,
+            processes=processes or Processes(),
         )
-        self.training_result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
-        self._fitted = fitted(self.training_result.meta, self.training_result.best_step)
-        if folder is not None:
-            processes.on_first(lambda: write_summary(folder))
         return self
 
     def adapt(self, x_support: Any, y_support: Any, *, seed: int = 0) -> TaskPosterior:
@@ -468,8 +429,8 @@ class MetaLearner(Estimator):
             network=None if self.network is None else network_settings(self.network),
             algorithm=self.algorithm,
             likelihood=self.likelihood,
-            adapt=_as_patterns(self.adapt_patterns),
-            freeze=_as_patterns(self.freeze_patterns),
+            adapt=as_patterns(self.adapt_patterns),
+            freeze=as_patterns(self.freeze_patterns),
             classes=self.classes,
         )
 
@@ -483,13 +444,3 @@ class MetaLearner(Estimator):
         self.network = network
         built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
         self._model = built.to(self.device)
-
-
-def _console() -> "Console":
-    from rich.console import Console  # only for those who want to see the progress
-
-    return Console(stderr=True)
-
-
-def _as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

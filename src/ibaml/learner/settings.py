@@ -1,6 +1,8 @@
 """What a learner is, as a record that JSON can hold."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from ibaml.algorithms import Algorithm
 from ibaml.data.preprocessing import ClassScope
@@ -35,3 +37,12 @@ class LearnerSettings:
         """Refuses what is no algorithm."""
         if not hasattr(self.algorithm, "hypergradient"):
             raise TypeError(f"algorithm must be a record such as ibaml.maml(), but is {self.algorithm!r}.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns all but the network as arguments of ``MetaLearner``."""
+        return {name: getattr(self, name) for name in ("algorithm", "likelihood", "adapt", "freeze", "classes")}
+
+
+def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns name patterns as a tuple, also of a single one."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

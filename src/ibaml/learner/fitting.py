@@ -1,0 +1,84 @@
+"""Training of a learner's model, with or without a run folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.model import Model
+from ibaml.data.prepare import Source, SplitSettings
+from ibaml.learner.identity import data_identity
+from ibaml.learner.run_folder import write_environment, write_summary
+from ibaml.posterior import FittedModel
+from ibaml.processes import Processes
+from ibaml.train import Trainer, TrainerSettings, TrainingResult
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def fit_model(
+    model: Model,
+    algorithm: Algorithm,
+    source: Source,
+    settings: TrainerSettings,
+    *,
+    splits: SplitSettings,
+    device: torch.device,
+    run_folder: Path | None,
+    write: Callable[[Path, FittedModel], object],
+    max_minutes: float | None,
+    progress: "bool | Console",
+    processes: Processes,
+) -> tuple[FittedModel, TrainingResult]:
+    """Trains a model on prepared tasks; arguments and errors are those of ``MetaLearner.fit``.
+
+    Args:
+        model: Network and likelihood.
+        algorithm: What adapts.
+        source: Samplers and preprocessing.
+        settings: Settings of the outer loop.
+        splits: How tasks are split, for the identity of the run.
+        device: Where to compute.
+        run_folder: Folder for the model, logs and checkpoints.
+        write: Stores the fitted model in the run folder; called at every choice of a better state.
+        max_minutes: Time limit of this call.
+        progress: Whether progress is shown, or the console for it.
+        processes: The processes that share each step's tasks.
+    """
+
+    def fitted(meta: MetaParameters, step: int) -> FittedModel:
+        return FittedModel(
+            model=model, algorithm=algorithm, meta=meta, preprocessing=source.preprocessing, device=device, step=step
+        )
+
+    def store(meta: MetaParameters, step: int) -> None:
+        assert run_folder is not None
+        write(run_folder, fitted(meta, step))
+        write_environment(run_folder, num_processes=processes.size)
+
+    trainer = processes.together(
+        lambda: Trainer(
+            model,
+            algorithm,
+            settings,
+            run_folder=run_folder,
+            device=device,
+            console=_stderr() if progress is True else progress or None,
+            processes=processes,
+            data_identity=None if run_folder is None else data_identity(source, splits),
+            on_chosen=None if run_folder is None else store,
+        )
+    )
+    result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
+    if run_folder is not None:
+        processes.on_first(lambda: write_summary(run_folder))
+    return fitted(result.meta, result.best_step), result
+
+
+def _stderr() -> "Console":
+    from rich.console import Console  # only for those who want to see the progress
+
+    return Console(stderr=True)
