@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ibaml.solvers.inner.adam import Adam, RelativeAdam, adam
 from ibaml.solvers.inner.base import Geometry, InnerSolver
 from ibaml.solvers.inner.gradient_descent import GradientDescent, gradient_descent
+from ibaml.solvers.inner.newton import Newton
 from ibaml.solvers.inner.preconditioned import NaturalGradient, preconditioned_gradient_descent
 
 INNER_SOLVERS: Mapping[str, type[InnerSolver]] = {
@@ -17,6 +18,7 @@ INNER_SOLVERS: Mapping[str, type[InnerSolver]] = {
     "adam": Adam,
     "natural_gradient": NaturalGradient,
     "relative_adam": RelativeAdam,
+    "newton": Newton,
 }
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "GradientDescent",
     "InnerSolver",
     "NaturalGradient",
+    "Newton",
     "RelativeAdam",
     "adam",
     "gradient_descent",
