@@ -11,6 +11,7 @@ from ibaml.data.sources.fsmol import FSMol
 from ibaml.data.sources.glyphs import Glyphs
 from ibaml.data.sources.image_folder import ImageFolder
 from ibaml.data.sources.mini_imagenet import MiniImagenet
+from ibaml.data.sources.mixtures import Mixtures
 from ibaml.data.sources.omniglot import Omniglot
 from ibaml.data.sources.sinusoid import Sinusoid
 from ibaml.data.sources.tiny_imagenet import TinyImagenet
@@ -22,6 +23,7 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "MiniImagenet",
+    "Mixtures",
     "Omniglot",
     "Sinusoid",
     "Split",
@@ -36,6 +38,7 @@ SOURCES: Mapping[str, type[TaskSource]] = {
     TinyImagenet.name: TinyImagenet,
     ImageFolder.name: ImageFolder,
     Sinusoid.name: Sinusoid,
+    Mixtures.name: Mixtures,
     FSMol.name: FSMol,
 }
 """All sources by name."""
