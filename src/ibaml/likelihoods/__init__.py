@@ -7,6 +7,7 @@
 | `unit_gaussian` | real numbers | mixture of Gaussians of variance one, for methods published for the squared error |
 | `student_t` | real numbers with outliers | mixture of Student t distributions |
 | `poisson` | counts | mixture of Poisson distributions |
+| `negative_binomial` | counts that vary more | mixture of negative binomial distributions |
 
 A likelihood may own parameters that are meta-learned for all tasks together (the noise of a regression). They live in
 the ``shared`` meta-parameters under names that start with ``likelihood.``. A further likelihood is one file with a
@@ -20,6 +21,7 @@ from ibaml.likelihoods.base import Array, Likelihood, Prediction, TargetKind
 from ibaml.likelihoods.categorical import Categorical, ClassPrediction
 from ibaml.likelihoods.gaussian import Gaussian, GaussianComponents, UnitGaussian
 from ibaml.likelihoods.mixture import Components, MixturePrediction
+from ibaml.likelihoods.negative_binomial import NegativeBinomial, NegativeBinomialComponents
 from ibaml.likelihoods.poisson import Poisson, PoissonComponents
 from ibaml.likelihoods.student_t import StudentT, StudentTComponents
 
@@ -33,6 +35,8 @@ __all__ = [
     "GaussianComponents",
     "Likelihood",
     "MixturePrediction",
+    "NegativeBinomial",
+    "NegativeBinomialComponents",
     "Poisson",
     "PoissonComponents",
     "Prediction",
@@ -50,6 +54,7 @@ LIKELIHOODS: Mapping[str, type[Any]] = {
     "unit_gaussian": UnitGaussian,
     "student_t": StudentT,
     "poisson": Poisson,
+    "negative_binomial": NegativeBinomial,
 }
 """Likelihoods by name."""
 
