@@ -1,4 +1,4 @@
-"""A fixed set of tasks, whatever computes them and however many at a time, scored by the package's own metrics."""
+"""A fixed set of tasks, the same whoever computes them, scored by the package's own metrics."""
 
 import dataclasses
 import re
@@ -6,13 +6,15 @@ import re
 import pytest
 import torch
 
-from ibaml import metrics, tree
-from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
-from ibaml.algorithms.model import Model, build_model
+from ibaml import MetaLearner, TrainerSettings, metrics, tree
+from ibaml.algorithms import make_algorithm
+from ibaml.algorithms.model import build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
-from ibaml.evaluation import Evaluation, draw_tasks, evaluate, predict, task_generator
-from ibaml.likelihoods import Categorical, make_likelihood
+from ibaml.evaluation import Evaluation, draw_task, draw_tasks, evaluate
+from ibaml.likelihoods import make_likelihood
 from ibaml.networks import MLP
+from ibaml.posterior import FittedModel
+from ibaml.seeds import noise_generator, task_generator, task_seed
 from ibaml.solvers.inner import GradientDescent
 from ibaml.types import Batch, Episode, TaskSampler
 
@@ -24,6 +26,9 @@ ALGORITHMS = {
     )
     for name in ("maml", "imaml", "abml", "ibaml")
 }
+
+
+CPU = torch.device("cpu")
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,35 +44,65 @@ def image_tasks() -> EpisodeSampler:
     return EpisodeSampler(data, num_ways=3, num_shots=2, num_queries=4)
 
 
-def set_up(kind: str, name: str) -> tuple[Model, Algorithm, MetaParameters, TaskSampler]:
+def set_up(kind: str, name: str) -> tuple[FittedModel, TaskSampler]:
     shape, num_outputs = ((1, 2, 2), 3) if kind == "categorical" else ((1,), 1)
     network = MLP(num_outputs, input_shape=shape, hidden_sizes=(6,), activation="tanh", generator=generator(1))
     model = build_model(network, make_likelihood(kind, num_outputs))
     algorithm = ALGORITHMS[name]
     meta = algorithm.init(model.adapted, model.shared, generator=generator(2))
     tasks = image_tasks() if kind == "categorical" else SinusoidTasks(num_shots=4, num_queries=5)
-    return model, algorithm, meta, tasks
+    return FittedModel(model=model, algorithm=algorithm, meta=meta, preprocessing=None, device=CPU), tasks
 
 
-def run(kind: str, name: str, num_tasks: int = 5, seed: int = 0, chunk: int | None = None) -> Evaluation:
-    model, algorithm, meta, tasks = set_up(kind, name)
-    return evaluate(model, algorithm, meta, tasks, num_tasks=num_tasks, seed=seed, tasks_per_chunk=chunk)
+def run(kind: str, name: str, num_tasks: int = 5, seed: int = 0) -> Evaluation:
+    return evaluate(*set_up(kind, name), num_tasks=num_tasks, seed=seed)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+def same(one: Evaluation, two: Evaluation) -> bool:
+    """Whether two evaluations are equal to the last digit."""
+    predictions = zip(one.predictions, two.predictions, strict=True)
+    return (
+        dict(one.report) == dict(two.report)
+        and all(torch.equal(value, two.per_task[name]) for name, value in one.per_task.items())
+        and all(torch.equal(a.samples(), b.samples()) for a, b in predictions)
+    )
+
+
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
-def test_chunks_and_loop_give_the_same_numbers(kind, name):
-    reference = run(kind, name, chunk=1)
-    for chunk in (2, 5, None):
-        other = run(kind, name, chunk=chunk)
-        assert torch.equal(other.targets, reference.targets)
-        for field in ("log_probs", "mean", "variance"):
-            one, two = getattr(reference, field), getattr(other, field)
-            assert (one is None) == (two is None)
-            if one is not None:
-                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-        for metric, value in reference.report.items():
-            assert other.report[metric].mean == pytest.approx(value.mean, rel=1e-4, abs=1e-5)
+def test_every_way_to_evaluate_gives_the_same_numbers_to_the_last_digit(kind, tmp_path, monkeypatch):
+    """The trainer's validation, the learner, the learner loaded, and adapting and predicting task by task."""
+    fitted, tasks = set_up(kind, "ibaml")
+    learner = MetaLearner(fitted.model.network, fitted.algorithm, kind)
+    validations = []
+    monkeypatch.setattr(
+        "ibaml.train.trainer.evaluate",
+        lambda *args, **kwargs: validations.append(evaluate(*args, **kwargs)) or validations[-1],
+    )
+    learner.fit(
+        tasks, tasks, settings=TrainerSettings(num_steps=2, tasks_per_step=2, num_validation_tasks=3, validate_every=2)
+    )
+    seed = 10**6
+    reference = learner.evaluate_in_full(tasks, num_tasks=3, seed=seed)
+    assert same(reference, validations[-1])
+    assert same(reference, MetaLearner.load(learner.save(tmp_path)).evaluate_in_full(tasks, num_tasks=3, seed=seed))
+    episodes = [draw_task(tasks, index, seed=seed) for index in range(3)]
+    assert same(reference, learner.evaluate_in_full(episodes, seed=seed))
+    for index, (support, query) in enumerate(episodes):
+        posterior = learner.adapt(support.x, support.y, seed=task_seed(seed, index))
+        by_hand = posterior.predict(query.x, seed=task_seed(seed, index))
+        assert torch.equal(by_hand.samples(), reference.predictions[index].samples())
+
+
+def test_noise_of_adaptation_of_prediction_and_the_draw_of_a_task_are_different_streams():
+    drawn = [
+        torch.randn(20, generator=source)
+        for source in (
+            task_generator(3, 5),
+            noise_generator("inner", task_seed(3, 5)),
+            noise_generator("prediction", task_seed(3, 5)),
+        )
+    ]
+    assert not any(bool(torch.isin(one, two).any()) for one, two in zip(drawn, drawn[1:] + drawn[:1], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
@@ -128,23 +163,19 @@ def test_regression_report_is_that_of_the_predictions(name):
     assert result.mean.shape == result.variance.shape == result.targets.shape == (6, 5, 1)
     squared = ((result.mean - result.targets) ** 2).mean((1, 2))
     torch.testing.assert_close(result.per_task["mse"], squared, rtol=1e-10, atol=1e-10)
-    model, algorithm, meta, tasks = set_up("gaussian", name)
+    fitted, tasks = set_up("gaussian", name)
     inside, cdf = [], []
     for index in range(6):
         task = tree.map(lambda leaf: leaf[0], draw_tasks(tasks, index, index + 1, seed=0))
-        source = generator(2**40 + index)
-        noise = algorithm.draw_noise(meta, generator=source)
-        evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=source)
-        posterior = algorithm.adapt(model, meta, task.support, noise).value
-        prediction = predict(model, algorithm, meta, posterior, task.query.x, evaluation_noise)
+        posterior = fitted.solve(task.support, None, seed=index)
+        prediction = fitted.predict(posterior.value, task.query.x, seed=index)
         low, high = prediction.interval(0.9)
         inside.append(((low <= task.query.y) & (task.query.y <= high)).double().mean())
-        deviation = prediction.noise_variance.sqrt()
+        deviation = prediction.components.noise_variance.sqrt()
         of_samples = torch.distributions.Normal(prediction.samples(), deviation).cdf(task.query.y)
         cdf.append(of_samples.mean(0).double())
     torch.testing.assert_close(result.per_task["coverage_90"], torch.stack(inside))
-    torch.testing.assert_close(result.cdf, torch.stack(cdf), rtol=1e-4, atol=1e-5)
-    error = torch.tensor([wasserstein(one) for one in result.cdf.flatten(1)], dtype=torch.float64)
+    error = torch.tensor([wasserstein(one) for one in torch.stack(cdf).flatten(1)], dtype=torch.float64)
     torch.testing.assert_close(result.per_task["quantile_calibration_error"], error, rtol=0, atol=1e-5)
     for metric, value in result.per_task.items():
         assert result.report[metric].mean == pytest.approx(value.mean().item(), abs=1e-10)
@@ -157,15 +188,18 @@ def test_regression_report_is_that_of_the_predictions(name):
 
 @pytest.mark.parametrize("name", ["maml", "ibaml"])
 @pytest.mark.parametrize("kind", ["categorical", "gaussian"])
-def test_one_task_by_hand(kind, name):
-    model, algorithm, meta, tasks = set_up(kind, name)
-    result = evaluate(model, algorithm, meta, tasks, num_tasks=1, seed=8)
+def test_one_task_from_the_algorithm_itself(kind, name):
+    fitted, tasks = set_up(kind, name)
+    model, algorithm, meta = fitted.model, fitted.algorithm, fitted.meta
+    result = evaluate(fitted, tasks, num_tasks=1, seed=8)
     task = tree.map(lambda leaf: leaf[0], draw_tasks(tasks, 0, 1, seed=8))
-    source = generator(2**40 + 8 * 1_000_003)
-    noise = algorithm.draw_noise(meta, generator=source)
-    evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=source)
+    noise = algorithm.draw_noise(meta, generator=noise_generator("inner", task_seed(8, 0)))
+    evaluation_noise = algorithm.draw_evaluation_noise(meta, generator=noise_generator("prediction", task_seed(8, 0)))
     posterior = algorithm.adapt(model, meta, task.support, noise).value
-    prediction = predict(model, algorithm, meta, posterior, task.query.x, evaluation_noise)
+    outputs = [
+        model.outputs(one, meta.shared, task.query.x) for one in algorithm.weight_samples(posterior, evaluation_noise)
+    ]
+    prediction = model.likelihood.predict(torch.stack(outputs), meta.shared)
     samples = prediction.samples()
     assert samples.shape[0] == (3 if name == "ibaml" else 1)
     if kind == "categorical":
@@ -177,43 +211,41 @@ def test_one_task_by_hand(kind, name):
 
 def test_adaptation_is_what_is_scored():
     """Adapting must beat not adapting, from the same start."""
-    model, algorithm, meta, tasks = set_up("categorical", "maml")
+    fitted, tasks = set_up("categorical", "maml")
+    algorithm = fitted.algorithm
     still = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=2, learning_rate=1e-12))
     quick = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=20, learning_rate=0.5))
-    nll = [evaluate(model, one, meta, tasks, num_tasks=20, seed=0).report["nll"].mean for one in (still, quick)]
+    nll = [
+        evaluate(dataclasses.replace(fitted, algorithm=one), tasks, num_tasks=20, seed=0).report["nll"].mean
+        for one in (still, quick)
+    ]
     assert nll[1] < 0.8 * nll[0]
 
 
 def test_progress_is_told():
-    model, algorithm, meta, tasks = set_up("categorical", "maml")
     seen: list[int] = []
-    evaluate(model, algorithm, meta, tasks, num_tasks=7, seed=0, tasks_per_chunk=3, on_progress=seen.append)
-    assert seen == [3, 6, 7]
+    evaluate(*set_up("categorical", "maml"), num_tasks=3, seed=0, on_progress=seen.append)
+    assert seen == [1, 2, 3]
 
 
-def test_support_sets_of_unequal_sizes():
-    """What a list of one's own tasks looks like; each is its own chunk then."""
+def test_support_and_query_sets_of_unequal_sizes():
+    """What a list of one's own tasks looks like."""
     source = generator(4)
 
     def batch(size: int) -> Batch:
         return Batch(torch.rand(size, 1, 2, 2, generator=source), torch.arange(size) % 3)
 
-    model, algorithm, meta, _ = set_up("categorical", "ibaml")
-    tasks = FixedEpisodes([Episode(batch(size), batch(6)) for size in (3, 5, 7)])
-    result = evaluate(model, algorithm, meta, tasks, num_tasks=6, seed=0)
-    assert result.log_probs.shape == (6, 6, 3)
-
-    class Mistaken:
-        """The same, announced as equal."""
-
-        input_shape, num_outputs, sample = tasks.input_shape, tasks.num_outputs, tasks.sample
-        has_equal_sizes = True
-
-    message = r"tasks 0 and \d have tensors of different shapes, .*, and cannot be stacked: .* tasks_per_chunk=1\."
-    with pytest.raises(ValueError, match=message):
-        evaluate(model, algorithm, meta, Mistaken(), num_tasks=6, seed=0)
-    again = evaluate(model, algorithm, meta, Mistaken(), num_tasks=6, seed=0, tasks_per_chunk=1)
-    assert again.report == result.report
+    fitted, _ = set_up("categorical", "ibaml")
+    episodes = [Episode(batch(size), batch(size + 2)) for size in (3, 5, 7)]
+    result = evaluate(fitted, episodes, seed=0)
+    assert [len(one.probs) for one in result.predictions] == [5, 7, 9]
+    assert [len(one) for one in result.query_targets] == [5, 7, 9]
+    assert result.per_task["nll"].shape == (3,) and result.report["ece_pooled"].num_tasks == 3
+    for name in ("targets", "log_probs"):
+        with pytest.raises(ValueError, match="tasks have query sets of 5, 7, 9 examples, which cannot be stacked: go"):
+            getattr(result, name)
+    drawn = evaluate(fitted, FixedEpisodes(episodes), num_tasks=6, seed=0)
+    assert {len(one.probs) for one in drawn.predictions} <= {5, 7, 9}
 
 
 def bad(kind: str) -> Episode:
@@ -225,7 +257,6 @@ def bad(kind: str) -> Episode:
         "shape": Episode(Batch(x[:, :, :1], y), Batch(x[:, :, :1], y)),
         "dtype": Episode(Batch(x, y.float()), good),
         "uneven": Episode(Batch(x, y[:2]), good),
-        "query": Episode(good, Batch(x[:2], y[:2])),
     }[kind]
 
 
@@ -240,9 +271,9 @@ def bad(kind: str) -> Episode:
     ],
 )
 def test_the_first_task_is_checked_in_full(kind, message):
-    model, algorithm, meta, _ = set_up("categorical", "maml")
+    fitted, _ = set_up("categorical", "maml")
     with pytest.raises(ValueError, match=message):
-        evaluate(model, algorithm, meta, FixedEpisodes([bad(kind)]), num_tasks=2, seed=0)
+        evaluate(fitted, FixedEpisodes([bad(kind)]), num_tasks=2, seed=0)
 
 
 class Second:
@@ -263,22 +294,20 @@ class Second:
     [
         ("label", r"test task 1 query\.y has labels from 1 to 3"),
         ("nan", r"test task 1 support\.x has 1 NaN or infinite values"),
-        ("query", "test tasks have query sets of 2, 3 examples; expected one size, so that every task weighs the same"),
     ],
 )
 def test_later_tasks_are_checked_by_value(kind, message):
-    model, algorithm, meta, _ = set_up("categorical", "maml")
+    fitted, _ = set_up("categorical", "maml")
     with pytest.raises(ValueError, match=message):
-        evaluate(model, algorithm, meta, Second(bad(kind)), num_tasks=2, seed=0, tasks_per_chunk=1)
+        evaluate(fitted, Second(bad(kind)), num_tasks=2, seed=0)
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
-def test_predictions_that_are_not_finite_name_the_task(chunk):
-    model, algorithm, meta, tasks = set_up("gaussian", "maml")
-    wild = dataclasses.replace(algorithm, inner=GradientDescent(num_steps=4, learning_rate=1e30))
+def test_predictions_that_are_not_finite_name_the_task():
+    fitted, tasks = set_up("gaussian", "maml")
+    wild = dataclasses.replace(fitted.algorithm, inner=GradientDescent(num_steps=4, learning_rate=1e30))
     message = "test task 0 gives predictions that are not finite. Likely causes: inner steps too large (unrolled"
     with pytest.raises(FloatingPointError, match=re.escape(message)):
-        evaluate(model, wild, meta, tasks, num_tasks=2, seed=0, tasks_per_chunk=chunk)
+        evaluate(dataclasses.replace(fitted, algorithm=wild), tasks, num_tasks=2, seed=0)
 
 
 @pytest.mark.parametrize("num_tasks", [0, -2])
@@ -288,15 +317,4 @@ def test_number_of_tasks_is_positive(num_tasks):
 
 
 def test_results_do_not_require_gradients():
-    network = MLP(3, input_shape=(1, 2, 2), hidden_sizes=(4,))
-    model = build_model(network, Categorical())
-    algorithm = ALGORITHMS["ibaml"]
-    result = evaluate(
-        model,
-        algorithm,
-        algorithm.init(model.adapted, model.shared, generator=generator()),
-        image_tasks(),
-        num_tasks=2,
-        seed=0,
-    )
-    assert not result.log_probs.requires_grad
+    assert not run("categorical", "ibaml", num_tasks=2).log_probs.requires_grad

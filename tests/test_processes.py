@@ -260,9 +260,7 @@ def test_bad_data_of_one_process_is_named_by_all(together):
 
 def test_evaluation_is_that_of_one_process(together):
     meta = two_processes.trainer(None, None, name="ibaml")._meta
-    expected = evaluate(
-        two_processes.model(), two_processes.ALGORITHMS["ibaml"], meta, two_processes.Tasks(), num_tasks=7, seed=3
-    ).per_task
+    expected = evaluate(two_processes.fitted(meta), two_processes.Tasks(), num_tasks=7, seed=3).per_task
     for found in together[0]:
         assert found["evaluation"].keys() == expected.keys()
         assert all(difference(found["evaluation"][name], value) < 1e-10 for name, value in expected.items())

@@ -147,27 +147,6 @@ def test_scores_can_be_left_out(fast: bool) -> None:
     torch.testing.assert_close(without.total, compute(meta, episodes, noises).total, rtol=1e-12, atol=1e-14)
 
 
-def test_outputs_of_adapted_networks_are_the_same() -> None:
-    for problem in (conv_problem, regression_problem):
-        model, episodes = problem()
-        algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), num_evaluation_samples=3, **BAYESIAN)
-        meta, noises = start(model, algorithm)
-        generator = torch.Generator().manual_seed(3)
-        draws = [algorithm.draw_evaluation_noise(meta, generator=generator) for _ in range(NUM_TASKS)]
-        fast, plain = (
-            HypergradientStep(model, algorithm, fast=fast, programs=True).outputs(meta, episodes, noises, draws)[
-                "outputs"
-            ]
-            for fast in (True, False)
-        )
-        assert fast.shape == (NUM_TASKS, 3, *model_outputs(episodes, plain))
-        torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-10)
-
-
-def model_outputs(episodes: Episode, outputs: Tensor) -> tuple[int, int]:
-    return episodes.query.y.shape[1], outputs.shape[-1]
-
-
 @pytest.mark.parametrize(("problem", "num_written"), [(regression_problem, 0), (conv_problem, 1)])
 def test_programs_are_written_for_convolutions_only(
     problem: Any, num_written: int, monkeypatch: pytest.MonkeyPatch

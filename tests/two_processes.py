@@ -14,13 +14,14 @@ import torch
 from torch import distributed
 
 from ibaml import processes, tree
-from ibaml.algorithms import make_algorithm
+from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.algorithms.model import build_model
 from ibaml.data import SinusoidTasks
 from ibaml.evaluation import evaluate
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
 from ibaml.networks import MLP
+from ibaml.posterior import FittedModel
 from ibaml.processes import Processes, ProcessLostError
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
@@ -179,6 +180,12 @@ def primitives(group: Processes) -> dict:
     }
 
 
+def fitted(meta: MetaParameters) -> FittedModel:
+    return FittedModel(
+        model=model(), algorithm=ALGORITHMS["ibaml"], meta=meta, preprocessing=None, device=torch.device("cpu")
+    )
+
+
 def unequal_weights(group: Processes) -> None:
     network = MLP(1, input_shape=1, generator=torch.Generator().manual_seed(group.rank)).double()
     float32 = build_model(network, make_likelihood("gaussian", 1))
@@ -206,10 +213,9 @@ def everything(folder: Path, group: Processes) -> dict:
     found["diverged"] = message_of(lambda: trainer(own / "diverged", group).fit(Spoilt(), Tasks()))
     found["evaluation"] = dict(
         evaluate(
-            model(), ALGORITHMS["ibaml"], trainer(None, None, name="ibaml")._meta, Tasks(),
-            num_tasks=7, seed=3, processes=group,
+            fitted(trainer(None, None, name="ibaml")._meta), Tasks(), num_tasks=7, seed=3, processes=group
         ).per_task
-    )  # fmt: skip
+    )
     shares = trainer(own / "per_task_diverged", group, draws="per_task")
     found["per_task_diverged"] = message_of(lambda: shares.fit(SpoiltShare(), Tasks()))
     found["unequal"] = message_of(lambda: trainer(None, group, learning_rate=0.1 * (1 + group.rank)).fit(Tasks()))

@@ -1,7 +1,7 @@
-"""Evaluation over a fixed, seeded set of tasks.
+"""Evaluation over a fixed, seeded set of tasks, by one way for training, learners, command line and experiments.
 
-Task ``i`` is drawn from a generator seeded with ``(seed, i)`` alone. The set is therefore the same for every algorithm
-and independent of how many tasks are computed at a time, which is what paired comparisons need.
+Each task is adapted to and predicted by itself, with the functions and seeds of ``MetaLearner.adapt`` and ``predict``:
+see ``ibaml.seeds``. Tasks may differ in size, and each has the same weight.
 """
 
 import dataclasses
@@ -10,16 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ibaml import metrics, tree
-from ibaml.algorithms import Algorithm, MetaParameters
-from ibaml.algorithms.model import Model
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
-from ibaml.priors import DiagonalGaussian
+from ibaml.posterior import FittedModel
 from ibaml.processes import Processes
-from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
-from ibaml.types import Episode, Params, TaskSampler, Tensor
-
-_SEED_STRIDE = 1_000_003
+from ibaml.seeds import task_generator, task_seed
+from ibaml.types import Episode, TaskSampler, Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,11 +110,6 @@ def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets
     )
 
 
-def task_generator(seed: int, index: int) -> torch.Generator:
-    """Returns the generator of task ``index`` in the fixed set of tasks named by ``seed``."""
-    return torch.Generator().manual_seed(seed * _SEED_STRIDE + index)
-
-
 def draw_tasks(sampler: TaskSampler, start: int, stop: int, *, seed: int) -> Episode:
     """Draws tasks ``start .. stop - 1`` of the fixed set named by ``seed``, with a leading task axis."""
     episodes = [sampler.sample(1, generator=task_generator(seed, index)) for index in range(start, stop)]
@@ -132,60 +123,29 @@ def draw_tasks(sampler: TaskSampler, start: int, stop: int, *, seed: int) -> Epi
     return tree.map(lambda *leaves: torch.cat(leaves), *episodes)
 
 
-def predict(
-    model: Model,
-    algorithm: Algorithm,
-    meta: MetaParameters,
-    posterior: Params | DiagonalGaussian,
-    x: Tensor,
-    noise: Params,
-) -> Prediction:
-    """Predicts at ``x`` with weight samples of an adapted posterior.
-
-    Args:
-        model: Network and likelihood.
-        algorithm: The algorithm that adapted.
-        meta: Meta-parameters.
-        posterior: What ``algorithm.adapt`` returned as its value.
-        x: Inputs of one task, ``[num_examples, *input_shape]``.
-        noise: From ``algorithm.draw_evaluation_noise``.
-    """
-    outputs = algorithm.outputs(lambda weights: model.outputs(weights, meta.shared, x), posterior, noise)
-    return _prediction(model, meta, outputs)
-
-
-def _prediction(model: Model, meta: MetaParameters, outputs: dict[str, Tensor]) -> Prediction:
-    """Returns what the likelihood makes of ``Algorithm.outputs``."""
-    known = {name: value for name, value in outputs.items() if name != "outputs"}
-    return model.likelihood.predict(outputs["outputs"], meta.shared, **known)
+def draw_task(tasks: TaskSampler | Sequence[Episode], index: int, *, seed: int) -> Episode:
+    """Returns one task, without a task axis: of a sequence the one at ``index``, of a sampler a draw."""
+    if isinstance(tasks, Sequence):
+        return tasks[index]
+    return tree.map(lambda leaf: leaf[0], draw_tasks(tasks, index, index + 1, seed=seed))
 
 
 def evaluate(
-    model: Model,
-    algorithm: Algorithm,
-    meta: MetaParameters,
-    sampler: TaskSampler,
+    fitted: FittedModel,
+    tasks: TaskSampler | Sequence[Episode],
     *,
-    num_tasks: int,
+    num_tasks: int | None = None,
     seed: int,
-    temperature: float = 1.0,
-    tasks_per_chunk: int | None = None,
-    passes: HypergradientStep | None = None,
     on_progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
 ) -> Evaluation:
     """Adapts to each of a fixed set of tasks and scores the predictions on its query set.
 
     Args:
-        model: Network and likelihood.
-        algorithm: Algorithm whose ``adapt`` is used.
-        meta: Meta-parameters.
-        sampler: Source of the tasks.
-        num_tasks: Number of tasks, at least 1.
-        seed: Names the set of tasks.
-        temperature: Makes the predictions less sure (above 1) or surer.
-        tasks_per_chunk: Tasks that are drawn, and sent to the device, at a time (None: 8).
-        passes: What adapts; one that has been used before has its programs. None: a new one.
+        fitted: Network, likelihood, algorithm and meta-parameters.
+        tasks: Source of the tasks, or the tasks themselves, encoded as tensors.
+        num_tasks: Number of tasks, at least 1. None: all of a sequence.
+        seed: Names the set of tasks, and their noise.
         on_progress: Called with the number of finished tasks.
         processes: The processes that share the tasks; each returns the evaluation of all.
 
@@ -195,68 +155,41 @@ def evaluate(
         ProcessLostError: If another process has died or hangs.
 
     Cost:
-        Per task the inner solver's ``num_steps + 1`` gradients, and ``num_evaluation_samples`` forward passes.
+        Per task the inner solver's ``num_steps`` gradients, and ``num_evaluation_samples`` forward passes.
     """
+    if num_tasks is None:
+        num_tasks = len(tasks) if isinstance(tasks, Sequence) else 0
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
     processes = processes or Processes()
 
     def own_share() -> list[tuple[Prediction, Tensor]]:
+        found: list[tuple[Prediction, Tensor]] = []
         share = processes.share(num_tasks)
-        programs = None if num_tasks >= NUM_CALLS_THAT_PAY else False
-        computing = passes or HypergradientStep(model, algorithm, programs=programs)
-        return _score_tasks(model, algorithm, meta, sampler, share, seed, tasks_per_chunk, computing, on_progress)
-
-    scored = [task for share in processes.gather(own_share) for task in share]
-    predictions = [prediction if temperature == 1 else prediction.tempered(temperature) for prediction, _ in scored]
-    return summarise(model.likelihood, predictions, [target for _, target in scored])
-
-
-def _score_tasks(
-    model: Model,
-    algorithm: Algorithm,
-    meta: MetaParameters,
-    sampler: TaskSampler,
-    indices: range,
-    seed: int,
-    tasks_per_chunk: int | None,
-    passes: HypergradientStep,
-    on_progress: Callable[[int], None] | None,
-) -> list[tuple[Prediction, Tensor]]:
-    num_tasks = len(indices)
-    # Support sets of unequal sizes, as a list of episodes may have, cannot be stacked.
-    chunk = min(tasks_per_chunk or 8, num_tasks) if sampler.has_equal_sizes else 1
-    device = tree.leaves(meta.prior)[0].device
-
-    scored: list[tuple[Prediction, Tensor]] = []
-    num_outputs = 0
-    for start in range(indices.start, indices.stop, chunk or 1):
-        stop = min(start + chunk, indices.stop)
-        episodes = tree.map(lambda leaf: leaf.to(device), draw_tasks(sampler, start, stop, seed=seed))
-        for index in range(stop - start):
+        num_outputs = 0
+        for index in share:
+            task = tree.map(lambda leaf: leaf.to(fitted.device), draw_task(tasks, index, seed=seed))
             # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
-            task = tree.map(lambda leaf, i=index: leaf[i], episodes)
-            if start + index == indices.start:
-                num_outputs = model.check_task(task, task=f"test task {start}")
-            model.check_inputs(f"test task {start + index} support.x", task.support.x)
-            model.likelihood.check_targets(f"test task {start + index} query.y", task.query.y, num_outputs)
-        generators = [torch.Generator().manual_seed(2**40 + seed * _SEED_STRIDE + i) for i in range(start, stop)]
-        noises = [
-            (algorithm.draw_noise(meta, generator=g), algorithm.draw_evaluation_noise(meta, generator=g))
-            for g in generators
-        ]
-        stacked = passes.outputs(meta, episodes, *zip(*noises, strict=True))
-        outputs = [tree.map(lambda leaf, i=index: leaf[i], stacked) for index in range(stop - start)]
-        for index, value in enumerate(outputs, start=start):
-            if not bool(tree.all_finite(value)):
-                raise FloatingPointError(
-                    f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
-                    f"too large ({algorithm.describe()}), or inputs far from unit scale."
-                )
-        scored += [
-            (_prediction(model, meta, value).to(torch.device("cpu")), y.cpu())
-            for value, y in zip(outputs, episodes.query.y, strict=True)
-        ]
-        if on_progress is not None:
-            on_progress(stop)
-    return scored
+            if index == share.start:
+                num_outputs = fitted.model.check_task(task, task=f"test task {index}")
+            fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
+            fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, num_outputs)
+            found.append(_predict_task(fitted, task, index, seed=task_seed(seed, index)))
+            if on_progress is not None:
+                on_progress(index + 1)
+        return found
+
+    predicted = [task for share in processes.gather(own_share) for task in share]
+    return summarise(fitted.model.likelihood, *zip(*predicted, strict=True))
+
+
+def _predict_task(fitted: FittedModel, task: Episode, index: int, *, seed: int) -> tuple[Prediction, Tensor]:
+    """Returns the prediction of a task's query set and its targets, both in the units of the data, on the CPU."""
+    posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False)
+    outputs = fitted.outputs(posterior.value, task.query.x, seed=seed)
+    if not bool(tree.all_finite(outputs)):
+        raise FloatingPointError(
+            f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
+            f"too large ({fitted.algorithm.describe()}), or inputs far from unit scale."
+        )
+    return fitted.prediction(outputs).to(torch.device("cpu")), fitted.in_units(task.query.y).cpu()

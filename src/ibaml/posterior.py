@@ -9,11 +9,13 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model
+from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
-from ibaml.evaluation import predict
+from ibaml.fast import NllInParts
 from ibaml.likelihoods import Prediction
 from ibaml.priors import DiagonalGaussian
+from ibaml.seeds import noise_generator
 from ibaml.types import Batch, Episode, Params, Tensor
 
 
@@ -29,6 +31,7 @@ class FittedModel:
         device: Where to compute.
         temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
         step: Meta-step of ``meta``, if it comes from training.
+        max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
     """
 
     model: Model
@@ -38,6 +41,7 @@ class FittedModel:
     device: torch.device
     temperature: float = 1.0
     step: int | None = None
+    max_examples_per_pass: int | None = None
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
@@ -89,15 +93,26 @@ class FittedModel:
         *,
         seed: int,
         start: Params | DiagonalGaussian | None = None,
+        with_grad_norm: bool = True,
     ) -> "TaskPosterior":
         """Solves the inner problem of an encoded support set.
+
+        Args:
+            support: Support set on the device.
+            labels: Label of each class, for predictions.
+            seed: Seed of the noise of the inner problem.
+            start: Where the inner solver starts. None: at the prior.
+            with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
 
         Raises:
             MemoryError: If the support set does not fit into memory.
         """
-        noise = self.algorithm.draw_noise(self.meta, generator=torch.Generator().manual_seed(seed))
+        noise = self.algorithm.draw_noise(self.meta, generator=noise_generator("inner", seed))
+        noise = tree.map(lambda leaf: leaf.to(self.device), noise)
         try:
-            solution = self.algorithm.adapt(self.model, self.meta, support, noise, start=start)
+            solution = self.algorithm.adapt(
+                self._nll, self.meta, support, noise, start=start, with_grad_norm=with_grad_norm
+            )
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
                 raise MemoryError(
@@ -107,17 +122,50 @@ class FittedModel:
             raise
         return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
 
+    @property
+    def _nll(self) -> Nll:
+        if self.max_examples_per_pass is None:
+            return self.model
+        return NllInParts(self.model, self.max_examples_per_pass, self.model.network)
+
+    def outputs(self, posterior: Any, x: Tensor, *, seed: int) -> dict[str, Tensor]:
+        """Returns what the likelihood makes a prediction of at encoded inputs; see ``Algorithm.outputs``.
+
+        Args:
+            posterior: What the algorithm's ``adapt`` returned.
+            x: Inputs on the device.
+            seed: Seed of the weight samples.
+        """
+        noise = self.algorithm.draw_evaluation_noise(self.meta, generator=noise_generator("prediction", seed))
+        noise = tree.map(lambda leaf: leaf.to(self.device), noise)
+        with torch.no_grad():
+            return self.algorithm.outputs(
+                lambda weights: self.model.outputs(weights, self.meta.shared, x), posterior, noise
+            )
+
+    def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
+        """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units."""
+        with torch.no_grad():
+            prediction = self.model.likelihood.predict(
+                outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")
+            )
+            if self.temperature != 1:
+                prediction = prediction.tempered(self.temperature)
+            if self.preprocessing is None or self.preprocessing.targets is None:
+                return prediction
+            mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
+            return prediction.rescaled(mean.to(self.device), scale.to(self.device))
+
     def predict(self, posterior: Params | DiagonalGaussian, x: Tensor, *, seed: int) -> Prediction:
         """Predicts at encoded inputs; numbers in the targets' units."""
-        noise = self.algorithm.draw_evaluation_noise(self.meta, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            prediction = predict(self.model, self.algorithm, self.meta, posterior, x, noise)
-        if self.temperature != 1:
-            prediction = prediction.tempered(self.temperature)
+        return self.prediction(self.outputs(posterior, x, seed=seed))
+
+    def in_units(self, targets: Tensor) -> Tensor:
+        """Returns encoded targets as those of predictions: numbers in the units of the data, class indices as such."""
         if self.preprocessing is None or self.preprocessing.targets is None:
-            return prediction
+            return targets
         mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
-        return prediction.rescaled(mean.to(x.device), scale.to(x.device))
+        return targets.double() * scale.to(targets.device) + mean.to(targets.device)
 
 
 class TaskPosterior:

@@ -43,7 +43,7 @@ class TaskHypergradients(NamedTuple):
 
 
 class HypergradientStep:
-    """Computes the hypergradients of tasks, and the outputs of networks that were adapted to them.
+    """Computes the hypergradients of tasks.
 
     Args:
         model: Network and likelihood.
@@ -118,32 +118,6 @@ class HypergradientStep:
         """
         compute = self._hypergradients if with_scores else self._hypergradients_without_scores
         return compute(meta, episodes, _stacked(noises))
-
-    def outputs(
-        self,
-        meta: MetaParameters,
-        episodes: Episode,
-        noises: Sequence[TaskNoise],
-        evaluation_noises: Sequence[Params],
-    ) -> dict[str, Tensor]:
-        """Adapts to each task and returns what ``Algorithm.outputs`` does at its query inputs, with an axis of tasks.
-
-        Args:
-            meta: Meta-parameters.
-            episodes: Tasks, with a leading axis, on the device of the meta-parameters.
-            noises: Noise of the inner problem of each task.
-            evaluation_noises: For each task the noise of its weight samples, from ``draw_evaluation_noise``.
-        """
-        meta = self._flat(meta)
-
-        def of_task(episode: Episode, noise: TaskNoise, evaluation_noise: Params) -> dict[str, Tensor]:
-            posterior = self._algorithm.adapt(self._nll, meta, episode.support, noise, with_grad_norm=False).value
-            network = functools.partial(self._network_outputs, shared=meta.shared, x=episode.query.x)
-            return self._algorithm.outputs(network, posterior, evaluation_noise)
-
-        draws = self._flat_noise(_stacked(evaluation_noises))
-        chunks = self._in_chunks(of_task, episodes, self._flat_task_noise(_stacked(noises)), draws)
-        return tree.map(lambda *leaves: torch.cat(leaves), *chunks)
 
     def _hypergradients_of(
         self, meta: MetaParameters, episodes: Episode, noises: TaskNoise, *, with_scores: bool = True

@@ -5,7 +5,6 @@ import torch
 
 from ibaml import tree
 from ibaml.data import FixedEpisodes
-from ibaml.data.fixed_episodes import EpisodesInOrder
 from ibaml.types import Batch, Episode
 
 
@@ -80,13 +79,3 @@ def test_refuses():
         tasks.sample(1.0, generator=generator())
     with pytest.raises(TypeError, match="generator must be a torch.Generator"):
         tasks.sample(1, generator=0)
-
-
-def test_episodes_in_order():
-    batches = [Batch(torch.full((2, 1), float(index)), torch.zeros(2, 1)) for index in range(3)]
-    tasks = EpisodesInOrder([Episode(batch, batch) for batch in batches])
-    source = torch.Generator()
-    assert tasks.sample(2, generator=source).support.x[:, 0, 0].tolist() == [0, 1]
-    assert tasks.sample(1, generator=source).support.x[:, 0, 0].tolist() == [2]
-    with pytest.raises(ValueError, match="num_tasks is 1, but 0 of 3 episodes are left"):
-        tasks.sample(1, generator=source)

@@ -16,10 +16,11 @@ from ibaml.data import SinusoidTasks
 from ibaml.data.prepare import prepare
 from ibaml.learner.defaults import table_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_model
+from ibaml.learner.held_out import held_out_tasks
 from ibaml.likelihoods import ClassPrediction, MixturePrediction
 from ibaml.networks import MLP
+from ibaml.seeds import task_seed
 from ibaml.solvers.inner import RelativeAdam
-from ibaml.table_evaluation import read_episodes
 from ibaml.train import TrainerSettings
 from ibaml.train.checkpoint import save_tensors
 
@@ -151,14 +152,16 @@ def test_three_classes_and_classes_of_each_task():
 
 def predictions_of_half(learner, tasks):
     """What ``evaluate`` scores, through the public functions: the same splits and seed, in the terms of the data."""
-    episodes = read_episodes(learner.fitted_model, tasks, learner._splits, num_tasks=0, seed=0)
-    for task, episode in zip(tasks, episodes, strict=True):
+    episodes = held_out_tasks(learner.fitted_model, tasks, learner._splits, seed=0)
+    for index, (task, episode) in enumerate(zip(tasks, episodes, strict=True)):
+        seed = task_seed(0, index)
         support, query = (
             [int(np.flatnonzero((np.abs(encoded - row) < 1e-5).all(1))[0]) for row in batch.x.numpy()]
             for encoded in [learner.fitted_model.encode("x", task[0]).numpy()]
             for batch in episode
         )
-        yield learner.adapt(task[0][support], task[1][support]).predict(task[0][query]), task[1][query]
+        posterior = learner.adapt(task[0][support], task[1][support], seed=seed)
+        yield posterior.predict(task[0][query], seed=seed), task[1][query]
 
 
 def test_evaluation_of_classes_is_that_of_the_predictions(classifier):

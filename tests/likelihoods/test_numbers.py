@@ -268,7 +268,7 @@ def test_student_t_beats_the_gaussian_on_data_with_outliers():
 
     tasks, test = [task() for _ in range(40)], [task() for _ in range(20)]
     nll = {
-        name: MetaLearner(likelihood=name).fit(tasks, num_steps=60).evaluate(test)["nll"]
+        name: MetaLearner(likelihood=name).fit(tasks, num_steps=40).evaluate(test)["nll"]
         for name in ("gaussian", "student_t")
     }
     assert nll["student_t"].mean < nll["gaussian"].mean - 0.3
@@ -282,7 +282,7 @@ def test_poisson_recovers_rates():
         rate = np.exp(3 + 0.7 * generator.normal() + 0.8 * x[:, 0])
         return x, generator.poisson(rate), rate
 
-    learner = MetaLearner(likelihood="poisson").fit([task()[:2] for _ in range(40)], num_steps=60)
+    learner = MetaLearner(likelihood="poisson").fit([task()[:2] for _ in range(40)], num_steps=40)
     test = [task() for _ in range(10)]
     errors = []
     for x, y, rate in test:

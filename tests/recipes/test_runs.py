@@ -15,6 +15,7 @@ from ibaml.evaluation import evaluate
 from ibaml.learner.evaluations import read_evaluation, write_evaluation
 from ibaml.learner.folder import MODEL, SETTINGS
 from ibaml.learner.run_folder import write_summary
+from ibaml.posterior import FittedModel
 from ibaml.processes import launch
 from ibaml.recipes import get_recipe, runs
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
@@ -208,7 +209,7 @@ def test_every_way_to_evaluate_gives_the_same_numbers(trained):
     learner = MetaLearner.load(trained)
     report = learner.evaluate(RECIPE.data.sampler("test"), num_tasks=3, seed=4)
     fitted = learner.fitted_model
-    direct = evaluate(fitted.model, fitted.algorithm, fitted.meta, RECIPE.data.sampler("test"), num_tasks=3, seed=4)
+    direct = evaluate(fitted, RECIPE.data.sampler("test"), num_tasks=3, seed=4)
     assert dict(found.evaluation.report) == dict(report) == dict(direct.report)
     stored = read_evaluation(trained)
     assert stored.report == dict(report) and stored.step == found.step == fitted.step
@@ -248,7 +249,8 @@ def evaluation(num_tasks: int = 3):
     learner = RECIPE.learner()
     model, algorithm = learner.model, learner.algorithm
     meta = algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(0))
-    return evaluate(model, algorithm, meta, RECIPE.data.sampler("test"), num_tasks=num_tasks, seed=4)
+    fitted = FittedModel(model=model, algorithm=algorithm, meta=meta, preprocessing=None, device=torch.device("cpu"))
+    return evaluate(fitted, RECIPE.data.sampler("test"), num_tasks=num_tasks, seed=4)
 
 
 def write(folder, found):

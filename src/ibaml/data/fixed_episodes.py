@@ -70,24 +70,3 @@ class FixedEpisodes:
             )
         indices = torch.randint(len(self.episodes), (num_tasks,), generator=generator).tolist()
         return tree.map(lambda *leaves: torch.stack(leaves), *(self.episodes[index] for index in indices))
-
-
-class EpisodesInOrder(FixedEpisodes):
-    """Yields a sequence of episodes in order, once; for evaluation."""
-
-    def __init__(self, episodes: Sequence[Episode]) -> None:
-        super().__init__(episodes)
-        self._next = 0
-
-    def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
-        """Returns the next tasks.
-
-        Raises:
-            ValueError: If fewer are left.
-        """
-        del generator
-        chosen = self.episodes[self._next : self._next + num_tasks]
-        if len(chosen) < num_tasks:
-            raise ValueError(f"num_tasks is {num_tasks}, but {len(chosen)} of {len(self.episodes)} episodes are left.")
-        self._next += num_tasks
-        return tree.map(lambda *leaves: torch.stack(leaves), *chosen)

@@ -12,25 +12,23 @@ from torch import nn
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.algorithms.model import Model, build_model
-from ibaml.calibration import fit_temperature
-from ibaml.data.fixed_episodes import EpisodesInOrder
-from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, prepare
+from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
+from ibaml.learner.held_out import held_out_tasks
 from ibaml.learner.settings import LearnerSettings, as_patterns
+from ibaml.learner.temperature import fit_temperature
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.processes import Processes
-from ibaml.table_evaluation import adapt_to_episodes, evaluate_tables, read_episodes
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.types import Episode, TaskSampler
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -327,9 +325,9 @@ class MetaLearner(Estimator):
             ValueError: If a task does not fit.
         """
         fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
-        episodes = read_episodes(fitted, validation_tasks, self._splits, num_tasks=num_tasks, seed=seed)
-        predictions, targets = adapt_to_episodes(fitted, episodes, seed=seed)
-        self._fitted = dataclasses.replace(fitted, temperature=fit_temperature(predictions, targets))
+        held_out = self._evaluate(fitted, validation_tasks, num_tasks=num_tasks, seed=seed)
+        temperature = fit_temperature(held_out.predictions, held_out.query_targets)
+        self._fitted = dataclasses.replace(fitted, temperature=temperature)
         return self
 
     def evaluate(self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0) -> dict[str, Estimate]:
@@ -350,38 +348,39 @@ class MetaLearner(Estimator):
             NotFittedError: Before ``fit`` or ``load``.
             ValueError: If a task does not fit.
         """
-        fitted = self.fitted_model
-        if self.preprocessing is None or is_raw(test_tasks) or is_folder(test_tasks):
-            return dict(self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed).report)
-        episodes = read_episodes(fitted, test_tasks, self._splits, num_tasks=num_tasks, seed=seed)
-        return dict(evaluate_tables(fitted, episodes, seed=seed).report)
+        return dict(self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed).report)
 
     def evaluate_in_full(
         self,
-        test_tasks: TaskSampler | Sequence[Episode] | str | Path,
+        test_tasks: Any,
         *,
         num_tasks: int = 600,
         seed: int = 0,
         on_progress: Callable[[int], None] | None = None,
+        processes: Processes | None = None,
     ) -> Evaluation:
-        """Like ``evaluate``, for samplers, Episodes and image folders; returns per-task metrics and predictions too."""
-        fitted = self.fitted_model
-        if isinstance(test_tasks, str | Path):
-            if self.preprocessing is None or self.preprocessing.image_size is None:
-                raise ValueError(f"test_tasks is the folder {test_tasks}, but the model was not trained on images.")
-            test_tasks = image_sampler(self.preprocessing, test_tasks, self._splits)
-        if isinstance(test_tasks, Sequence):
-            num_tasks = len(test_tasks)
-        sampler = EpisodesInOrder(test_tasks) if isinstance(test_tasks, Sequence) else test_tasks
-        return evaluate(
-            fitted.model,
-            fitted.algorithm,
-            fitted.meta,
-            sampler,
+        """Like ``evaluate``; returns the scores of each task and the predictions as well.
+
+        Args:
+            test_tasks: As in ``evaluate``.
+            num_tasks: As in ``evaluate``.
+            seed: As in ``evaluate``.
+            on_progress: Called with the number of finished tasks.
+            processes: The processes that share the tasks.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            TypeError: If the tasks are of no accepted form.
+            ValueError: If a task does not fit.
+            FloatingPointError: If predictions are not finite, naming the task.
+        """
+        return self._evaluate(
+            self.fitted_model,
+            test_tasks,
             num_tasks=num_tasks,
             seed=seed,
-            temperature=fitted.temperature,
             on_progress=on_progress,
+            processes=processes,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -433,6 +432,11 @@ class MetaLearner(Estimator):
             freeze=as_patterns(self.freeze_patterns),
             classes=self.classes,
         )
+
+    def _evaluate(self, fitted: FittedModel, tasks: Any, *, num_tasks: int, seed: int, **how: Any) -> Evaluation:
+        held_out = held_out_tasks(fitted, tasks, self._splits, seed=seed)
+        count = None if isinstance(held_out, Sequence) else num_tasks
+        return evaluate(fitted, held_out, num_tasks=count, seed=seed, **how)
 
     def _write(self, folder: Path, fitted: FittedModel) -> Path:
         # By name: requires_grad=False freezes as well, which no pattern would tell.

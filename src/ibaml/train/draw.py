@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
-from ibaml.evaluation import draw_tasks, task_generator
+from ibaml.evaluation import draw_tasks
 from ibaml.likelihoods import Likelihood
+from ibaml.seeds import noise_generator, task_seed
 from ibaml.train.settings import TrainerSettings
 from ibaml.types import Episode, TaskSampler
 
@@ -47,8 +48,7 @@ def draw_step(
     if settings.draws == "per_task":
         seed = int(torch.randint(2**40, (), generator=generator))
         episodes = draw_tasks(tasks, share.start, share.stop, seed=seed)
-        # Far from the generators of the tasks.
-        own = (torch.Generator().manual_seed(2**62 + task_generator(seed, i).initial_seed()) for i in share)
+        own = (noise_generator("inner", task_seed(seed, index)) for index in share)
         return DrawnTasks(episodes, share.start, [algorithm.draw_noise(meta, generator=one) for one in own])
     episodes = tasks.sample(settings.tasks_per_step, generator=generator)
     # All of it in every process, so that the generator stays the same in all.

@@ -21,6 +21,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model
 from ibaml.evaluation import evaluate
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
+from ibaml.posterior import FittedModel
 from ibaml.processes import Processes, ProcessLostError, placed
 from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.train.checkpoint import (
@@ -259,6 +260,16 @@ class Trainer:
         self._agreed_stop = (interrupted, late)
         return total, info, score
 
+    def _fitted(self) -> FittedModel:
+        return FittedModel(
+            model=self.model,
+            algorithm=self.algorithm,
+            meta=self._meta,
+            preprocessing=None,
+            device=self.device,
+            max_examples_per_pass=self.settings.max_examples_per_pass,
+        )
+
     def _score_name(self) -> str:
         return self.model.likelihood.step_score_name
 
@@ -284,15 +295,11 @@ class Trainer:
     def _validate(self, tasks: TaskSampler, log: TrainingLog) -> str:
         try:
             result = evaluate(
-                self.model,
-                self.algorithm,
-                self._meta,
+                self._fitted(),
                 tasks,
                 num_tasks=self.settings.num_validation_tasks,
                 # Far from every seed that a user would give to test tasks.
                 seed=self.settings.seed + 10**6,
-                tasks_per_chunk=self.settings.tasks_per_chunk,
-                passes=self._hypergradients,
                 processes=self.processes,
             )
         except (ValueError, FloatingPointError) as error:

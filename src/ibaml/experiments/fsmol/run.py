@@ -15,12 +15,12 @@ import torch
 
 from ibaml import metrics
 from ibaml.data import Assays, AssayTasks, load_assays
-from ibaml.evaluation import task_generator
 from ibaml.experiments.fsmol import baselines
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
 from ibaml.learner import MetaLearner
 from ibaml.recipes import RECIPES, Recipe, get_recipe
+from ibaml.seeds import task_generator
 from ibaml.train.devices import resolve_device
 from ibaml.types import Batch, Tensor
 

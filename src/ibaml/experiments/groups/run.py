@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ibaml.data import GroupedTasks
-from ibaml.evaluation import task_generator
 from ibaml.experiments import linear_head
 from ibaml.experiments.groups.baselines import (
     Array,
@@ -28,6 +27,7 @@ from ibaml.experiments.groups.baselines import (
 )
 from ibaml.experiments.groups.tables import DATASETS, Dataset, folds, load, orthogonalise
 from ibaml.experiments.report import require_at_least
+from ibaml.seeds import task_generator
 from ibaml.types import Batch
 
 METHODS = ("ibaml_linear", "ibaml_mlp", "mixed_effects", "ridge", "pooled")

@@ -1,7 +1,7 @@
 """Temperature scaling (Guo et al. 2017): one number, fitted on held-out tasks, that rescales confidence."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,14 +10,13 @@ from ibaml.types import Tensor
 
 _LOG_RANGE = (-math.log(20.0), math.log(20.0))
 _NUM_GRID = 41
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def fit_temperature(predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> float:
     """Returns the temperature with the least mean nll, every task of the same weight.
 
     It is searched between 1/20 and 20 on the logarithmic scale: a grid finds the valley (a mixture of Gaussians over
-    weight samples may have several) and golden sections its bottom.
+    weight samples may have several) and Brent's method its bottom.
 
     Args:
         predictions: One prediction per held-out task.
@@ -27,10 +26,12 @@ def fit_temperature(predictions: Sequence[Prediction], targets: Sequence[Tensor]
         ValueError: If there are no tasks.
 
     Cost:
-        About 80 evaluations of the nll; no network is run.
+        About 70 evaluations of the nll; no network is run.
     """
     if not predictions:
         raise ValueError("calibration needs at least one task, but there are none.")
+    # Here, so that importing the library does not import scipy.
+    from scipy.optimize import minimize_scalar
 
     def mean_nll(log_temperature: float) -> float:
         temperature = math.exp(log_temperature)
@@ -43,20 +44,5 @@ def fit_temperature(predictions: Sequence[Prediction], targets: Sequence[Tensor]
     low, high = _LOG_RANGE
     grid = [low + (high - low) * index / (_NUM_GRID - 1) for index in range(_NUM_GRID)]
     best = min(range(_NUM_GRID), key=lambda index: mean_nll(grid[index]))
-    return math.exp(_golden_section(mean_nll, grid[max(best - 1, 0)], grid[min(best + 1, _NUM_GRID - 1)]))
-
-
-def _golden_section(function: Callable[[float], float], low: float, high: float) -> float:
-    """Returns the minimum of a function with one valley between two points."""
-    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_left, at_right = function(left), function(right)
-    while high - low > 1e-6:
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - _GOLDEN * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + _GOLDEN * (high - low)
-            at_right = function(right)
-    return (low + high) / 2
+    valley = grid[max(best - 1, 0)], grid[min(best + 1, _NUM_GRID - 1)]
+    return math.exp(minimize_scalar(mean_nll, bounds=valley, method="bounded", options={"xatol": 1e-7}).x)

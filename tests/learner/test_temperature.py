@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ibaml.calibration import fit_temperature
+from ibaml.learner.temperature import fit_temperature
 from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
 
 

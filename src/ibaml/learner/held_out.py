@@ -1,0 +1,49 @@
+"""Held-out tasks in any form as encoded tasks, to evaluate or calibrate on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ibaml import tree
+from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
+from ibaml.data.tables import read_tasks
+from ibaml.posterior import FittedModel
+from ibaml.seeds import task_generator
+from ibaml.types import Episode, TaskSampler
+
+
+def held_out_tasks(
+    fitted: FittedModel, tasks: Any, splits: SplitSettings, *, seed: int
+) -> TaskSampler | Sequence[Episode]:
+    """Returns held-out tasks as a sampler or as episodes.
+
+    Args:
+        fitted: The fitted model.
+        tasks: Data (each task is split once, with half of it as support unless ``splits`` says otherwise, and all the
+            rest as query), Episodes, a sampler or an image folder.
+        splits: How tasks are split.
+        seed: Seed of the splits.
+
+    Raises:
+        TypeError: If the tasks are of no accepted form.
+        ValueError: If a task does not fit or cannot be split.
+    """
+    preprocessing = fitted.preprocessing
+    if is_raw(tasks):
+        return tasks
+    if is_folder(tasks):
+        if preprocessing is None or preprocessing.image_size is None:
+            raise ValueError(f"test_tasks is the folder {tasks}, but the model was not trained on images.")
+        return image_sampler(preprocessing, tasks, splits)
+    if preprocessing is None:
+        raise TypeError(
+            f"the model was fitted on tensors, but tasks is a {type(tasks).__name__}: give a sampler or a sequence of "
+            "Episodes."
+        )
+    names = {"task": preprocessing.task_column, "target": preprocessing.target_columns}
+    is_long = hasattr(tasks, "columns")
+    columns: dict[str, Any] = {**names, "features": preprocessing.feature_names} if is_long else {}
+    if is_long and preprocessing.is_vector and preprocessing.target_columns is not None:
+        columns["target"] = preprocessing.target_columns[0]
+    dtype = tree.leaves(fitted.model.adapted)[0].dtype
+    sampler = table_splits(preprocessing, read_tasks(tasks, **columns), splits, dtype=dtype)
+    return [sampler.episode(index, generator=task_generator(seed, index)) for index in range(len(sampler))]
