@@ -43,9 +43,10 @@ def flatten(parameters: Params, *, num_axes: int = 0) -> Params:
 
 def unflatten(flat: Params, like: Params) -> Params:
     """Returns the parameters that ``flatten`` concatenated; names and shapes are those of ``like``."""
-    vector, start, parameters = flat[FLAT], 0, Params()
-    for name, value in like.items():
-        piece = vector[start : start + value.numel()]
+    start, parameters = 0, Params()
+    # One split, the derivative of which is one concatenation; that of each slice would be a vector of zeros.
+    pieces = flat[FLAT].split([value.numel() for value in like.values()])
+    for piece, (name, value) in zip(pieces, like.items(), strict=True):
         parameters[name] = _aligned(piece, start).view(value.shape)
         start += value.numel()
     return parameters
