@@ -1,21 +1,20 @@
 """Hierarchical regression on grouped tables: schools, growth curves, reaction times, drug concentrations.
 
 Groups are left out fold by fold. All methods learn from the other groups; then a left-out group shows a few of its rows
-at random and the rest is predicted. iBaML with a linear network and a Gaussian likelihood is a mixed-effects model
-whose posterior over the random effects is diagonal; with hidden layers it learns the features as well.
+at random and the rest is predicted. A linear-Gaussian head on the features alone is a mixed-effects model whose random
+effects are independent before any row is seen; with hidden units it learns further features.
 """
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ibaml.data import GroupedTasks
-from ibaml.experiments import linear_head
 from ibaml.experiments.groups.baselines import (
     Array,
     Predictor,
@@ -27,8 +26,10 @@ from ibaml.experiments.groups.baselines import (
 )
 from ibaml.experiments.groups.tables import DATASETS, Dataset, folds, load, orthogonalise
 from ibaml.experiments.report import require_at_least
+from ibaml.learner import MetaLearner
+from ibaml.networks import MLP
 from ibaml.seeds import task_generator
-from ibaml.types import Batch
+from ibaml.train import TrainerSettings
 
 METHODS = ("ibaml_linear", "ibaml_mlp", "mixed_effects", "ridge", "pooled")
 """All methods."""
@@ -162,22 +163,34 @@ def _learn(method: str, train: Rows, dataset: Dataset, settings: GroupsSettings)
         return per_group_ridge(train, num_support=settings.num_support, seed=settings.seed)
     if method == "pooled":
         return pooled(train)
-    tasks = GroupedTasks(
-        torch.from_numpy(train.x),
-        torch.from_numpy(train.y),
-        train.groups,
-        num_support=settings.num_support,
-        num_queries=20,
-    )
-    num_hidden = 0 if method == "ibaml_linear" else settings.num_hidden
-    meta, _ = linear_head.fit(tasks, num_hidden=num_hidden, num_steps=settings.num_steps, seed=settings.seed)
+    learner = _fit(train, num_hidden=0 if method == "ibaml_linear" else settings.num_hidden, settings=settings)
 
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
-        posterior = linear_head.adapt(meta, Batch(torch.from_numpy(x_support), torch.from_numpy(y_support)[:, None]))
-        mean, variance = linear_head.predict(posterior, meta.shared, torch.from_numpy(x_query))
-        return mean.numpy(), variance.numpy()
+        posterior = learner.adapt(torch.from_numpy(x_support), torch.from_numpy(y_support)[:, None])
+        prediction: Any = posterior.predict(torch.from_numpy(x_query))
+        return prediction.mean[:, 0].numpy(), prediction.total_uncertainty[:, 0].numpy()
 
     return predict
+
+
+def _fit(train: Rows, *, num_hidden: int, settings: GroupsSettings) -> MetaLearner:
+    x, y = torch.from_numpy(train.x), torch.from_numpy(train.y)
+    network = MLP(
+        1,
+        input_shape=x.shape[1],
+        hidden_sizes=(num_hidden,) if num_hidden else (),
+        activation="tanh",
+        zero_head=True,
+        skip_inputs=num_hidden > 0,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    # The head alone belongs to a group, in float64 as the tables are.
+    learner = MetaLearner(network.double(), "linear_gaussian", "gaussian", "head.*", seed=settings.seed)
+    outer_loop = TrainerSettings(
+        num_steps=settings.num_steps, tasks_per_step=16, learning_rate=0.1, schedule="cosine", seed=settings.seed
+    )
+    tasks = GroupedTasks(x, y, train.groups, num_support=settings.num_support, num_queries=20)
+    return learner.fit(tasks, settings=outer_loop)
 
 
 def _score(predict: Predictor, test: GroupedTasks, y_std: float, settings: GroupsSettings, seconds: float) -> Scores:
