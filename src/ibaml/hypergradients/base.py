@@ -1,7 +1,7 @@
 """What all hypergradients share: the shape of a bilevel problem, and the diagnostics."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,6 +14,24 @@ BilevelLoss: TypeAlias = Callable[[PyTree, PyTree], Tensor]
 InnerRun: TypeAlias = Callable[..., InnerSolution]
 """``(loss, init, *, num_differentiable_steps=None) -> InnerSolution``: an ``InnerSolver``, or one of its functions with
 the settings bound by ``functools.partial``."""
+
+
+def gradients_and_value(function: Callable[..., Any], *arguments: PyTree, has_aux: bool = False) -> tuple[Any, ...]:
+    """Returns the gradients in all arguments and the value, like ``torch.func.grad_and_value``, in less memory.
+
+    ``grad`` goes back inside its own level of differentiation and so records the way back as well, which keeps alive
+    what it has used; the pullback of ``vjp`` records nothing unless somebody differentiates it in turn.
+
+    Args:
+        function: Scalar function, or ``(scalar, aux)`` with ``has_aux``.
+        *arguments: Its arguments.
+        has_aux: Whether it returns more than the scalar.
+
+    Returns:
+        A tuple with a gradient for each argument, the value, and what else the function returned.
+    """
+    value, pullback, *aux = torch.func.vjp(function, *arguments, has_aux=has_aux)
+    return pullback(torch.ones_like(value)), value, *aux
 
 
 def diagnostics(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ibaml import tree
-from ibaml.hypergradients.base import diagnostics
+from ibaml.hypergradients.base import diagnostics, gradients_and_value
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
 from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
 from ibaml.solvers.curvature import gradient as gradient_of
@@ -132,9 +132,7 @@ def regularised_implicit_hypergradient(
             "term: make it a part of outer_loss."
         )
     arguments = () if shared is None else (shared,)
-    (outer_posterior, outer_prior, *outer_shared), value = torch.func.grad_and_value(
-        outer_loss, argnums=tuple(range(2 + len(arguments)))
-    )(posterior, prior, *arguments)
+    (outer_posterior, outer_prior, *outer_shared), value = gradients_and_value(outer_loss, posterior, prior, *arguments)
     nll_value, nll_gradient, nll_curvature = value_gradient_and_hvp(at_fixed(nll, *arguments), posterior)
     if outer_nll_weight:
         value = value + outer_nll_weight * nll_value

@@ -3,7 +3,7 @@
 import torch
 
 from ibaml import tree
-from ibaml.hypergradients.base import BilevelLoss, diagnostics
+from ibaml.hypergradients.base import BilevelLoss, diagnostics, gradients_and_value
 from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
 from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
@@ -49,7 +49,7 @@ def implicit_hypergradient(
         >>> gradient
         tensor(-0.2400)
     """
-    (outer_v, outer_meta), value = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(inner_params, meta_params)
+    (outer_v, outer_meta), value = gradients_and_value(outer_loss, inner_params, meta_params)
     _, inner_gradient, curvature = value_gradient_and_hvp(at_fixed(inner_loss, meta_params), inner_params)
     solution = solver(curvature, outer_v)
     pullback = torch.func.vjp(lambda meta: gradient_of(inner_loss)(inner_params, meta), meta_params)[1]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ibaml import tree
-from ibaml.hypergradients.base import BilevelLoss, InnerRun, diagnostics
+from ibaml.hypergradients.base import BilevelLoss, InnerRun, diagnostics, gradients_and_value
 from ibaml.solvers.curvature import at_fixed
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 
@@ -55,7 +55,7 @@ def unrolled_hypergradient(
         )
         return outer_loss(solution.value, meta), (solution.grad_norm, solution.value)
 
-    gradient, (value, (grad_norm, adapted)) = torch.func.grad_and_value(objective, has_aux=True)(meta_params)
+    (gradient,), value, (grad_norm, adapted) = gradients_and_value(objective, meta_params, has_aux=True)
     return gradient, diagnostics(value, grad_norm, adapted)
 
 
@@ -76,6 +76,6 @@ def first_order_hypergradient(
     """
     meta_params = tree.detach(meta_params)
     solution = inner_solver(at_fixed(inner_loss, meta_params), init(meta_params))
-    (outer_v, outer_meta), value = torch.func.grad_and_value(outer_loss, argnums=(0, 1))(solution.value, meta_params)
+    (outer_v, outer_meta), value = gradients_and_value(outer_loss, solution.value, meta_params)
     through_init = torch.func.vjp(init, meta_params)[1](outer_v)[0]
     return tree.add(outer_meta, through_init), diagnostics(value, solution.grad_norm, solution.value)
