@@ -20,10 +20,10 @@ from PIL import Image
 
 from ibaml import MetaLearner, SplitSettings, tree
 from ibaml.data import ClassImages, EpisodeSampler, load_class_folder, load_glyphs, load_omniglot
-from ibaml.evaluation import draw_tasks
 from ibaml.learner.folder import write_text
 from ibaml.metrics import Estimate, estimate
 from ibaml.recipes import get_recipe
+from ibaml.train.evaluate import draw_tasks
 from ibaml.types import Episode, Tensor
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import torch
 from benchmarks import baseline, peers
 from benchmarks.problems import AlgorithmName, MetaStep, Problem
 from ibaml import tree
-from ibaml.step import HypergradientStep
+from ibaml.train.step import HypergradientStep
 
 Candidate: TypeAlias = Callable[[Problem], MetaStep]
 

@@ -30,7 +30,7 @@ from ibaml.likelihoods import Categorical  # noqa: E402
 from ibaml.networks import Conv4  # noqa: E402
 from ibaml.solvers.inner import GradientDescent  # noqa: E402
 from ibaml.solvers.linear import CG  # noqa: E402
-from ibaml.step import HypergradientStep  # noqa: E402
+from ibaml.train.step import HypergradientStep  # noqa: E402
 from ibaml.types import Batch, Episode  # noqa: E402
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -28,10 +28,10 @@ from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.likelihoods import make_likelihood
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalPrior
-from ibaml.processes import Processes, connect, launch, num_launched
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.train import Trainer, TrainerSettings
+from ibaml.train.processes import Processes, connect, launch, num_launched
 from ibaml.types import TaskSampler
 
 IBAML = make_algorithm(

@@ -19,7 +19,11 @@ from ibaml.experiments.report import Place, run_experiment
 from ibaml.learner.compare import compare as compare_models
 from ibaml.learner.files import predict_files
 from ibaml.metrics import Estimate
-from ibaml.processes import (
+from ibaml.recipes import RECIPES, get_recipe, runs
+from ibaml.recipes.flags import parse_flags
+from ibaml.train import TrainingDivergedError
+from ibaml.train.devices import resolve_device
+from ibaml.train.processes import (
     ProcessLostError,
     connect,
     is_told_by_first,
@@ -28,10 +32,6 @@ from ibaml.processes import (
     num_launched,
     require_devices,
 )
-from ibaml.recipes import RECIPES, get_recipe, runs
-from ibaml.recipes.flags import parse_flags
-from ibaml.train import TrainingDivergedError
-from ibaml.train.devices import resolve_device
 from ibaml.train.progress import ProgressBar
 
 _console = Console(stderr=True)

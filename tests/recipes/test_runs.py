@@ -11,15 +11,15 @@ from rich.console import Console
 
 from ibaml import MetaLearner, records
 from ibaml.cli import main
-from ibaml.evaluation import evaluate
 from ibaml.learner.evaluations import read_evaluation, write_evaluation
 from ibaml.learner.folder import MODEL, SETTINGS
 from ibaml.learner.run_folder import write_summary
 from ibaml.posterior import FittedModel
-from ibaml.processes import launch
 from ibaml.recipes import get_recipe, runs
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
+from ibaml.train.evaluate import evaluate
 from ibaml.train.log import METRICS
+from ibaml.train.processes import launch
 
 CHANGES = {
     "trainer.num_steps": 2,
@@ -60,7 +60,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from ibaml.processes import connect
+from ibaml.train.processes import connect
 from ibaml.recipes import Recipe
 
 torch.set_num_threads({num_threads})

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ibaml import evaluation, records, tree
+from ibaml import records, tree
 from ibaml.algorithms import RECORDS, MetaParameters, make_algorithm
 from ibaml.algorithms.model import Model, build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
@@ -25,6 +25,7 @@ from ibaml.networks import MLP
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
+from ibaml.train import evaluate as evaluation
 from ibaml.train import trainer
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors, save_tensors
 from ibaml.train.draw import DrawnTasks, draw_step

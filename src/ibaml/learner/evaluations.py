@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ibaml.atomic import atomic_write, write_text
-from ibaml.evaluation import Evaluation
 from ibaml.learner.run_folder import EVALUATION
 from ibaml.metrics import Estimate, reliability_curve
 from ibaml.train.checkpoint import save_tensors
+from ibaml.train.evaluate import Evaluation
 from ibaml.types import Batch, Episode, Tensor
 
 

@@ -12,8 +12,8 @@ from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.identity import data_identity
 from ibaml.learner.run_folder import write_environment, write_summary
 from ibaml.posterior import FittedModel
-from ibaml.processes import Processes
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
+from ibaml.train.processes import Processes
 
 if TYPE_CHECKING:
     from rich.console import Console

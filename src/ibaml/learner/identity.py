@@ -4,8 +4,8 @@ from typing import Any
 
 from ibaml import tree
 from ibaml.data.prepare import Source, SplitSettings
-from ibaml.evaluation import draw_tasks
 from ibaml.train.checkpoint import digest
+from ibaml.train.evaluate import draw_tasks
 from ibaml.types import TaskSampler, Tensor
 
 _NUM_DRAWS = 4

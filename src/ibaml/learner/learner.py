@@ -14,7 +14,6 @@ from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.algorithms.model import Model, build_model
 from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
-from ibaml.evaluation import Evaluation, evaluate
 from ibaml.learner import defaults
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
@@ -26,9 +25,10 @@ from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
-from ibaml.processes import Processes
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
+from ibaml.train.evaluate import Evaluation, evaluate
+from ibaml.train.processes import Processes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -214,7 +214,7 @@ class MetaLearner(Estimator):
                 is stored at every validation that improves it, so that ``MetaLearner.load`` can read it meanwhile.
             max_minutes: Time limit of this call.
             progress: Show progress, on stderr or on a console of one's own.
-            processes: The processes that share each step's tasks, as ``ibaml.processes.connect`` gives them.
+            processes: The processes that share each step's tasks, as ``ibaml.train.processes.connect`` gives them.
 
         Returns:
             The learner itself.

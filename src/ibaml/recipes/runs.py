@@ -10,16 +10,16 @@ import torch
 
 from ibaml import records
 from ibaml.atomic import write_text
-from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
 from ibaml.learner.run_folder import RECIPE, write_summary
 from ibaml.posterior import FittedModel
-from ibaml.processes import Processes
 from ibaml.recipes.settings import Recipe
 from ibaml.train import TrainingResult
 from ibaml.train.checkpoint import CHECKPOINT, first_difference
+from ibaml.train.evaluate import Evaluation, draw_tasks
+from ibaml.train.processes import Processes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
-from ibaml.evaluation import draw_tasks
 from ibaml.likelihoods import Likelihood
 from ibaml.seeds import noise_generator, task_seed
+from ibaml.train.evaluate import draw_tasks
 from ibaml.train.settings import TrainerSettings
 from ibaml.types import Episode, TaskSampler
 

@@ -25,7 +25,7 @@ class TrainerSettings:
         log_every: Steps that one row of ``metrics.csv`` averages.
         tasks_per_chunk: Tasks computed at once by ``torch.func.vmap``; 1: a plain loop. None: one if the network has
             convolutions, which gain nothing from more, else all of a step.
-        fast: False switches off all that ``ibaml.step`` does for speed; results agree up to rounding.
+        fast: False switches off all that ``ibaml.train.step`` does for speed; results agree up to rounding.
         compile: Compile the network's passes as well: on CUDA 1.5 times faster each, after a minute of compiling.
         max_examples_per_pass: Pass at most so many examples of a task through the network at a time, for support sets
             larger than memory; not with batch normalisation.

@@ -19,11 +19,8 @@ import torch
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model
-from ibaml.evaluation import evaluate
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
-from ibaml.processes import Processes, ProcessLostError, placed
-from ibaml.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.train.checkpoint import (
     CHECKPOINT,
     TrainingState,
@@ -35,10 +32,13 @@ from ibaml.train.checkpoint import (
     save_state,
 )
 from ibaml.train.draw import check_targets, draw_step
+from ibaml.train.evaluate import evaluate
 from ibaml.train.log import TrainingBar, TrainingLog
+from ibaml.train.processes import Processes, ProcessLostError, placed
 from ibaml.train.result import StopReason, TrainingDivergedError, TrainingResult
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
+from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from ibaml.evaluation import draw_tasks
 from ibaml.experiments.report import Place
 from ibaml.experiments.sinusoid import run as sinusoid
 from ibaml.experiments.sinusoid.report import rows, summary
@@ -20,6 +19,7 @@ from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import read_evaluation
 from ibaml.priors import DiagonalGaussian
 from ibaml.recipes import Recipe, get_recipe, runs
+from ibaml.train.evaluate import draw_tasks
 from ibaml.types import Batch
 
 # Short inner problems and validations; what a recipe's own settings find is no matter for a test.

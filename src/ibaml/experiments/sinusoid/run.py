@@ -15,13 +15,13 @@ from rich.console import Console
 from ibaml import tree
 from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.data.sources import Sinusoid
-from ibaml.evaluation import Evaluation, draw_tasks
 from ibaml.experiments.report import Place, require_at_least
 from ibaml.experiments.training import TrainedRun, train_or_resume
 from ibaml.learner import MetaLearner
 from ibaml.metrics import Estimate, central_interval, coverage, estimate
 from ibaml.recipes import RECIPES, Recipe, get_recipe, runs
 from ibaml.train.devices import resolve_device
+from ibaml.train.evaluate import Evaluation, draw_tasks
 from ibaml.types import Batch, Episode, Tensor
 
 REFERENCE: Mapping[int, Mapping[int, float]] = {

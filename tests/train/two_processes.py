@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from ibaml import processes, tree
+from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.algorithms.model import build_model
 from ibaml.data import SinusoidTasks
-from ibaml.evaluation import evaluate
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
 from ibaml.networks import MLP
 from ibaml.posterior import FittedModel
-from ibaml.processes import Processes, ProcessLostError
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
-from ibaml.train import Trainer, TrainerSettings, TrainingResult
+from ibaml.train import Trainer, TrainerSettings, TrainingResult, processes
+from ibaml.train.evaluate import evaluate
+from ibaml.train.processes import Processes, ProcessLostError
 from ibaml.types import Episode
 
 ALGORITHMS = {

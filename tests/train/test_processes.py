@@ -14,11 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibaml import cli, processes, tree
-from ibaml.evaluation import evaluate
-from ibaml.processes import Processes, ProcessLostError, is_told_by_first, placed, require_devices
+from ibaml import cli, tree
+from ibaml.train import processes
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
+from ibaml.train.evaluate import evaluate
 from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.processes import Processes, ProcessLostError, is_told_by_first, placed, require_devices
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 _spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)

@@ -13,8 +13,8 @@ from ibaml import metrics, tree
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
-from ibaml.processes import Processes
 from ibaml.seeds import task_generator, task_seed
+from ibaml.train.processes import Processes
 from ibaml.types import Episode, TaskSampler, Tensor
 
 

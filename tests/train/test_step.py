@@ -14,7 +14,7 @@ from ibaml.likelihoods import Categorical, Gaussian, Likelihood
 from ibaml.networks import MLP, Conv4, ResNet12
 from ibaml.priors import DiagonalPrior
 from ibaml.solvers.inner import Adam, GradientDescent, NaturalGradient
-from ibaml.step import HypergradientStep, TaskHypergradients
+from ibaml.train.step import HypergradientStep, TaskHypergradients
 from ibaml.types import Batch, Episode, Tensor
 
 NUM_TASKS = 3

@@ -10,12 +10,12 @@ from ibaml import MetaLearner, TrainerSettings, metrics, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.algorithms.model import build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
-from ibaml.evaluation import Evaluation, draw_task, draw_tasks, evaluate
 from ibaml.likelihoods import make_likelihood
 from ibaml.networks import MLP
 from ibaml.posterior import FittedModel
 from ibaml.seeds import noise_generator, task_generator, task_seed
 from ibaml.solvers.inner import GradientDescent
+from ibaml.train.evaluate import Evaluation, draw_task, draw_tasks, evaluate
 from ibaml.types import Batch, Episode, TaskSampler
 
 ALGORITHMS = {
