@@ -13,6 +13,7 @@ from ibaml.algorithms.gradient_based import GradientBased
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
+from ibaml.algorithms.reptile import Reptile
 from ibaml.priors import PRIORS
 from ibaml.solvers.inner import INNER_SOLVERS
 from ibaml.solvers.linear import LINEAR_SOLVERS
@@ -25,6 +26,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "vampire": VAMPIRE,
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
+    "reptile": Reptile,
 }
 
 RECORDS: tuple[type, ...] = (
@@ -114,6 +116,7 @@ __all__ = [
     "MAML",
     "LinearGaussian",
     "RECORDS",
+    "Reptile",
     "VAMPIRE",
     "Algorithm",
     "GradientBased",
