@@ -156,6 +156,10 @@ def test_design():
     assert callable(run("design.md")["slope"])
 
 
+def test_tour(few_steps):
+    assert run("tour.md")["prediction"].mean.shape == (7,)
+
+
 def test_every_page_with_code_is_run():
     """A page whose blocks no test runs would rot."""
     tests = Path(__file__).read_text()
@@ -180,7 +184,6 @@ def test_the_tour_names_files_and_names_that_are_there():
     files = {path for path in re.findall(r"`([\w/]+(?:\.py|/))`", text) if not (source / path).exists()}
     assert files == set()
     code = "\n".join(path.read_text() for path in source.rglob("*.py"))
-    names = set(re.findall(r"`(?:\w+\.)?([A-Za-z_]\w+)`", text)) - {"ibaml", "train"}
+    names = set(re.findall(r"`(?:\w+\.)?([A-Za-z_]\w+)`", text)) - {"py", "train"}
     assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()
     assert len(text.splitlines()) <= 120
-

@@ -235,7 +235,7 @@ class Trainer:
         self._step += 1
         return {
             "loss": float(info.outer_loss.mean()),
-            self._score_name(): float(score.mean()),
+            self.model.likelihood.step_score_name: float(score.mean()),
             "inner_grad_norm": float(info.inner_grad_norm.mean()),
             "linear_residual": float(info.linear_residual.mean()),
             "linear_converged": float(info.linear_converged.double().mean()),
@@ -269,9 +269,6 @@ class Trainer:
             device=self.device,
             max_examples_per_pass=self.settings.max_examples_per_pass,
         )
-
-    def _score_name(self) -> str:
-        return self.model.likelihood.step_score_name
 
     def _apply(self, gradient: MetaParameters) -> None:
         rate = 1.0
