@@ -25,7 +25,7 @@ def result():
     patch.setattr(groups, "load", lambda dataset: table)
     calls = []
     found = groups.run(
-        GroupsSettings(datasets=("oxboys",), num_folds=2, num_draws=2, num_steps=150),
+        GroupsSettings(datasets=("oxboys",), num_folds=2, num_draws=2, num_steps=100),
         on_progress=lambda done, total: calls.append((done, total)),
     )
     patch.undo()

@@ -64,7 +64,7 @@ class GroupsSettings:
     num_support: int = 3
     num_folds: int = 5
     num_draws: int = 5
-    num_steps: int = 200
+    num_steps: int = 150
     num_hidden: int = 8
     seed: int = 0
 
