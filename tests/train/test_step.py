@@ -136,6 +136,16 @@ def test_chunks_do_not_matter(tasks_per_chunk: int, programs: bool) -> None:
     assert_equal(chunked, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
 
 
+@pytest.mark.parametrize("name", ["maml", "imaml", "abml", "ibaml"])
+def test_large_networks_without_convolutions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ibaml.algorithms.model._LARGEST_SMALL", 0)
+    model, episodes = regression_problem()
+    algorithm = make_algorithm(name, inner=GradientDescent(num_steps=2), **ALGORITHMS[name][1])
+    meta, noises = start(model, algorithm)
+    found = HypergradientStep(model, algorithm)(meta, episodes, noises)
+    assert_equal(found, HypergradientStep(model, algorithm, fast=False)(meta, episodes, noises), tolerance=1e-8)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_scores_can_be_left_out(fast: bool) -> None:
     model, episodes = regression_problem()

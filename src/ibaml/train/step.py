@@ -27,6 +27,8 @@ from ibaml.types import Episode, HypergradientInfo, Params, Tensor
 NUM_CALLS_THAT_PAY = 50
 """Steps of training, or tasks of an evaluation, from which on writing programs is worth its time."""
 
+_MOST_AT_ONCE = 2_000_000  # Weights of a network whose unrolled tasks may all be in memory.
+
 
 class TaskHypergradients(NamedTuple):
     """Hypergradients of several tasks.
@@ -82,20 +84,22 @@ class HypergradientStep:
             raise ValueError("max_examples_per_pass needs fast=True: without programs every part keeps its graph.")
         self._model = model
         self._algorithm = algorithm
-        self._is_flat = fast
-        self._nll: Nll = FlatNll(model) if fast else model
         self._has_programs = (
             fast
             and not model.shared_names
             and bool(max_examples_per_pass or (model.is_convolutional if programs is None else programs))
         )
+        # Where plain weights are many, one operation for all of them saves less than joining their gradients costs.
+        is_large_point = not (model.is_small or model.is_convolutional or algorithm.prior.is_distribution)
+        self._is_flat = fast and (self._has_programs or not is_large_point)
+        self._nll: Nll = FlatNll(model) if self._is_flat else model
         if self._has_programs:
             # A limit on examples is a limit on memory.
             num_kept = algorithm.num_curvature_points if max_examples_per_pass is None else 1
             self._nll = ProgramNll(model, num_kept=num_kept, compile=compile)
         if max_examples_per_pass is not None:
             self._nll = NllInParts(self._nll, max_examples_per_pass, model.network)
-        if tasks_per_chunk is None and fast and not model.is_small:
+        if tasks_per_chunk is None and fast and not _tasks_at_once(model, algorithm):
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk
         without_scores = functools.partial(self._hypergradients_of, with_scores=False)
@@ -173,6 +177,13 @@ class HypergradientStep:
 
     def _score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self._model.likelihood.step_score(outputs, targets)
+
+
+def _tasks_at_once(model: Model, algorithm: Algorithm) -> bool:
+    """Whether all tasks of a step are sooner done at once (measured on a CPU), though they hold memory at once."""
+    num_weights = sum(leaf.numel() for leaf in model.adapted.values())
+    unrolls = algorithm.estimator == "unrolled" and num_weights <= _MOST_AT_ONCE
+    return model.is_small or (unrolls and not model.is_convolutional)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
