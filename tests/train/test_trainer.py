@@ -22,6 +22,7 @@ from ibaml.algorithms.model import Model, build_model
 from ibaml.data import ClassImages, EpisodeSampler, FixedEpisodes, SinusoidTasks
 from ibaml.likelihoods import Categorical, make_likelihood
 from ibaml.networks import MLP
+from ibaml.posterior import FittedModel
 from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
@@ -672,14 +673,18 @@ def test_the_global_seed_does_not():
 # Choosing the best
 
 
+def fitted_model(model, algorithm, meta):
+    return FittedModel(model=model, algorithm=algorithm, meta=meta, preprocessing=None, device=torch.device("cpu"))
+
+
 def test_validation_chooses_the_best_state(tmp_path, monkeypatch):
     nlls = iter([3.0, 1.0, 2.0])
     seen = []
     real = trainer.evaluate
 
-    def scripted(model, algorithm, meta, tasks, **arguments):
-        result = real(model, algorithm, meta, tasks, **arguments)
-        seen.append((tree.map(torch.clone, meta), arguments["seed"], arguments["num_tasks"]))
+    def scripted(fitted, tasks, **arguments):
+        result = real(fitted, tasks, **arguments)
+        seen.append((tree.map(torch.clone, fitted.meta), arguments["seed"], arguments["num_tasks"]))
         nll = result.report["nll"]._replace(mean=next(nlls))
         return dataclasses.replace(result, report={**result.report, "nll": nll})
 
@@ -700,9 +705,8 @@ def test_validations_are_where_they_are_due_and_at_the_end(tmp_path):
 def test_logged_validation_equals_an_evaluation_of_that_state(tmp_path):
     result = fit(tmp_path, "ibaml")
     logged = {row["step"]: row for row in rows_of(tmp_path) if "validation_nll" in row}
-    again = evaluation.evaluate(
-        image_model(), ALGORITHMS["ibaml"], result.meta, image_tasks(1), num_tasks=3, seed=SMALL.seed + 10**6
-    )
+    fitted = fitted_model(image_model(), ALGORITHMS["ibaml"], result.meta)
+    again = evaluation.evaluate(fitted, image_tasks(1), num_tasks=3, seed=SMALL.seed + 10**6)
     assert logged[result.best_step]["validation_nll"] == pytest.approx(again.report["nll"].mean, abs=1e-6)
     assert min(row["validation_nll"] for row in logged.values()) == logged[result.best_step]["validation_nll"]
 
@@ -738,7 +742,7 @@ def test_training_lowers_the_loss_after_adaptation(name):
     before = run._snapshot()
     after = run.fit(train_tasks).meta
     nll = [
-        evaluation.evaluate(model, algorithm, meta, test_tasks, num_tasks=20, seed=1).report["nll"].mean
+        evaluation.evaluate(fitted_model(model, algorithm, meta), test_tasks, num_tasks=20, seed=1).report["nll"].mean
         for meta in (before, after)
     ]
     assert nll[1] < 0.7 * nll[0]
