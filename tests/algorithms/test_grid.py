@@ -179,9 +179,9 @@ def test_settings_that_cannot_work_are_refused(name: str, settings: dict[str, An
 
 
 def test_unknown_algorithm_is_refused_with_the_known_names() -> None:
-    message = f"algorithm must be one of {', '.join(ALGORITHMS)}, but is 'reptile'."
+    message = f"algorithm must be one of {', '.join(ALGORITHMS)}, but is 'sgd'."
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_algorithm("reptile")
+        make_algorithm("sgd")
 
 
 def test_names_stand_for_solvers_and_families_with_their_defaults() -> None:

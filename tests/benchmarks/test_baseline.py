@@ -61,7 +61,7 @@ def test_gradient_equivalents_by_hand():
     ("changes", "message"),
     [
         ({"network": "vgg"}, "network must be one of mlp, .*, but is 'vgg'"),
-        ({"algorithm": "reptile"}, "algorithm must be one of maml, .*, but is 'reptile'"),
+        ({"algorithm": "sgd"}, "algorithm must be one of maml, .*, but is 'sgd'"),
         ({"num_shots": 0}, "num_shots must be at least 1, but is 0"),
         ({"num_ways": 1}, "num_ways must be at least 2, but is 1"),
         ({"num_linear_steps": 5}, "num_linear_steps belongs to imaml and ibaml, and they need it, but is 5 for maml"),

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from ibaml import algorithms, tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.model import Model, build_model
-from ibaml.likelihoods import GaussianNoise
+from ibaml.likelihoods import Gaussian
 from ibaml.priors import FullGaussian, FullPrior
 from ibaml.solvers.inner import Adam, GradientDescent, NaturalGradient, RelativeAdam
 from ibaml.solvers.linear import CG
@@ -110,13 +110,13 @@ def test_a_range_that_is_none_is_refused() -> None:
 # posterior is Bayes' rule with all covariances.
 def linear_task(prior: FullGaussian) -> tuple[Model, MetaParameters, Episode, TaskNoise]:
     source = generator(3)
-    model = build_model(nn.Linear(3, 1, bias=False).double(), GaussianNoise(1))
+    model = build_model(nn.Linear(3, 1, bias=False).double(), Gaussian())
     x, x_query = (torch.randn(n, 3, generator=source, dtype=DOUBLE) for n in (5, 7))
     weights = torch.tensor([[1.0], [-0.5], [0.8]], dtype=DOUBLE)
     episode = Episode(Batch(x, x @ weights + 0.3), Batch(x_query, x_query @ weights))
     signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=DOUBLE)
     noise = {"weight": signs.unsqueeze(1)}
-    shared = {GaussianNoise.parameter_name: torch.tensor([math.log(NOISE_VARIANCE)], dtype=DOUBLE)}
+    shared = {Gaussian.parameter_name: torch.tensor([math.log(NOISE_VARIANCE)], dtype=DOUBLE)}
     named = FullGaussian({"weight": prior.mean["w"][None]}, {"weight": prior.log_scale["w"][None]}, prior.lower)
     return model, MetaParameters(named, shared), episode, TaskNoise(noise, noise)
 
@@ -124,7 +124,7 @@ def linear_task(prior: FullGaussian) -> tuple[Model, MetaParameters, Episode, Ta
 def solution(meta: MetaParameters, support: Batch) -> tuple[Tensor, Tensor]:
     """Mean and covariance by Bayes' rule."""
     precision = torch.linalg.inv(meta.prior.covariance())
-    noise = torch.exp(meta.shared[GaussianNoise.parameter_name])
+    noise = torch.exp(meta.shared[Gaussian.parameter_name])
     covariance = torch.linalg.inv(support.x.mT @ support.x / noise + precision)
     return covariance @ (precision @ meta.prior.mean["weight"][0] + support.x.mT @ support.y[:, 0] / noise), covariance
 
@@ -158,7 +158,7 @@ def test_implicit_gradient_is_the_derivative_of_bayes_rule(temperature: float) -
         mean, covariance = solution(MetaParameters(theta.prior, shared), episode.support)
         error = (episode.query.y[:, 0] - episode.query.x @ mean) ** 2
         variance = torch.einsum("ni,ij,nj->n", episode.query.x, covariance, episode.query.x)
-        log_noise = theta.shared[GaussianNoise.parameter_name]
+        log_noise = theta.shared[Gaussian.parameter_name]
         return 0.5 * ((error + variance) * torch.exp(-log_noise) + log_noise + math.log(2 * math.pi)).mean()
 
     assert relative_error(gradient, torch.func.grad(outer_loss)(meta)) < 1e-8

@@ -160,7 +160,7 @@ def test_refused_settings(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_files_of_a_user_become_inputs(name, asked, tmp_path):
     source = EXAMPLES[name]
     preprocessing = source.preprocessing()

@@ -107,7 +107,7 @@ def test_training_and_evaluating(done):
         assert re.fullmatch(r".+, \d+ thread\(s\)", result.devices[0]) and len(result.devices) == 1
     assert not maml.differences
     for name, difference in ibaml.differences.items():
-        gap = ibaml.train.evaluate.per_task[name] - maml.evaluation.per_task[name]
+        gap = ibaml.evaluation.per_task[name] - maml.evaluation.per_task[name]
         assert difference.mean == pytest.approx(gap.mean().item(), abs=1e-12)
         # Student's t for three degrees of freedom.
         assert difference.half_width == pytest.approx(3.182446305 * gap.std().item() / 2, rel=1e-8)
