@@ -4,6 +4,7 @@ An algorithm knows no network: it asks an ``Nll`` for losses of the inner variab
 nll per example by ``torch.func``; ``ibaml.algorithms.model.Model`` is one. ``ibaml.fast`` has one that is sooner done.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -47,12 +48,12 @@ class Nll(Protocol):
         ...
 
 
-class PlainNll:
+class PlainNll(abc.ABC):
     """Everything from the nll per example, which a subclass gives, by ``torch.func``."""
 
+    @abc.abstractmethod
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """See ``Nll``."""
-        raise NotImplementedError
 
     @property
     def is_small(self) -> bool:
