@@ -39,6 +39,18 @@ class TaskNoise(NamedTuple):
     outer: Params
 
 
+class Network(Protocol):
+    """A network as a function of its parameters, as predictions see it."""
+
+    def outputs(self, adapted: Params, shared: Params, x: Tensor, /) -> Tensor:
+        """Returns the outputs, ``[num_examples, num_outputs]``."""
+        ...
+
+    def features(self, shared: Params, x: Tensor, /) -> Tensor:
+        """Returns the inputs of the last linear layer, ``[num_examples, num_features]``."""
+        ...
+
+
 class Algorithm(Protocol):
     """An algorithm with its settings: a frozen dataclass, stateless. Meta-parameters and noise are arguments."""
 

@@ -1,0 +1,210 @@
+"""What heads share: a task owns a function of shared features, found exactly; the features are computed once.
+
+With features ``z = phi(x; shared)`` the inner problem of a task is solved in closed form or by Newton's method to
+convergence, so that the derivative of its solution by the implicit function theorem is exact (Zhang et al. 2023,
+Theorem 2 with an error of zero). A head is a few functions of features; this class makes an ``Algorithm`` of them.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+
+import torch
+
+from ibaml import tree
+from ibaml.algorithms.base import MetaParameters, Network, TaskNoise
+from ibaml.algorithms.nll import Nll
+from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
+
+Solution = TypeVar("Solution")
+
+
+class HeadPosterior(NamedTuple, Generic[Solution]):
+    """What a head knows of a task.
+
+    Attributes:
+        centre: What is subtracted from features first, ``[num_features]``.
+        solution: What the head found: a pytree of tensors.
+    """
+
+    centre: Tensor
+    solution: Solution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head(abc.ABC):
+    """An algorithm whose adapted part is a head on shared features.
+
+    Subclasses are functions of inputs ``z``, ``[num_examples, num_inputs]``: features, centred if asked for, and a
+    constant 1 as the last. All of them must work under ``torch.func.vmap`` over tasks, and ``solve`` and
+    ``outer_loss`` under ``torch.func.grad`` in prior, shared parameters and inputs, exactly.
+
+    Attributes:
+        centre: Whether the mean of the support set's features is subtracted from all features of a task.
+    """
+
+    name: ClassVar[str]
+    is_bayesian: ClassVar[bool] = True
+    estimator: ClassVar[Literal["implicit"]] = "implicit"
+    num_curvature_points: ClassVar[int] = 1
+
+    centre: bool = False
+
+    @property
+    def temperature(self) -> float | None:
+        """Weight of the prior beside Bayes' rule, which is 1; None for heads without a posterior."""
+        return 1.0 if self.is_bayesian else None
+
+    @property
+    @abc.abstractmethod
+    def serves_any_number_of_outputs(self) -> bool:
+        """Whether what was learned with some number of classes serves tasks with another."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """Returns how a task is solved, in a few words for reports and messages."""
+
+    @abc.abstractmethod
+    def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> Any:
+        """Returns the meta-parameters of the head that training starts from: a pytree of tensors.
+
+        Args:
+            num_inputs: Features of an example, and the constant.
+            num_outputs: Classes or targets of the training tasks.
+            like: Gives dtype and device.
+        """
+
+    @abc.abstractmethod
+    def parameter_groups(self, prior: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tensors of a prior that say where, and those that say how wide, on a log scale."""
+
+    @abc.abstractmethod
+    def solve(self, prior: Any, shared: Params, support: Batch, num_outputs: int) -> tuple[Any, Tensor]:
+        """Solves the inner problem.
+
+        Args:
+            prior: Meta-parameters of the head.
+            shared: Holds the likelihood's parameters, such as its noise variance.
+            support: Inputs ``z`` and targets, of one task.
+            num_outputs: Classes or targets of the task.
+
+        Returns:
+            The solution, and the norm of the inner gradient there relative to its terms, a detached scalar.
+        """
+
+    @abc.abstractmethod
+    def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
+        """Returns ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and maybe ``"output_variance"``.
+
+        Args:
+            solution: From ``solve``.
+            shared: As there.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+            noise: From ``draw_evaluation_noise``.
+        """
+
+    @abc.abstractmethod
+    def outer_loss(self, solution: Any, shared: Params, query: Batch) -> Tensor:
+        """Returns the loss of the query set, mean over its examples in nats, a scalar."""
+
+    @abc.abstractmethod
+    def mean(self, solution: Any, inputs: Tensor) -> Tensor:
+        """Returns the outputs at the middle of the posterior, ``[num_examples, num_outputs]``."""
+
+    def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
+        """Returns initial meta-parameters; see ``Algorithm``.
+
+        Raises:
+            ValueError: If the adapted parameters are not those of one linear layer.
+        """
+        del generator
+        weights = [value for value in adapted.values() if value.ndim == 2]
+        biases = [value for value in adapted.values() if value.ndim == 1]
+        if len(weights) != 1 or len(weights) + len(biases) != len(adapted) or len(biases) > 1:
+            raise ValueError(
+                f"algorithm {self.name!r} takes the place of one linear layer, but the adapted parameters are "
+                f"{', '.join(f'{name} {list(value.shape)}' for name, value in adapted.items())}: adapt the last "
+                "linear layer alone, such as adapt='head.*'."
+            )
+        num_outputs, num_features = weights[0].shape
+        return MetaParameters(self.init_prior(num_features + 1, num_outputs, like=weights[0]), shared)
+
+    def draw_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> TaskNoise:
+        """Returns no noise: nothing is sampled in training."""
+        del meta, generator
+        return TaskNoise({}, {})
+
+    def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
+        """Returns no noise; a head that samples its predictions draws some."""
+        del meta, generator
+        return {}
+
+    def map_weights(self, function: Any, prior: Any) -> Any:
+        """Returns the prior itself: it is over no weights of the network."""
+        del function
+        return prior
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses what the head cannot solve; see ``Algorithm``."""
+        del nll, meta, episode
+
+    def adapt(
+        self,
+        nll: Nll,
+        meta: MetaParameters,
+        support: Batch,
+        noise: TaskNoise,
+        *,
+        start: Any = None,
+        with_grad_norm: bool = True,
+    ) -> InnerSolution:
+        """Solves the inner problem of one task; see ``Algorithm``. ``start`` has no effect: there is one solution.
+
+        Cost:
+            One pass of the support set through the network, and small linear algebra.
+        """
+        del noise, start, with_grad_norm
+        posterior, residual = self._posterior(meta, nll.features(meta.shared, support.x), support.y, nll.num_outputs)
+        return InnerSolution(posterior, residual, 0)
+
+    def hypergradient(
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+    ) -> tuple[MetaParameters, HypergradientInfo]:
+        """Returns one task's gradient of the outer loss, exact by implicit differentiation; see ``Algorithm``."""
+        del noise
+        support, query = episode
+
+        def objective(theta: MetaParameters) -> tuple[Tensor, tuple[HeadPosterior[Any], Tensor]]:
+            features = nll.features(theta.shared, support.x)
+            posterior, residual = self._posterior(theta, features, support.y, nll.num_outputs)
+            inputs = _inputs(nll.features(theta.shared, query.x), posterior.centre)
+            return self.outer_loss(posterior.solution, theta.shared, Batch(inputs, query.y)), (posterior, residual)
+
+        gradient, (loss, (posterior, residual)) = torch.func.grad_and_value(objective, has_aux=True)(tree.detach(meta))
+        solved = torch.ones_like(residual, dtype=torch.bool)
+        nothing = torch.zeros_like(residual)
+        return gradient, HypergradientInfo(loss, residual, nothing, solved, tree.detach(posterior))
+
+    def outputs(
+        self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, noise: Params
+    ) -> dict[str, Tensor]:
+        """Returns what a prediction is made of; see ``Algorithm``."""
+        inputs = _inputs(network.features(shared, x), posterior.centre)
+        return self.predict(posterior.solution, shared, inputs, noise)
+
+    def mean_outputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
+        """Returns the outputs at the middle of the posterior; see ``Algorithm``."""
+        return self.mean(posterior.solution, _inputs(network.features(shared, x), posterior.centre))
+
+    def _posterior(
+        self, meta: MetaParameters, features: Tensor, targets: Tensor, num_outputs: int
+    ) -> tuple[HeadPosterior[Any], Tensor]:
+        centre = features.mean(0) if self.centre else torch.zeros_like(features[0])
+        inputs = Batch(_inputs(features, centre), targets)
+        solution, residual = self.solve(meta.prior, meta.shared, inputs, num_outputs)
+        return HeadPosterior(centre, solution), residual.detach()
+
+
+def _inputs(features: Tensor, centre: Tensor) -> Tensor:
+    """Returns centred features with a constant 1 as the last column."""
+    return torch.cat([features - centre, torch.ones_like(features[:, :1])], dim=-1)
