@@ -14,7 +14,6 @@ from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import Prediction
-from ibaml.priors import DiagonalGaussian
 from ibaml.seeds import noise_generator
 from ibaml.types import Batch, Episode, Params, Tensor
 
@@ -72,14 +71,19 @@ class FittedModel:
                 raise ValueError("the support is empty; expected at least one example of the task.")
             targets = self.preprocessing.encode_targets("y_support", y, labels, dtype=dtype)
         support = Batch(inputs, targets.to(self.device))
-        self.model.check_task(Episode(support, support), task="the task's")
+        self.model.check_task(
+            Episode(support, support),
+            task="the task's",
+            any_number_of_classes=self.algorithm.serves_any_number_of_outputs,
+        )
         return support
 
     def labels_of(self, y: Any) -> Array | None:
         """Returns the class labels of a task; None for regression and for tensors."""
         if self.preprocessing is None or self.preprocessing.is_regression:
             return None
-        return self.preprocessing.labels_of_task("y_support", y)
+        any_number = self.algorithm.serves_any_number_of_outputs
+        return self.preprocessing.labels_of_task("y_support", y, any_number=any_number)
 
     def adapt(self, x: Any, y: Any, *, seed: int) -> "TaskPosterior":
         """Adapts to one task; see ``MetaLearner.adapt``."""
@@ -92,8 +96,9 @@ class FittedModel:
         labels: Array | None,
         *,
         seed: int,
-        start: Params | DiagonalGaussian | None = None,
+        start: Any = None,
         with_grad_norm: bool = True,
+        num_outputs: int | None = None,
     ) -> "TaskPosterior":
         """Solves the inner problem of an encoded support set.
 
@@ -103,6 +108,7 @@ class FittedModel:
             seed: Seed of the noise of the inner problem.
             start: Where the inner solver starts. None: at the prior.
             with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
+            num_outputs: Classes of the task where any number is served. None: those of the support set.
 
         Raises:
             MemoryError: If the support set does not fit into memory.
@@ -110,8 +116,17 @@ class FittedModel:
         noise = self.algorithm.draw_noise(self.meta, generator=noise_generator("inner", seed))
         noise = tree.map(lambda leaf: leaf.to(self.device), noise)
         try:
+            nll, shared, x = self._view(support.x)
+            if isinstance(nll, Model):
+                nll = nll.of_task(self.algorithm, support.y)
+                nll = nll if num_outputs is None else dataclasses.replace(nll, num_outputs=num_outputs)
             solution = self.algorithm.adapt(
-                self._nll, self.meta, support, noise, start=start, with_grad_norm=with_grad_norm
+                nll,
+                MetaParameters(self.meta.prior, shared),
+                Batch(x, support.y),
+                noise,
+                start=start,
+                with_grad_norm=with_grad_norm,
             )
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
@@ -122,11 +137,23 @@ class FittedModel:
             raise
         return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
 
-    @property
-    def _nll(self) -> Nll:
+    def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
+        """Returns the losses of a task, the shared parameters and the inputs that they are functions of.
+
+        Where the network's body is not adapted, its features are computed here, once.
+        """
+        if self.model.splits(x):
+            return self._on_features(x)
         if self.max_examples_per_pass is None:
-            return self.model
-        return NllInParts(self.model, self.max_examples_per_pass, self.model.network)
+            return self.model, self.meta.shared, x
+        return NllInParts(self.model, self.max_examples_per_pass, self.model.network), self.meta.shared, x
+
+    def _on_features(self, x: Tensor) -> tuple[Model, Params, Tensor]:
+        size = len(x) if self.max_examples_per_pass is None else self.max_examples_per_pass
+        with torch.no_grad():
+            features = torch.cat([self.model.features(self.meta.shared, part) for part in x.split(max(size, 1))])
+        shared = self.model.with_features(self.meta.shared, features)
+        return self.model.on_features, shared, torch.arange(len(x), device=x.device)
 
     def outputs(self, posterior: Any, x: Tensor, *, seed: int) -> dict[str, Tensor]:
         """Returns what the likelihood makes a prediction of at encoded inputs; see ``Algorithm.outputs``.
@@ -138,10 +165,11 @@ class FittedModel:
         """
         noise = self.algorithm.draw_evaluation_noise(self.meta, generator=noise_generator("prediction", seed))
         noise = tree.map(lambda leaf: leaf.to(self.device), noise)
+        network, shared = self.model, self.meta.shared
+        if len(x) and self.model.splits(x):
+            network, shared, x = self._on_features(x)
         with torch.no_grad():
-            return self.algorithm.outputs(
-                lambda weights: self.model.outputs(weights, self.meta.shared, x), posterior, noise
-            )
+            return self.algorithm.outputs(network, shared, posterior, x, noise)
 
     def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
         """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units."""
@@ -156,7 +184,7 @@ class FittedModel:
             mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
             return prediction.rescaled(mean.to(self.device), scale.to(self.device))
 
-    def predict(self, posterior: Params | DiagonalGaussian, x: Tensor, *, seed: int) -> Prediction:
+    def predict(self, posterior: Any, x: Tensor, *, seed: int) -> Prediction:
         """Predicts at encoded inputs; numbers in the targets' units."""
         return self.prediction(self.outputs(posterior, x, seed=seed))
 
@@ -172,7 +200,7 @@ class TaskPosterior:
     """What a learner knows about one task after adaptation.
 
     Attributes:
-        value: Adapted weights, or a DiagonalGaussian over them.
+        value: Adapted weights, a distribution over them, or what a head found.
         grad_norm: Norm of the inner gradient at ``value``; near zero when adaptation has converged.
         num_support: Examples that the posterior has seen.
     """
@@ -180,7 +208,7 @@ class TaskPosterior:
     def __init__(
         self,
         fitted: FittedModel,
-        value: Params | DiagonalGaussian,
+        value: Any,
         grad_norm: float,
         *,
         support: Batch,

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 
 from ibaml.algorithms.nll import Nll
-from ibaml.priors import Prior
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 
 Estimator: TypeAlias = Literal["unrolled", "first_order", "implicit"]
@@ -18,8 +17,8 @@ class MetaParameters(NamedTuple):
     """All that is learned over tasks.
 
     Attributes:
-        prior: The prior over what is adapted: a member of the algorithm's family (``ibaml.priors``), which for
-            algorithms on weights is the initial weights.
+        prior: What the algorithm's ``init`` made: a member of a family of priors over what is adapted, which for
+            algorithms on weights is the initial weights, or the parameters of a head.
         shared: Parameters that are the same for all tasks.
     """
 
@@ -60,8 +59,13 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def prior(self) -> Prior:
-        """The family of the prior and of the posteriors."""
+    def uses_features(self) -> bool:
+        """Whether a task is solved from the features before the last layer, and not by passes of weights."""
+        ...
+
+    @property
+    def serves_any_number_of_outputs(self) -> bool:
+        """Whether what was learned with some number of classes serves tasks with another."""
         ...
 
     @property
@@ -123,7 +127,7 @@ class Algorithm(Protocol):
             with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
 
         Returns:
-            The posterior: a member of the prior's family.
+            The posterior: a member of the prior's family, or the solution of a head.
         """
         ...
 
@@ -144,18 +148,34 @@ class Algorithm(Protocol):
         """Draws the noise of a prediction."""
         ...
 
-    def outputs(self, network: Callable[[Params], Tensor], posterior: Any, noise: Params) -> dict[str, Tensor]:
+    def outputs(
+        self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params
+    ) -> dict[str, Tensor]:
         """Returns what a likelihood makes a prediction of, by the names of its arguments.
 
         Args:
-            network: ``weights -> outputs`` at the inputs of interest, ``[num_examples, num_outputs]``.
+            network: The network.
+            shared: Shared parameters.
             posterior: What ``adapt`` returned.
+            x: Inputs of interest, ``[num_examples, *input_shape]``.
             noise: From ``draw_evaluation_noise``.
 
         Returns:
             ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and where they are known in closed form
             ``"output_variance"``, of the same shape.
         """
+        ...
+
+    def mean_outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor) -> Tensor:
+        """Returns the outputs at the mean of the posterior, ``[num_examples, num_outputs]``."""
+        ...
+
+    def map_weights(self, function: Callable[[Params], Params], prior: Any) -> Any:
+        """Applies a function of the adapted weights by name, such as flattening, to each such part of a prior."""
+        ...
+
+    def parameter_groups(self, prior: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the tensors of a prior that say where it is, and those that say how wide, on a log scale."""
         ...
 
     def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import Algorithm, Estimator, MetaParameters, TaskNoise
+from ibaml.algorithms.base import Algorithm, Estimator, MetaParameters, Network, TaskNoise
 from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import first_order_hypergradient, unrolled_hypergradient
 from ibaml.priors import Prior
@@ -66,6 +66,8 @@ class GradientBased(abc.ABC):
 
     name: ClassVar[str]
     estimator: ClassVar[Estimator]
+    uses_features: ClassVar[bool] = False
+    serves_any_number_of_outputs: ClassVar[bool] = False
 
     inner: InnerSolver = GradientDescent()
 
@@ -123,9 +125,24 @@ class GradientBased(abc.ABC):
             )
         )
 
-    def outputs(self, network: Callable[[Params], Tensor], posterior: Any, noise: Params) -> dict[str, Tensor]:
+    def outputs(
+        self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params
+    ) -> dict[str, Tensor]:
         """Returns the outputs under each weight sample; see ``Algorithm``."""
-        return {"outputs": torch.stack([network(weights) for weights in self.weight_samples(posterior, noise)])}
+        samples = self.weight_samples(posterior, noise)
+        return {"outputs": torch.stack([network.outputs(weights, shared, x) for weights in samples])}
+
+    def mean_outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor) -> Tensor:
+        """Returns the outputs at the mean weights; see ``Algorithm``."""
+        return network.outputs(self._family.mean(posterior), shared, x)
+
+    def map_weights(self, function: Callable[[Params], Params], prior: Any) -> Any:
+        """Applies a function of weights to each part of a prior; see ``Algorithm``."""
+        return self._family.map(function, prior)
+
+    def parameter_groups(self, prior: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns places and widths; see ``Prior``."""
+        return self._family.parameter_groups(prior)
 
     def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
         """Refuses nothing."""

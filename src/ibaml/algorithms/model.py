@@ -8,9 +8,10 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import logging
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,8 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ibaml.algorithms.nll import PlainNll
+from ibaml.algorithms.tail import FEATURES, Tail, find_tail, keeps_statistics
 from ibaml.likelihoods import Likelihood
 from ibaml.types import Batch, Episode, Params, Tensor
+
+if TYPE_CHECKING:
+    from ibaml.algorithms.base import Algorithm
 
 _logger = logging.getLogger(__name__)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -36,6 +41,8 @@ class Model(PlainNll):
         adapted: Initial values of the parameters that each task adapts.
         shared: Initial values of the parameters that are meta-learned directly, the likelihood's own among them.
         frozen: Parameters that stay as they are.
+        tail: The part of the network from the first adapted layer on, if it is known where that is.
+        num_outputs: Classes or targets of a task, for heads that serve any number of them.
     """
 
     network: nn.Module
@@ -43,6 +50,8 @@ class Model(PlainNll):
     adapted: Params
     shared: Params
     frozen: Params
+    tail: Tail | None = None
+    num_outputs: int = 1
 
     @property
     def shared_names(self) -> frozenset[str]:
@@ -64,6 +73,67 @@ class Model(PlainNll):
         with second_derivative_kernels(self.network):
             return torch.func.functional_call(self.network, {**self.frozen, **own, **adapted}, (x,))
 
+    def features(self, shared: Params, x: Tensor) -> Tensor:
+        """Returns what the adapted tail of the network sees, ``[num_examples, *feature_shape]``.
+
+        Args:
+            shared: Shared parameters.
+            x: Inputs, ``[num_examples, *input_shape]``.
+
+        Raises:
+            ValueError: If it is not known where the adapted part begins.
+        """
+        if self.tail is None:
+            raise ValueError(
+                f"the adapted parameters ({', '.join(self.adapted)}) are not the last layers of the network "
+                f"({type(self.network).__name__}): adapt its last linear layer alone, such as adapt='head.*'."
+            )
+        own = {**self.frozen, **{name: shared[name] for name in self.shared_names}}
+        with second_derivative_kernels(self.network):
+            return torch.func.functional_call(self.tail.body, own, (x,))
+
+    def splits(self, x: Tensor) -> bool:
+        """Whether the network is its adapted tail on the features of its body, seen at some inputs once.
+
+        Args:
+            x: Inputs, ``[num_examples, *input_shape]``.
+        """
+        if self.tail is None:
+            return False
+        if self.tail.is_exact is None:
+            with torch.no_grad():
+                expected = self.outputs(self.adapted, self.shared, x)
+                try:
+                    features = self.features(self.shared, x)
+                    positions = torch.arange(len(x), device=x.device)
+                    found = self.on_features.outputs(self.adapted, self.with_features(self.shared, features), positions)
+                except Exception:  # noqa: BLE001 - a network may ask anything of the layer that is missing
+                    self.tail.is_exact = False
+                else:
+                    self.tail.is_exact = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4)
+        return self.tail.is_exact
+
+    @functools.cached_property
+    def on_features(self) -> "Model":
+        """The adapted tail as a model of its own: inputs are positions among ``with_features``."""
+        assert self.tail is not None
+        network = self.tail.network
+        names = {name for name, _ in network.named_parameters()}
+        kept = self.with_features(self.shared, torch.empty(0))
+        return dataclasses.replace(
+            self,
+            network=network,
+            shared=kept,
+            frozen={name: value for name, value in self.frozen.items() if name in names},
+            tail=self.tail.on_features(),
+        )
+
+    def with_features(self, shared: Params, features: Tensor) -> Params:
+        """Returns the shared parameters of ``on_features``: those of tail and likelihood, and some features."""
+        assert self.tail is not None
+        kept = {name for name, _ in self.tail.network.named_parameters()} | set(self.likelihood.initial_parameters())
+        return {**{name: value for name, value in shared.items() if name in kept}, FEATURES: features}
+
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """Returns the negative log-likelihood per example in nats, ``[num_examples]``."""
         return self.likelihood.nll(self.outputs(weights, shared, batch.x), batch.y, shared)
@@ -78,20 +148,100 @@ class Model(PlainNll):
         """Whether several weight samples, or tasks, at once are sooner done than one after the other (on a CPU)."""
         return not self.is_convolutional and sum(leaf.numel() for leaf in self.adapted.values()) <= _LARGEST_SMALL
 
-    def check_task(self, episode: Episode, *, task: str = "task") -> int:
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of the running averages among the shared parameters, which no gradient moves."""
+        return frozenset() if self.tail is None else self.tail.statistics
+
+    def training_features(self, shared: Params, x: Tensor) -> tuple[Tensor, Params]:
+        """Returns the features of all examples of a training step, and the running averages that they move.
+
+        Args:
+            shared: Shared parameters.
+            x: Inputs of all tasks, ``[num_examples, *input_shape]``.
+        """
+        if self.tail is None or not self.statistics:
+            return self.features(shared, x), {}
+        # The pass overwrites the averages that it is given.
+        moved = {name: shared[name].detach().clone() for name in self.statistics}
+        counters = {
+            name: value.clone() for name, value in self.tail.body.named_buffers() if name.endswith("num_batches_tracked")
+        }
+        own = {**self.frozen, **{name: shared[name] for name in self.shared_names}, **moved, **counters}
+        with second_derivative_kernels(self.network):
+            return torch.func.functional_call(self.tail.training_body, own, (x,)), moved
+
+    @property
+    def examples_stand_alone(self) -> bool:
+        """Whether those of a task need not pass through the network apart from those of others."""
+        body = self.network if self.tail is None else self.tail.body
+        return not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and not keeps_statistics(module)  # pyright: ignore[reportPrivateUsage]
+            for module in body.modules()
+        )
+
+    def most_outputs(self, algorithm: "Algorithm", num_outputs: int, *targets: Tensor) -> int:
+        """Returns how many classes there are where the algorithm serves any number, else the number of outputs.
+
+        Args:
+            algorithm: What adapts.
+            num_outputs: Outputs of the network.
+            *targets: Class indices.
+        """
+        if not algorithm.serves_any_number_of_outputs or any(each.is_floating_point() for each in targets):
+            return num_outputs
+        return 1 + max(int(each.max()) for each in targets)
+
+    def of_task(self, algorithm: "Algorithm", *targets: Tensor) -> "Model":
+        """Returns the model with the number of classes of a task, where the algorithm serves any number.
+
+        Args:
+            algorithm: What adapts.
+            *targets: Class indices of all sets of the task.
+        """
+        return dataclasses.replace(self, num_outputs=self.most_outputs(algorithm, self.num_outputs, *targets))
+
+    def check_features(self, algorithm: "Algorithm", x: Tensor) -> None:
+        """Refuses a network without features for an algorithm that is a head on them.
+
+        Args:
+            algorithm: What adapts.
+            x: Inputs of one task.
+
+        Raises:
+            ValueError: If the adapted parameters are not the last linear layer.
+        """
+        if not algorithm.uses_features:
+            return
+        if not self.splits(x):
+            raise ValueError(
+                f"algorithm {algorithm.name!r} takes the place of the network's last linear layer, but the adapted "
+                f"parameters ({', '.join(self.adapted)}) are not those of the layer that gives the outputs of "
+                f"{type(self.network).__name__}: name that layer, such as adapt='head.*', and let nothing follow it."
+            )
+        with torch.no_grad():
+            features = self.features(self.shared, x)
+        if features.ndim != 2:
+            raise ValueError(
+                f"the last layer of the network sees features of shape {tuple(features.shape)}; algorithm "
+                f"{algorithm.name!r} expects [num_examples, num_features]."
+            )
+
+    def check_task(self, episode: Episode, *, task: str = "task", any_number_of_classes: bool = False) -> int:
         """Runs one task through the network and refuses what it cannot process; for the boundary, before long work.
 
         Args:
             episode: A single task, without a task axis.
             task: How messages call it.
+            any_number_of_classes: Whether there may be more classes than the network has outputs.
 
         Returns:
-            The number of network outputs.
+            The number of network outputs, or of classes if there are more.
 
         Raises:
             ValueError: Naming the argument, what came and what was expected.
         """
-        outputs = None
+        num_outputs = 0
         for part, batch in (("support", episode.support), ("query", episode.query)):
             self.check_inputs(f"{task} {part}.x", batch.x)
             if batch.x.shape[0] == 0 or batch.x.shape[0] != batch.y.shape[0]:
@@ -112,9 +262,11 @@ class Model(PlainNll):
                     f"the network returned shape {tuple(outputs.shape)} for {task} {part}.x of shape "
                     f"{tuple(batch.x.shape)}; expected [num_examples, num_outputs]."
                 )
-            self.likelihood.check_targets(f"{task} {part}.y", batch.y, outputs.shape[-1])
-        assert outputs is not None
-        return outputs.shape[-1]
+            num_outputs = max(num_outputs, outputs.shape[-1])
+            if any_number_of_classes and not batch.y.is_floating_point():
+                num_outputs = max(num_outputs, 1 + int(batch.y.max()))
+            self.likelihood.check_targets(f"{task} {part}.y", batch.y, num_outputs)
+        return num_outputs
 
     def check_inputs(self, argument: str, x: Tensor) -> None:
         """Refuses inputs with NaN or infinities.
@@ -194,13 +346,6 @@ def build_model(
         >>> sorted(model.adapted), sorted(model.shared)
         (['2.bias', '2.weight'], ['0.bias', '0.weight'])
     """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:  # pyright: ignore[reportPrivateUsage]
-            raise ValueError(
-                f"network has running statistics in {name or 'its root'} ({type(module).__name__}): they leak from "
-                "task to task and have no place in a pure function. Build it with track_running_stats=False "
-                "(statistics of the batch at hand) or use GroupNorm."
-            )
     values = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     adapted_names = _match("adapt", adapt, values)
     frozen_names = _match("freeze", freeze, values)
@@ -215,6 +360,9 @@ def build_model(
     if clash:
         raise ValueError(f"network has parameters named {clash}, as the likelihood has: rename that submodule.")
     network.eval()
+    adapted = {name: value for name, value in values.items() if name in adapted_names}
+    tail = find_tail(network, adapted)
+    statistics = _statistics(network, tail)
     if _has_attention(network):
         _logger.warning(
             "%s has attention layers: torch's fused attention kernels are switched off, because they have no second "
@@ -224,13 +372,36 @@ def build_model(
     return Model(
         network=network,
         likelihood=likelihood,
-        adapted={name: value for name, value in values.items() if name in adapted_names},
+        tail=tail,
+        num_outputs=int(getattr(network, "num_outputs", 1)),
+        adapted=adapted,
         shared={
             **{name: value for name, value in values.items() if name not in adapted_names | frozen_names},
+            **statistics,
             **likelihood.initial_parameters(),
         },
         frozen={name: value for name, value in values.items() if name in frozen_names},
     )
+
+
+def _statistics(network: nn.Module, tail: Tail | None) -> Params:
+    """Returns the running averages of layers that no task adapts, and refuses others."""
+    known = frozenset[str]() if tail is None else tail.statistics
+    for name, module in network.named_modules():
+        if not keeps_statistics(module):
+            continue
+        mean = f"{name}.running_mean".lstrip(".")
+        if mean not in known:
+            raise ValueError(
+                f"network has running statistics in {name or 'its root'} ({type(module).__name__}), which is not "
+                "before the adapted layers: they would leak from task to task. Adapt the last layer alone "
+                "(adapt='head.*'), or build it with track_running_stats=False (statistics of the batch at hand) or "
+                "use GroupNorm."
+            )
+        if module.momentum is None:
+            raise ValueError(f"{name or 'the network'} has momentum=None; expected a number such as 0.1.")
+    buffers = dict(network.named_buffers())
+    return {name: buffers[name].detach().clone() for name in sorted(known)}
 
 
 def _match(argument: str, patterns: str | Sequence[str], names: Params) -> set[str]:

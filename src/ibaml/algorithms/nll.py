@@ -17,6 +17,19 @@ from ibaml.types import Batch, Params, Tensor
 class Nll(Protocol):
     """Losses of one set of examples, in nats; functions of the inner variable first, and of the shared parameters."""
 
+    @property
+    def num_outputs(self) -> int:
+        """Classes or targets of the task."""
+        ...
+
+    def features(self, shared: Params, x: Tensor, /) -> Tensor:
+        """Returns what the adapted end of a network sees, ``[num_examples, *feature_shape]``; for heads.
+
+        Raises:
+            ValueError: If there is no such thing.
+        """
+        ...
+
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """Returns the nll of each example, ``[num_examples]``.
 
@@ -54,6 +67,19 @@ class PlainNll(abc.ABC):
     @abc.abstractmethod
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """See ``Nll``."""
+
+    @property
+    def num_outputs(self) -> int:
+        """See ``Nll``."""
+        return 1
+
+    def features(self, shared: Params, x: Tensor, /) -> Tensor:
+        """See ``Nll``.
+
+        Raises:
+            ValueError: Unless a subclass has features.
+        """
+        raise ValueError(f"{type(self).__name__} has no features for a head: use a model of a network.")
 
     @property
     def is_small(self) -> bool:

@@ -183,8 +183,13 @@ class Preprocessing:
         assert labels is not None
         return _to_indices(argument, read_labels(argument, to_array(y)), labels)
 
-    def labels_of_task(self, argument: str, y: Any) -> Array:
+    def labels_of_task(self, argument: str, y: Any, *, any_number: bool = False) -> Array:
         """Returns the class labels of one task in the order of the outputs.
+
+        Args:
+            argument: How messages call the labels.
+            y: Labels of its support set.
+            any_number: Whether there may be more or fewer classes than the network has outputs.
 
         Raises:
             ValueError: If each task has classes of its own and these are not as many as the network has outputs.
@@ -192,7 +197,7 @@ class Preprocessing:
         if self.class_labels is not None:
             return self.class_labels
         found = np.unique(read_labels(argument, to_array(y)))
-        if len(found) != self.num_outputs:
+        if len(found) != self.num_outputs and not any_number:
             raise ValueError(
                 f"{argument} has {len(found)} classes ({_shown(found)}), but the model tells {self.num_outputs} apart: "
                 f"give support examples of exactly {self.num_outputs} classes."

@@ -1,4 +1,4 @@
-"""Reference networks: plain ``nn.Module`` classes without running statistics.
+"""Reference networks: plain ``nn.Module`` classes.
 
 They are a convenience, not a requirement: the library takes any ``nn.Module``. All of them work under
 ``torch.func.functional_call``, ``grad``, ``jvp`` of ``grad`` and ``vmap`` over parameters, and name their normalisation

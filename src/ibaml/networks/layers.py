@@ -1,8 +1,4 @@
-"""What all networks share: their normalisation policy, their initial weights, and checks of shapes.
-
-Running statistics are absent on purpose: a buffer that the forward pass overwrites cannot be vmapped, and it carries
-statistics of one task into the next.
-"""
+"""What all networks share: their normalisation policy, their initial weights, and checks of shapes."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +10,15 @@ from torch import nn
 from ibaml.checks import require_positive_int
 from ibaml.types import Tensor
 
-NormPolicy: TypeAlias = Literal["batch", "group", "none"]
+NormPolicy: TypeAlias = Literal["batch", "running", "group", "none"]
 """How activations are normalised; report it with every accuracy.
 
 - ``"batch"``: mean and variance over the examples of the batch at hand, at training and at test time alike. A query is
   then classified with the help of the other queries (the *transductive* protocol of MAML and of most few-shot papers),
   so a prediction depends on the company it is made in.
+- ``"running"``: at training time over all examples of all tasks of a step, while running averages are kept, which are
+  used at test time: every prediction stands alone. For layers that no task adapts; in adapted ones the averages would
+  carry one task's weights into the next.
 - ``"group"``: mean and variance over groups of features of one example. Every prediction stands alone.
 - ``"none"``: no normalisation.
 """
@@ -37,7 +36,7 @@ def check_norm(norm: str) -> None:
         norm: Name of the policy.
 
     Raises:
-        ValueError: If ``norm`` is not one of ``"batch"``, ``"group"`` and ``"none"``.
+        ValueError: If ``norm`` is none of them.
     """
     if norm not in get_args(NormPolicy):
         raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(NormPolicy)))}, got {norm!r}.")
@@ -54,10 +53,10 @@ def image_norm(norm: NormPolicy, num_channels: int) -> nn.Module:
         num_channels: Number of channels, at least 1.
 
     Returns:
-        A module that keeps the shape of its input and holds no buffer.
+        A module that keeps the shape of its input; it holds buffers under ``"running"`` only.
     """
-    if norm == "batch":
-        return nn.BatchNorm2d(num_channels, track_running_stats=False)
+    if norm in ("batch", "running"):
+        return nn.BatchNorm2d(num_channels, track_running_stats=norm == "running")
     if norm == "group":
         num_groups = math.gcd(_MAX_NUM_GROUPS, num_channels, max(1, num_channels // _MIN_GROUP_SIZE))
         return nn.GroupNorm(num_groups, num_channels)
@@ -74,10 +73,10 @@ def vector_norm(norm: NormPolicy, num_features: int) -> nn.Module:
         num_features: Number of features, at least 1.
 
     Returns:
-        A module that keeps the shape of its input and holds no buffer.
+        A module that keeps the shape of its input; it holds buffers under ``"running"`` only.
     """
-    if norm == "batch":
-        return nn.BatchNorm1d(num_features, track_running_stats=False)
+    if norm in ("batch", "running"):
+        return nn.BatchNorm1d(num_features, track_running_stats=norm == "running")
     if norm == "group":
         return nn.GroupNorm(1, num_features)
     return nn.Identity()

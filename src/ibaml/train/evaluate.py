@@ -171,9 +171,14 @@ def evaluate(
             task = tree.map(lambda leaf: leaf.to(fitted.device), draw_task(tasks, index, seed=seed))
             # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
             if index == share.start:
-                num_outputs = fitted.model.check_task(task, task=f"test task {index}")
+                num_outputs = fitted.model.check_task(
+                    task,
+                    task=f"test task {index}",
+                    any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
+                )
             fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
-            fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, num_outputs)
+            classes = fitted.model.most_outputs(fitted.algorithm, num_outputs, task.support.y, task.query.y)
+            fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, classes)
             found.append(_predict_task(fitted, task, index, seed=task_seed(seed, index)))
             if on_progress is not None:
                 on_progress(index + 1)
@@ -185,7 +190,8 @@ def evaluate(
 
 def _predict_task(fitted: FittedModel, task: Episode, index: int, *, seed: int) -> tuple[Prediction, Tensor]:
     """Returns the prediction of a task's query set and its targets, both in the units of the data, on the CPU."""
-    posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False)
+    num_outputs = fitted.model.of_task(fitted.algorithm, task.support.y, task.query.y).num_outputs
+    posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
     outputs = fitted.outputs(posterior.value, task.query.x, seed=seed)
     if not bool(tree.all_finite(outputs)):
         raise FloatingPointError(

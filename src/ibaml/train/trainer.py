@@ -39,7 +39,7 @@ from ibaml.train.result import StopReason, TrainingDivergedError, TrainingResult
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep
-from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
+from ibaml.types import Episode, HypergradientInfo, Params, TaskSampler, Tensor
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -214,7 +214,12 @@ class Trainer:
         share = self.processes.share(settings.tasks_per_step)
         drawn = draw_step(tasks, self.algorithm, self._meta, settings, share, generator=self._generator)
         try:
-            check_targets(self.model.likelihood, drawn, self._num_outputs, self._step + 1)
+            check_targets(
+                self.model.likelihood,
+                drawn,
+                self.model.most_outputs(self.algorithm, self._num_outputs, *(part.y for part in drawn.episodes)),
+                self._step + 1,
+            )
         except ValueError:
             self._generator.set_state(generator_state)
             self._save()
@@ -222,7 +227,7 @@ class Trainer:
         own = tree.map(lambda leaf: leaf[share.start - drawn.first :][: len(share)].to(self.device), drawn.episodes)
         own_noises = tree.map(lambda leaf: leaf.to(self.device), drawn.noises)
         computed = self._hypergradients(self._meta, own, own_noises)
-        total, info, score = self._sum_over_processes(*computed, share, generator_state)
+        total, info, score, moved = self._sum_over_processes(*computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
         if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
@@ -232,6 +237,8 @@ class Trainer:
         if settings.gradient_clip is not None:
             gradient = tree.scale((settings.gradient_clip / gradient_norm).clamp_max(1.0), gradient)
         self._apply(gradient)
+        for name, change in moved.items():
+            self._meta.shared[name].add_(change / settings.tasks_per_step)
         self._step += 1
         return {
             "loss": float(info.outer_loss.mean()),
@@ -243,22 +250,28 @@ class Trainer:
         }
 
     def _sum_over_processes(
-        self, total: MetaParameters, info: HypergradientInfo, score: Tensor, share: range, generator_state: Tensor
-    ) -> tuple[MetaParameters, HypergradientInfo, Tensor]:
-        """Adds up the gradient, and gives every process all tasks' diagnostics and the others' wish to stop."""
+        self,
+        total: MetaParameters,
+        info: HypergradientInfo,
+        score: Tensor,
+        moved: Params,
+        share: range,
+        generator_state: Tensor,
+    ) -> tuple[MetaParameters, HypergradientInfo, Tensor, Params]:
+        """Adds up the gradient and the changes of running averages, and gives every process all tasks' diagnostics and the others' wish to stop."""
         if self.processes.size == 1:
-            return total, info, score
+            return total, info, score, moved
         per_task = tree.map(lambda leaf: placed(leaf, share, self.settings.tasks_per_step), (info, score))
         wishes = torch.tensor(self._stop_wishes(), dtype=torch.float32, device=self.device)
         try:
-            total, (info, score), wishes = self.processes.sum((total, per_task, wishes))
+            (total, moved), (info, score), wishes = self.processes.sum(((total, moved), per_task, wishes))
         except ProcessLostError:
             self._generator.set_state(generator_state)
             self._save()
             raise
         interrupted, late = (wishes > 0).tolist()
         self._agreed_stop = (interrupted, late)
-        return total, info, score
+        return total, info, score, moved
 
     def _fitted(self) -> FittedModel:
         return FittedModel(
@@ -283,7 +296,7 @@ class Trainer:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rate = self.settings.learning_rate
-        places, widths = self.algorithm.prior.parameter_groups(self._meta.prior)
+        places, widths = self.algorithm.parameter_groups(self._meta.prior)
         groups = [_group(places + tree.leaves(self._meta.shared), rate)]
         if widths:
             groups.append(_group(widths, self.settings.log_var_learning_rate or rate))
@@ -321,7 +334,10 @@ class Trainer:
         """Draws one task with a generator of its own and checks it, so that misfits show before long work."""
         episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
-        num_outputs = self.model.check_task(first, task=name)
+        self.model.check_features(self.algorithm, first.support.x)
+        num_outputs = self.model.check_task(
+            first, task=name, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
+        )
         self.algorithm.check_task(self.model, self._meta, first)
         return num_outputs
 

@@ -47,6 +47,7 @@ class Head(abc.ABC):
     is_bayesian: ClassVar[bool] = True
     estimator: ClassVar[Literal["implicit"]] = "implicit"
     num_curvature_points: ClassVar[int] = 1
+    uses_features: ClassVar[bool] = True
 
     centre: bool = False
 
