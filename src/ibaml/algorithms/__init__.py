@@ -10,11 +10,11 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import LinearGaussian
+from ibaml.algorithms.heads import GaussianProcess, Head, LinearGaussian, Ridge
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
-from ibaml.priors import PRIORS
+from ibaml.priors import COLUMN_PRIORS, PRIORS
 from ibaml.solvers.inner import INNER_SOLVERS
 from ibaml.solvers.linear import LINEAR_SOLVERS
 
@@ -26,6 +26,8 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "vampire": VAMPIRE,
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
+    "gp": GaussianProcess,
+    "ridge": Ridge,
     "reptile": Reptile,
 }
 
@@ -34,6 +36,7 @@ RECORDS: tuple[type, ...] = (
     *INNER_SOLVERS.values(),
     *LINEAR_SOLVERS.values(),
     *PRIORS.values(),
+    *COLUMN_PRIORS.values(),
 )
 """All that an algorithm's settings may consist of, for ``ibaml.records.from_json``."""
 
@@ -67,7 +70,8 @@ def make_algorithm(name: str, **settings: Any) -> Algorithm:
                 f"{name} has no setting {setting!r}; did you mean {nearest!r}? There are {', '.join(sorted(known))}."
             )
         if isinstance(value, str) and setting in _BY_NAME:
-            settings = settings | {setting: _named(setting, value, _BY_NAME[setting])()}
+            members = COLUMN_PRIORS if setting == "prior" and issubclass(record, Head) else _BY_NAME[setting]
+            settings = settings | {setting: _named(setting, value, members)()}
     return record(**settings)
 
 
@@ -114,11 +118,14 @@ __all__ = [
     "IBAML",
     "IMAML",
     "MAML",
+    "Head",
     "LinearGaussian",
     "RECORDS",
     "Reptile",
+    "Ridge",
     "VAMPIRE",
     "Algorithm",
+    "GaussianProcess",
     "GradientBased",
     "MetaParameters",
     "TaskNoise",

@@ -37,7 +37,7 @@ class FullGaussian(NamedTuple):
     def factor(self) -> Tensor:
         """Returns ``C``, ``[num_weights, num_weights]``."""
         scale = torch.exp(tree.ravel(self.log_scale)[0])
-        return scale.unsqueeze(-1) * _unit_triangular(self.lower, len(scale))
+        return scale.unsqueeze(-1) * unit_triangular(self.lower, len(scale))
 
     def covariance(self) -> Tensor:
         """Returns ``C C^T``, ``[num_weights, num_weights]``."""
@@ -91,11 +91,7 @@ class FullPrior:
             ValueError: If there are too many weights for a covariance matrix.
         """
         num_weights = sum(leaf.numel() for leaf in weights.values())
-        if num_weights > _LARGEST:
-            raise ValueError(
-                f"a covariance of {num_weights} weights has {num_weights**2} entries; expected at most {_LARGEST} "
-                "adapted weights: adapt fewer, such as adapt='head.*', or use DiagonalPrior."
-            )
+        require_few_weights(num_weights, "adapt fewer, such as adapt='head.*', or use DiagonalPrior")
         diagonal = DiagonalPrior(initial_log_var=self.initial_log_var).init(weights, generator=generator)
         like = tree.leaves(weights)[0]
         lower = torch.zeros(num_weights * (num_weights - 1) // 2, dtype=like.dtype, device=like.device)
@@ -212,9 +208,9 @@ class FullGeometry(NamedTuple):
         step of the mean with it. ``R`` is shifted so that no variance grows more than tenfold in a step.
         """
         scale, unravel = torch.exp(tree.ravel(value.log_scale)[0]), tree.ravel(value.mean)[1]
-        factor, unit = value.factor(), _unit_triangular(value.lower, len(scale))
+        factor, unit = value.factor(), unit_triangular(value.lower, len(scale))
         # C_ij = s_i L_ij: dF/dL_ij = s_i dF/dC_ij, and dF/dlog s_i = sum_j C_ij dF/dC_ij.
-        strict = torch.tril(_unit_triangular(gradient.lower, len(scale)), -1)
+        strict = torch.tril(unit_triangular(gradient.lower, len(scale)), -1)
         on_diagonal = tree.ravel(gradient.log_scale)[0] - (strict * unit).sum(-1)
         by_factor = (strict + torch.diag(on_diagonal)) / scale.unsqueeze(-1)
         below = torch.tril(factor.mT @ by_factor) / self.kl_weight
@@ -232,11 +228,34 @@ class FullGeometry(NamedTuple):
         )
 
 
-def _unit_triangular(lower: Tensor, size: int) -> Tensor:
-    """Returns the unit lower triangular matrix with some entries below its diagonal, row after row."""
+def require_few_weights(num_weights: int, advice: str) -> None:
+    """Refuses more weights than a covariance matrix is good for.
+
+    Args:
+        num_weights: Weights that have the covariance.
+        advice: What to do about it.
+
+    Raises:
+        ValueError: If there are too many.
+    """
+    if num_weights > _LARGEST:
+        raise ValueError(
+            f"a covariance of {num_weights} weights has {num_weights**2} entries; expected at most {_LARGEST} "
+            f"adapted weights: {advice}."
+        )
+
+
+def unit_triangular(lower: Tensor, size: int) -> Tensor:
+    """Returns the unit lower triangular matrix with some entries below its diagonal, row after row.
+
+    Args:
+        lower: The entries, ``[..., size (size - 1) / 2]``.
+        size: Rows of the matrix.
+    """
     index = torch.zeros(size, size, dtype=torch.int64, device=lower.device)
     rows, columns = torch.tril_indices(size, size, -1, device=lower.device)
     index[rows, columns] = torch.arange(2, 2 + len(rows), device=lower.device)
     index.fill_diagonal_(1)
     # Gathering, where writing into a matrix of zeros would be in place, has derivatives of every order under vmap.
-    return torch.cat([lower.new_zeros(1), lower.new_ones(1), lower])[index]
+    one = (*lower.shape[:-1], 1)
+    return torch.cat([lower.new_zeros(one), lower.new_ones(one), lower], -1)[..., index]

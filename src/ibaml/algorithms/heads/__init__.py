@@ -1,5 +1,8 @@
 """Algorithms whose inner problem is solved exactly, for parameters that the network's outputs are affine in."""
 
+from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.heads.gp import GaussianProcess
 from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
+from ibaml.algorithms.heads.ridge import Ridge
 
-__all__ = ["LinearGaussian"]
+__all__ = ["GaussianProcess", "Head", "LinearGaussian", "Ridge"]

@@ -1,229 +1,195 @@
 """Bayesian linear regression on learned features, solved exactly: what iBaML approximates by inner steps.
 
-With outputs that are affine in the adapted weights ``w`` (a last linear layer) and Gaussian noise, the nll of every
-example is quadratic in ``w``. The nll alone therefore tells all: with ``H`` and ``g`` the Hessian and the gradient of
-the support set's mean nll at ``w = 0``, with the prior ``N(m, P^-1)`` and with ``lam = temperature / num_support``, the
-minimiser of ``expected nll + lam KL`` over Gaussians is
+For each target the model is ``y = z.w + noise`` with ``w ~ N(m, C C^T)`` and noise of variance ``s2``. In whitened
+weights, ``w = m + C e``, the inputs are ``X = Z C`` and the prior is standard normal, so that Bayes' rule is
 
-    A = H / lam + P        mean = A^-1 (P m - g / lam)        covariance = A^-1, or diag(1 / A_ii) if it is diagonal
+    e | y ~ N( A^-1 X^T (y - Z m) / s2 , A^-1 )        A = I + X^T X / s2
 
-At temperature 1 and with a full covariance that is Bayes' rule: ``H = Z^T Z / (s2 num_support)`` for features ``Z``.
+and, for fewer examples than weights, ``A^-1 = I - B^T B`` with ``B = L^-1 X / s``, ``L L^T = I + X X^T / s2``. In the
+terms of Zhang et al. 2023 this is the minimiser of ``expected nll + lam KL`` over all Gaussians, with
+``lam = 1 / num_support``; a temperature ``T`` multiplies ``lam``, which is the same as ``T s2`` in place of ``s2``.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import MetaParameters, TaskNoise
-from ibaml.algorithms.nll import Nll
-from ibaml.algorithms.objectives import kl_weight
-from ibaml.priors import DiagonalGaussian, DiagonalPrior, FullGaussian, Prior
-from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
+from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
+from ibaml.algorithms.heads.least_squares import LeastSquares, gaussian_nll, is_dual, least_squares, stationarity
+from ibaml.priors import ColumnPrior, DiagonalColumnPrior
+from ibaml.types import Batch, Params, Tensor
+
+
+class Precision(NamedTuple):
+    """Covariance ``S = (L L^T)^-1`` of whitened weights.
+
+    Attributes:
+        cholesky: ``L``, ``[num_targets, rank, rank]``.
+    """
+
+    cholesky: Tensor
+
+    def variance(self, whitened: Tensor) -> Tensor:
+        """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
+        return (self._factor(whitened) ** 2).sum(-1)
+
+    def joint_nll(self, whitened: Tensor, error: Tensor, noise: Tensor) -> Tensor:
+        """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, by the smaller of rank and examples."""
+        return least_squares(self._factor(whitened), error.unsqueeze(-1), noise).nll(noise)
+
+    def _factor(self, whitened: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.cholesky, whitened.mT, upper=False).mT
+
+
+class Reduction(NamedTuple):
+    """Covariance ``S = I - B^T B`` of whitened weights.
+
+    Attributes:
+        rows: ``B``, ``[num_targets, num_support, rank]``.
+    """
+
+    rows: Tensor
+
+    def variance(self, whitened: Tensor) -> Tensor:
+        """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
+        known = ((whitened @ self.rows.mT) ** 2).sum(-1)
+        # Rounding may leave a little less than nothing.
+        return ((whitened**2).sum(-1) - known).clamp_min(0)
+
+    def joint_nll(self, whitened: Tensor, error: Tensor, noise: Tensor) -> Tensor:
+        """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, in ``num_examples`` dimensions."""
+        known = whitened @ self.rows.mT
+        identity = torch.eye(whitened.shape[-2], dtype=whitened.dtype, device=whitened.device)
+        covariance = whitened @ whitened.mT - known @ known.mT + noise[:, None, None] * identity
+        return gaussian_nll(error, covariance)
+
+
+class Independent(NamedTuple):
+    """A diagonal covariance of whitened weights.
+
+    Attributes:
+        variances: ``[num_targets, rank]``.
+    """
+
+    variances: Tensor
+
+    def variance(self, whitened: Tensor) -> Tensor:
+        """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
+        return (whitened**2 @ self.variances.unsqueeze(-1)).squeeze(-1)
+
+
+class ColumnPosterior(NamedTuple):
+    """The posterior of the weights of each target, float64.
+
+    Attributes:
+        prior: The prior, which whitens inputs.
+        mean: Means of the weights, ``[num_targets, num_inputs]``.
+        spread: Covariances of the whitened weights.
+        fit: The whitened weights, and what they leave of the targets.
+        noise: Variance of the noise, times the temperature, ``[num_targets]``.
+    """
+
+    prior: Any
+    mean: Tensor
+    spread: Precision | Reduction | Independent
+    fit: LeastSquares
+    noise: Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearGaussian:
+class LinearGaussian(GaussianHead):
     """A linear-Gaussian head: no inner steps, no weight samples, no linear solver; predictions are exact Gaussians.
 
-    Relatives: ALPaCA, Bayesian last layers, mixed-effects models (without a hidden layer).
+    Relatives: ALPaCA, Bayesian last layers, mixed-effects models (without a hidden layer), Gaussian processes with the
+    kernel ``z^T C C^T z'``.
 
     Attributes:
-        prior: Family of the prior: ``DiagonalPrior`` or ``FullPrior``.
+        prior: Family of the prior over the weights of a target. Full or low rank: intercept and slopes correlate.
         covariance: Whether the posterior's covariance is ``"full"`` (Bayes' rule), or ``"diagonal"``, the family of
-            Zhang et al. 2023.
+            Zhang et al. 2023: ``d = 1 / diag(Z^T Z / s2 + D^-1)``, which a diagonal prior ``N(m, D)`` goes with.
         temperature: The KL divergence has weight ``temperature / num_support``. 1 is exact Bayes.
-        outer: Outer loss of the query set: minus the log predictive density, or the expected nll.
+
+    Raises:
+        ValueError: If a setting is out of range, or does not go with another.
     """
 
-    prior: Prior = DiagonalPrior(initial_log_var=(-2.0, -2.0))
+    prior: ColumnPrior = DiagonalColumnPrior()
     covariance: Literal["full", "diagonal"] = "full"
-    temperature: float = 1.0
-    outer: Literal["predictive_nll", "expected_nll"] = "predictive_nll"
+    temperature: float = 1.0  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     name: ClassVar[str] = "linear_gaussian"
-    is_bayesian: ClassVar[bool] = True
-    estimator: ClassVar[Literal["implicit"]] = "implicit"
-    num_curvature_points: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        """Refuses settings out of range."""
+        """Refuses settings that cannot work."""
+        super().__post_init__()
         if self.covariance not in ("full", "diagonal"):
             raise ValueError(f"covariance must be one of full, diagonal, but is {self.covariance!r}.")
-        if self.outer not in ("predictive_nll", "expected_nll"):
-            raise ValueError(f"outer must be one of predictive_nll, expected_nll, but is {self.outer!r}.")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, but is {self.temperature}.")
-        if not getattr(self.prior, "is_distribution", False):
-            raise ValueError(f"prior must be a distribution such as DiagonalPrior(), but is {self.prior!r}.")
-
-    def describe(self) -> str:
-        """Returns how the inner problem is solved."""
-        return f"exact solution with {self.covariance} covariance, temperature {self.temperature:g}"
-
-    def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
-        """Returns initial meta-parameters; see ``Algorithm``."""
-        return MetaParameters(self.prior.init(adapted, generator=generator), shared)
-
-    def draw_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> TaskNoise:
-        """Returns no noise."""
-        del meta, generator
-        return TaskNoise({}, {})
-
-    def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
-        """Returns no noise."""
-        del meta, generator
-        return {}
-
-    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
-        """Refuses a model whose nll is not quadratic in the adapted weights; see ``Algorithm``.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        mean = self.prior.mean(meta.prior)
-        flat, unravel = tree.ravel(mean)
-        # No direction that a likelihood could be blind to, as a softmax is to a constant.
-        step = unravel(torch.cos(torch.arange(len(flat), dtype=flat.dtype, device=flat.device)))
-        values = [
-            nll.per_example(tree.axpy(float(k), step, mean), meta.shared, episode.query).double() for k in range(4)
-        ]
-        # The third difference of a quadratic function is zero.
-        third = values[3] - 3 * values[2] + 3 * values[1] - values[0]
-        size = torch.stack(values).abs().max()
-        if not bool((third.abs() <= 1e-3 * size).all()):
+        if not hasattr(self.prior, "whiten"):
+            raise ValueError(f"prior must be one of columns such as DiagonalColumnPrior(), but is {self.prior!r}.")
+        if self.covariance == "diagonal" and not self.prior.is_diagonal:
             raise ValueError(
-                f"the outputs are not affine in the adapted parameters ({', '.join(mean)}), or the noise is not "
-                "Gaussian: algorithm 'linear_gaussian' solves the last linear layer of a network exactly, for "
-                "likelihood='gaussian'. Adapt that layer alone, such as adapt='head.*'."
+                f"covariance='diagonal' is a family of posteriors for independent weights, but the prior is "
+                f"{self.prior!r}: use DiagonalColumnPrior(), or covariance='full'."
+            )
+        if self.outer == "marginal" and (self.temperature != 1 or self.covariance != "full"):
+            raise ValueError(
+                "outer='marginal' is the marginal likelihood of Bayes' rule; expected temperature=1 and "
+                f"covariance='full', but they are {self.temperature} and {self.covariance!r}."
             )
 
-    def adapt(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        support: Batch,
-        noise: TaskNoise,
-        *,
-        start: Any = None,
-        with_grad_norm: bool = True,
-    ) -> InnerSolution:
-        """Solves the inner problem of one task exactly; see ``Algorithm``. ``start`` has no effect.
+    def describe(self) -> str:
+        """Returns how a task is solved."""
+        return f"exact solution with {self.covariance} covariance, temperature {self.temperature:g}"
+
+    def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> Any:
+        """Returns the first member of the prior's family; see ``Head``."""
+        return self.prior.init(num_inputs, num_outputs, like=like)
+
+    def parameter_groups(self, prior: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns those of the prior's family; see ``Head``."""
+        return self.prior.parameter_groups(prior)
+
+    def solve(self, prior: Any, shared: Params, support: Batch, num_outputs: int) -> tuple[ColumnPosterior, Tensor]:
+        """Returns the posterior of each target's weights; see ``Head``.
 
         Cost:
-            One gradient and one Hessian-vector product of the head for each of ``d`` adapted weights, and ``d^3``.
+            ``num_support rank min(num_support, rank)`` operations for the product and a Cholesky factorisation of
+            ``min(num_support, rank)`` rows for each target.
         """
-        del noise, start
-        posterior = self._solve(nll, meta, support)
-        grad_norm = torch.full_like(tree.leaves(posterior)[0].flatten()[0], math.nan)
-        if with_grad_norm:
-            grad_norm = self._grad_norm(nll, meta, support, posterior)
-        return InnerSolution(posterior, grad_norm, 0)
-
-    def hypergradient(
-        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
-    ) -> tuple[MetaParameters, HypergradientInfo]:
-        """Returns the gradient of the outer loss by autograd through the closed form, exact; see ``Algorithm``."""
-        del noise
-        meta = tree.detach(meta)
-
-        def objective(theta: MetaParameters) -> tuple[Tensor, Any]:
-            posterior = self._solve(nll, theta, episode.support)
-            return self._outer_loss(nll, theta.shared, episode.query, posterior), posterior
-
-        gradient, (value, posterior) = torch.func.grad_and_value(objective, has_aux=True)(meta)
-        posterior = tree.detach(posterior)
-        grad_norm = self._grad_norm(nll, meta, episode.support, posterior)
-        solved = torch.ones_like(grad_norm, dtype=torch.bool)
-        return gradient, HypergradientInfo(value, grad_norm, torch.zeros_like(grad_norm), solved, posterior)
-
-    def outputs(self, network: Callable[[Params], Tensor], posterior: Any, noise: Params) -> dict[str, Tensor]:
-        """Returns the outputs at the posterior mean and their variance, exact; see ``Algorithm``."""
-        del noise
-        mean, unravel = tree.ravel(posterior.mean)
-        slope = torch.func.jacfwd(lambda vector: network(unravel(vector)))(mean)
-        variance = ((slope @ _factor(posterior).to(slope.dtype)) ** 2).sum(-1)
-        return {"outputs": network(posterior.mean).unsqueeze(0), "output_variance": variance.unsqueeze(0)}
-
-    def _solve(self, nll: Nll, meta: MetaParameters, support: Batch) -> Any:
-        prior_mean, unravel = tree.ravel(self.prior.mean(meta.prior))
-        weight = kl_weight(len(support.y), self.temperature)
-        _, gradient, hessian = _expand(
-            lambda w: nll.per_example(w, meta.shared, support).mean(), torch.zeros_like(prior_mean), unravel
-        )
-        # In float64: the precisions of data and prior may differ by orders of magnitude.
-        precision = torch.cholesky_inverse(_factor(meta.prior))
-        total = hessian / weight + precision
-        cholesky = _cholesky(total)
-        target = precision @ prior_mean.double() - gradient / weight
-        mean = torch.cholesky_solve(target.unsqueeze(-1), cholesky).squeeze(-1)
-        named = unravel(mean.to(prior_mean.dtype))
+        del num_outputs
+        prior = tree.map(torch.Tensor.double, prior)
+        inputs, targets = support.x.double(), support.y.double().mT
+        noise = self.temperature * noise_variance(shared, targets)
+        whitened, prior_mean = self.prior.whiten(prior, inputs), self.prior.mean(prior)
+        error = targets - prior_mean @ inputs.mT
+        found = least_squares(whitened, error.unsqueeze(-1), noise)
         if self.covariance == "diagonal":
-            return DiagonalGaussian(named, unravel(-torch.log(torch.diagonal(total)).to(prior_mean.dtype)))
-        factor = _cholesky(torch.cholesky_inverse(cholesky))
-        scale = torch.diagonal(factor)
-        rows, columns = torch.tril_indices(len(scale), len(scale), -1, device=scale.device)
-        lower = (factor / scale.unsqueeze(-1))[rows, columns]
-        return FullGaussian(named, unravel(torch.log(scale).to(prior_mean.dtype)), lower.to(prior_mean.dtype))
-
-    def _grad_norm(self, nll: Nll, meta: MetaParameters, support: Batch, posterior: Any) -> Tensor:
-        """Returns the norm of the inner gradient in the mean: a small number, unless the nll is not quadratic."""
-        gradient = torch.func.grad(lambda w: nll.per_example(w, meta.shared, support).mean())(posterior.mean)
-        pull = tree.ravel(tree.sub(posterior.mean, self.prior.mean(meta.prior)))[0].double()
-        pull = torch.cholesky_solve(pull.unsqueeze(-1), _factor(meta.prior)).squeeze(-1)
-        weight = kl_weight(len(support.y), self.temperature)
-        whole = tree.ravel(gradient)[0] + weight * pull.to(tree.leaves(gradient)[0].dtype)
-        return torch.linalg.vector_norm(whole).detach()
-
-    def _outer_loss(self, nll: Nll, shared: Params, query: Batch, posterior: Any) -> Tensor:
-        mean, unravel = tree.ravel(posterior.mean)
-        value, gradient, hessian = _expand(lambda w: nll.per_example(w, shared, query), mean, unravel)
-        factor = _factor(posterior)
-        # Per example, with C C^T the covariance: K = C^T H C, and E[nll] = nll(mean) + tr K / 2.
-        curvature = factor.mT @ hessian @ factor
-        if self.outer == "expected_nll":
-            loss = value + 0.5 * torch.diagonal(curvature, dim1=-2, dim2=-1).sum(-1)
+            spread = Independent(1 / (1 + (whitened**2).sum(-2) / noise.unsqueeze(-1)))
+        elif is_dual(whitened):
+            rows = torch.linalg.solve_triangular(found.cholesky, whitened, upper=False)
+            spread = Reduction(rows / noise.sqrt()[:, None, None])
         else:
-            # -log E[exp(-nll)] = nll(mean) + (log det(I + K) - h^T (I + K)^-1 h) / 2 with h = C^T g, for a quadratic.
-            identity = torch.eye(len(mean), dtype=factor.dtype, device=factor.device)
-            cholesky = _cholesky(identity + curvature)
-            along = (gradient @ factor).unsqueeze(-1)
-            solved = torch.linalg.solve_triangular(cholesky, along, upper=False)
-            log_determinant = 2 * torch.log(torch.diagonal(cholesky, dim1=-2, dim2=-1)).sum(-1)
-            loss = value + 0.5 * (log_determinant - (solved**2).sum((-2, -1)))
-        return loss.mean().to(value.dtype)
+            spread = Precision(found.cholesky)
+        mean = prior_mean + self.prior.colour(prior, found.weights.squeeze(-1))
+        return ColumnPosterior(prior, mean, spread, found, noise), stationarity(found, whitened, noise)
 
+    def moments(self, solution: ColumnPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z.mean`` and ``z^T S z``; see ``GaussianHead``."""
+        inputs = inputs.double()
+        variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs))
+        return solution.mean @ inputs.mT, variance
 
-def _factor(member: DiagonalGaussian | FullGaussian) -> Tensor:
-    """Returns the lower triangular factor of the covariance, float64."""
-    return member.factor().double()
+    def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, int]:
+        """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
+        return solution.fit.nll(solution.noise).sum(), solution.fit.residual.shape[-2]
 
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Returns the Cholesky factor; NaN for a matrix that is not positive definite, where torch would raise."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return torch.where((info == 0)[..., None, None], factor, math.nan)
-
-
-def _expand(
-    function: Callable[[Params], Tensor], at: Tensor, unravel: Callable[[Tensor], Params]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns value, gradient and Hessian of one function or several of the flattened weights, the latter two float64.
-
-    All come from one pass, forward over forward: only what depends on the weights, the head, is computed for each pair
-    of them, and the derivatives in shared parameters that a hypergradient needs go backwards through it once.
-    """
-
-    def value(vector: Tensor) -> tuple[Tensor, Tensor]:
-        found = function(unravel(vector))
-        return found, found
-
-    def gradient(vector: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        found, of = torch.func.jacfwd(value, has_aux=True)(vector)
-        return found, (found, of)
-
-    hessian, (slope, found) = torch.func.jacfwd(gradient, has_aux=True)(at)
-    return found, slope.double(), hessian.double()
+    def joint_nll(self, solution: ColumnPosterior, noise: Tensor, query: Batch) -> Tensor:
+        """Returns minus the joint log density of the query set; see ``GaussianHead``."""
+        assert not isinstance(solution.spread, Independent)
+        inputs = query.x.double()
+        error = query.y.double().mT - solution.mean @ inputs.mT
+        return solution.spread.joint_nll(self.prior.whiten(solution.prior, inputs), error, noise).sum()

@@ -7,15 +7,19 @@ prior is its mean and the product ``Z C``. Columns may share one prior (``tied``
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol
-
-import torch
+from typing import Any, ClassVar, Protocol
 
 from ibaml.types import Tensor
 
 
 class ColumnPrior(Protocol):
-    """A family of priors over columns: a record of settings, whose members are pytrees of tensors."""
+    """A family of priors over columns: a record of settings, whose members are pytrees of tensors.
+
+    Attributes:
+        is_diagonal: Whether the weights of a column are independent: ``C`` is a diagonal matrix.
+    """
+
+    is_diagonal: ClassVar[bool]
 
     @property
     def tied(self) -> bool:
@@ -54,21 +58,9 @@ class ColumnPrior(Protocol):
         ...
 
 
-class DiagonalColumns(NamedTuple):
-    """Independent weights.
-
-    Attributes:
-        mean: Mean of each weight, ``[num_priors, num_inputs]``; no columns (``[0, num_inputs]``) for zero.
-        log_var: Natural logarithm of the variance of each weight, ``[num_priors, num_inputs]``.
-    """
-
-    mean: Tensor
-    log_var: Tensor
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiagonalColumnPrior:
-    """Independent weights, each with a variance of its own.
+class ColumnSettings:
+    """What the priors of this folder have in common.
 
     Attributes:
         tied: Whether all columns have one prior.
@@ -93,25 +85,14 @@ class DiagonalColumnPrior:
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, but is {value}.")
 
-    def init(self, num_inputs: int, num_columns: int, /, *, like: Tensor) -> DiagonalColumns:
-        """See ``ColumnPrior``."""
+    def initial_mean(self, num_inputs: int, num_columns: int, *, like: Tensor) -> Tensor:
+        """Returns zeros, ``[num_priors, num_inputs]``, or no rows if the mean is not learned."""
+        num_priors = 1 if self.tied else num_columns
+        return like.new_zeros(num_priors if self.learn_mean else 0, num_inputs)
+
+    def initial_log_var(self, num_inputs: int, num_columns: int, *, like: Tensor) -> Tensor:
+        """Returns the natural logarithm of the variance of each weight, ``[num_priors, num_inputs]``."""
         num_priors = 1 if self.tied else num_columns
         log_var = like.new_full((num_priors, num_inputs), math.log(self.initial_variance / max(num_inputs - 1, 1)))
         log_var[:, -1] = math.log(self.initial_bias_variance)
-        return DiagonalColumns(like.new_zeros(num_priors if self.learn_mean else 0, num_inputs), log_var)
-
-    def mean(self, member: DiagonalColumns, /) -> Tensor:
-        """See ``ColumnPrior``."""
-        return member.mean if self.learn_mean else torch.zeros_like(member.log_var)
-
-    def whiten(self, member: DiagonalColumns, features: Tensor, /) -> Tensor:
-        """See ``ColumnPrior``."""
-        return features * torch.exp(0.5 * member.log_var).unsqueeze(-2)
-
-    def colour(self, member: DiagonalColumns, whitened: Tensor, /) -> Tensor:
-        """See ``ColumnPrior``."""
-        return whitened * torch.exp(0.5 * member.log_var)
-
-    def parameter_groups(self, member: DiagonalColumns, /) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the means, and the log-variances."""
-        return [member.mean], [member.log_var]
+        return log_var

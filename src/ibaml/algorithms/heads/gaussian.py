@@ -1,0 +1,131 @@
+"""What heads for regression share: their functions and their noise are Gaussian, and so are their predictions."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import torch
+
+from ibaml.algorithms.base import MetaParameters
+from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.nll import Nll
+from ibaml.likelihoods import Gaussian, UnitGaussian
+from ibaml.types import Batch, Episode, Params, Tensor
+
+GaussianOuterLoss = Literal["predictive_nll", "expected_nll", "marginal"]
+"""Minus the log density of each query example; the nll expected under the posterior; or minus the log marginal
+likelihood of support and query set together, per example of both: empirical Bayes, what mixed models maximise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianHead(Head):
+    """A head whose posterior over functions is Gaussian, for ``Gaussian`` noise of one variance for each target.
+
+    Targets are independent given the features. Predictions and outer losses are exact, without samples. Subclasses
+    give the distribution of the functions in float64, whatever the features are.
+
+    Attributes:
+        outer: Outer loss.
+    """
+
+    outer: GaussianOuterLoss = "predictive_nll"
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        known = get_args(GaussianOuterLoss)
+        if self.outer not in known:
+            raise ValueError(f"outer must be one of {', '.join(known)}, but is {self.outer!r}.")
+
+    @property
+    def serves_any_number_of_outputs(self) -> bool:
+        """False: each target has its noise."""
+        return False
+
+    @abc.abstractmethod
+    def moments(self, solution: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and variance of the functions, without noise, each ``[num_targets, num_examples]``.
+
+        Args:
+            solution: From ``solve``.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+        """
+
+    @abc.abstractmethod
+    def support_nll(self, solution: Any) -> tuple[Tensor, int]:
+        """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
+
+    @abc.abstractmethod
+    def joint_nll(self, solution: Any, noise: Tensor, query: Batch) -> Tensor:
+        """Returns minus the joint log density of all query examples, summed over targets, a scalar.
+
+        Args:
+            solution: From ``solve``.
+            noise: Variance of the noise, ``[num_targets]``.
+            query: Inputs ``z`` and targets.
+        """
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses noise that is not Gaussian with one variance for each target; see ``Algorithm``.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        likelihood = getattr(nll, "likelihood", None)
+        is_plain = isinstance(likelihood, UnitGaussian) or (
+            isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic
+        )
+        if likelihood is not None and not is_plain:
+            raise ValueError(
+                f"algorithm {self.name!r} is exact for Gaussian noise of one variance for each target, but the "
+                f"likelihood is {likelihood!r}: use likelihood='gaussian', or an algorithm for any likelihood such as "
+                "'ibaml'."
+            )
+        super().check_task(nll, meta, episode)
+
+    def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
+        """Returns mean and variance of the functions, exact, with one sample; see ``Head``."""
+        del shared, noise
+        mean, variance = self.moments(solution, inputs)
+        return {
+            "outputs": mean.mT.to(inputs.dtype).unsqueeze(0),
+            "output_variance": variance.mT.to(inputs.dtype).unsqueeze(0),
+        }
+
+    def mean(self, solution: Any, inputs: Tensor) -> Tensor:
+        """Returns the mean; see ``Head``."""
+        return self.moments(solution, inputs)[0].mT.to(inputs.dtype)
+
+    def outer_loss(self, solution: Any, shared: Params, query: Batch) -> Tensor:
+        """Returns the outer loss, summed over targets, mean over examples; see ``Head`` and ``outer``.
+
+        With ``f`` and ``v`` the moments of a query example and ``s2`` the noise variance, ``predictive_nll`` is
+        ``-log N(y; f, v + s2)`` and ``expected_nll`` is ``-log N(y; f, s2) + v / (2 s2)``. ``marginal`` adds the nll
+        of the support set and the joint one of the query set given it, and divides by the number of examples of both.
+        """
+        targets = query.y.double().mT
+        noise = noise_variance(shared, targets)
+        if self.outer == "marginal":
+            support_nll, num_support = self.support_nll(solution)
+            loss = (support_nll + self.joint_nll(solution, noise, query)) / (num_support + targets.shape[-1])
+        else:
+            mean, variance = self.moments(solution, query.x)
+            noise, error = noise.unsqueeze(-1), targets - mean
+            if self.outer == "predictive_nll":
+                total = variance + noise
+                each = error**2 / total + torch.log(2 * math.pi * total)
+            else:
+                each = (error**2 + variance) / noise + torch.log(2 * math.pi * noise)
+            loss = 0.5 * each.sum(0).mean()
+        return loss.to(query.x.dtype)
+
+
+def noise_variance(shared: Params, targets: Tensor) -> Tensor:
+    """Returns the variance of each target's noise, ``[num_targets]``, float64; 1 where none is learned.
+
+    Args:
+        shared: Holds the parameters of ``Gaussian``; ``UnitGaussian`` has none.
+        targets: ``[num_targets, num_examples]``.
+    """
+    log_variance = shared.get(Gaussian.parameter_name)
+    return targets.new_ones(targets.shape[0]) if log_variance is None else torch.exp(log_variance.double())
