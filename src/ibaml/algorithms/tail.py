@@ -125,10 +125,23 @@ def keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats  # pyright: ignore[reportPrivateUsage]
 
 
-def last_linear(network: nn.Module) -> str | None:
-    """Returns the name of the last linear layer, ``""`` for a network that is one; None if there is none."""
+def last_layer(network: nn.Module) -> str:
+    """Returns the pattern of the parameters of a network's last linear layer, whose place a head takes.
+
+    Raises:
+        ValueError: If there is no linear layer.
+
+    Examples:
+        >>> last_layer(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+        '2.*'
+    """
     found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return found[-1] if found else None
+    if not found:
+        raise ValueError(
+            f"network ({type(network).__name__}) has no linear layer, whose place a head would take: let it end in one "
+            "that gives the outputs, or choose an algorithm that adapts all weights, such as algorithm='ibaml'."
+        )
+    return f"{found[-1]}.*".lstrip(".")
 
 
 def _tail(network: nn.Module, names: Sequence[str]) -> Tail:

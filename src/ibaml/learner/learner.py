@@ -12,6 +12,7 @@ from torch import nn
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
 from ibaml.algorithms.model import Model, build_model
+from ibaml.algorithms.tail import last_layer
 from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
 from ibaml.learner import defaults
@@ -446,5 +447,8 @@ class MetaLearner(Estimator):
     def _build(self, network: nn.Module) -> None:
         likelihood = self.likelihood.with_outputs(int(getattr(network, "num_outputs", 1)))
         self.network = network
-        built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
+        adapt = self.adapt_patterns
+        if self.algorithm.uses_features and as_patterns(adapt) == ("*",):
+            adapt = last_layer(network)
+        built = build_model(network, likelihood, adapt=adapt, freeze=self.freeze_patterns)
         self._model = built.to(self.device)
