@@ -10,11 +10,12 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import LinearGaussian
+from ibaml.algorithms.heads import LinearGaussian, Softmax
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
 from ibaml.priors import PRIORS
+from ibaml.priors.columns import COLUMN_PRIORS
 from ibaml.solvers.inner import INNER_SOLVERS
 from ibaml.solvers.linear import LINEAR_SOLVERS
 
@@ -26,6 +27,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "vampire": VAMPIRE,
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
+    "softmax": Softmax,
     "reptile": Reptile,
 }
 
@@ -34,6 +36,7 @@ RECORDS: tuple[type, ...] = (
     *INNER_SOLVERS.values(),
     *LINEAR_SOLVERS.values(),
     *PRIORS.values(),
+    *COLUMN_PRIORS.values(),
 )
 """All that an algorithm's settings may consist of, for ``ibaml.records.from_json``."""
 
@@ -117,6 +120,7 @@ __all__ = [
     "LinearGaussian",
     "RECORDS",
     "Reptile",
+    "Softmax",
     "VAMPIRE",
     "Algorithm",
     "GradientBased",

@@ -7,6 +7,7 @@ prior is its mean and the product ``Z C``. Columns may share one prior (``tied``
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -115,3 +116,7 @@ class DiagonalColumnPrior:
     def parameter_groups(self, member: DiagonalColumns, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the means, and the log-variances."""
         return [member.mean], [member.log_var]
+
+
+COLUMN_PRIORS: Mapping[str, type[ColumnPrior]] = {"diagonal": DiagonalColumnPrior}
+"""Families by name."""

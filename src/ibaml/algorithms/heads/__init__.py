@@ -1,5 +1,6 @@
-"""Algorithms whose inner problem is solved exactly, for parameters that the network's outputs are affine in."""
+"""Algorithms whose inner problem is solved exactly: heads on the features that a network computes once per task."""
 
 from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
+from ibaml.algorithms.heads.softmax import Softmax
 
-__all__ = ["LinearGaussian"]
+__all__ = ["LinearGaussian", "Softmax"]
