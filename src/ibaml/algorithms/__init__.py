@@ -10,7 +10,7 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import GaussianProcess, Head, LinearGaussian, Ridge
+from ibaml.algorithms.heads import GaussianProcess, Head, LinearGaussian, Ridge, Softmax
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
@@ -27,6 +27,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
     "gp": GaussianProcess,
+    "softmax": Softmax,
     "ridge": Ridge,
     "reptile": Reptile,
 }
@@ -123,6 +124,7 @@ __all__ = [
     "RECORDS",
     "Reptile",
     "Ridge",
+    "Softmax",
     "VAMPIRE",
     "Algorithm",
     "GaussianProcess",

@@ -4,5 +4,6 @@ from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.gp import GaussianProcess
 from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
 from ibaml.algorithms.heads.ridge import Ridge
+from ibaml.algorithms.heads.softmax import Softmax
 
-__all__ = ["GaussianProcess", "Head", "LinearGaussian", "Ridge"]
+__all__ = ["GaussianProcess", "Head", "LinearGaussian", "Ridge", "Softmax"]
