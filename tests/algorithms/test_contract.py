@@ -1,20 +1,48 @@
 """Every registered algorithm keeps the contract."""
 
+from typing import Any
+
 import pytest
 
 from ibaml.algorithms import ALGORITHMS, Algorithm, make_algorithm
 from ibaml.testing import AlgorithmContract
 
+REGRESSION: list[tuple[str, dict[str, Any]]] = [
+    ("linear_gaussian", {}),
+    ("linear_gaussian", {"covariance": "diagonal", "outer": "expected_nll"}),
+    ("linear_gaussian", {"prior": "full", "outer": "marginal"}),
+    ("gp", {}),
+]
+CLASSIFICATION: list[tuple[str, dict[str, Any]]] = [
+    ("softmax", {}),
+    ("softmax", {"outer": "predictive_nll", "centre": True, "prior": "low_rank"}),
+    ("ridge", {}),
+]
+
 
 class TestGradientBased(AlgorithmContract):
-    @pytest.fixture(params=[name for name in ALGORITHMS if name != "linear_gaussian"])
+    @pytest.fixture(params=[name for name, record in ALGORITHMS.items() if not record.uses_features])
     def algorithm(self, request: pytest.FixtureRequest) -> Algorithm:
         return make_algorithm(request.param)
 
 
-class TestLinearGaussian(AlgorithmContract):
+class TestRegressionHeads(AlgorithmContract):
     adapt = "2.*"
 
-    @pytest.fixture(params=["full", "diagonal"])
+    @pytest.fixture(params=REGRESSION, ids=str)
     def algorithm(self, request: pytest.FixtureRequest) -> Algorithm:
-        return make_algorithm("linear_gaussian", covariance=request.param)
+        return make_algorithm(request.param[0], **request.param[1])
+
+
+class TestClassificationHeads(AlgorithmContract):
+    adapt = "2.*"
+    likelihood = "categorical"
+
+    @pytest.fixture(params=CLASSIFICATION, ids=str)
+    def algorithm(self, request: pytest.FixtureRequest) -> Algorithm:
+        return make_algorithm(request.param[0], **request.param[1])
+
+
+def test_every_head_is_tested() -> None:
+    heads = {name for name, record in ALGORITHMS.items() if record.uses_features}
+    assert heads == {name for name, _ in REGRESSION + CLASSIFICATION}

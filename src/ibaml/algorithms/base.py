@@ -148,9 +148,7 @@ class Algorithm(Protocol):
         """Draws the noise of a prediction."""
         ...
 
-    def outputs(
-        self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params
-    ) -> dict[str, Tensor]:
+    def outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns what a likelihood makes a prediction of, by the names of its arguments.
 
         Args:

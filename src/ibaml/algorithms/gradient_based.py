@@ -125,9 +125,7 @@ class GradientBased(abc.ABC):
             )
         )
 
-    def outputs(
-        self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params
-    ) -> dict[str, Tensor]:
+    def outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns the outputs under each weight sample; see ``Algorithm``."""
         samples = self.weight_samples(posterior, noise)
         return {"outputs": torch.stack([network.outputs(weights, shared, x) for weights in samples])}

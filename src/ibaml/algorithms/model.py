@@ -165,7 +165,9 @@ class Model(PlainNll):
         # The pass overwrites the averages that it is given.
         moved = {name: shared[name].detach().clone() for name in self.statistics}
         counters = {
-            name: value.clone() for name, value in self.tail.body.named_buffers() if name.endswith("num_batches_tracked")
+            name: value.clone()
+            for name, value in self.tail.body.named_buffers()
+            if name.endswith("num_batches_tracked")
         }
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}, **moved, **counters}
         with second_derivative_kernels(self.network):
@@ -373,7 +375,7 @@ def build_model(
         network=network,
         likelihood=likelihood,
         tail=tail,
-        num_outputs=int(getattr(network, "num_outputs", 1)),
+        num_outputs=_num_outputs(network),
         adapted=adapted,
         shared={
             **{name: value for name, value in values.items() if name not in adapted_names | frozen_names},
@@ -382,6 +384,12 @@ def build_model(
         },
         frozen={name: value for name, value in values.items() if name in frozen_names},
     )
+
+
+def _num_outputs(network: nn.Module) -> int:
+    """Returns what a network says of itself, or the size of its last linear layer."""
+    linear = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
+    return int(getattr(network, "num_outputs", linear[-1] if linear else 1))
 
 
 def _statistics(network: nn.Module, tail: Tail | None) -> Params:

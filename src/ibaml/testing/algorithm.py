@@ -1,5 +1,6 @@
 """What every algorithm promises."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -12,7 +13,7 @@ from ibaml import tree
 from ibaml.algorithms import RECORDS, Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.model import Model, build_model
 from ibaml.algorithms.nll import FunctionNll
-from ibaml.data.sources import Sinusoid
+from ibaml.data.sources import Mixtures, Sinusoid
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import make_likelihood
 from ibaml.solvers.inner import GradientDescent, NaturalGradient
@@ -23,7 +24,7 @@ from ibaml.types import Batch, Episode, Params, Tensor
 
 
 class _Problem(NamedTuple):
-    """A regression task on a network of nine weights, of which the last three are adapted; in float64."""
+    """A task on a small network, whose last layer is adapted; in float64."""
 
     nll: Model
     adapted: Params
@@ -33,18 +34,20 @@ class _Problem(NamedTuple):
 
 
 class AlgorithmContract:
-    """Adaptation and hypergradients on small regression tasks, and training and storage by ``MetaLearner``.
+    """Adaptation and hypergradients on small tasks, and training and storage by ``MetaLearner``.
 
     Attributes:
         tolerance: Largest relative error of a hypergradient against central differences of its own outer loss, in any
             tensor of the meta-parameters: for estimators that are exact.
         implicit_tolerance: The same where the inner problem was solved, for implicit ones.
         adapt: Name pattern of what is adapted in tests of whole networks: ``"2.*"`` is the last layer.
+        likelihood: Name of the likelihood of the tasks: ``"gaussian"`` for numbers, ``"categorical"`` for classes.
     """
 
     tolerance: ClassVar[float] = 1e-7
     implicit_tolerance: ClassVar[float] = 1e-5
     adapt: ClassVar[str] = "*"
+    likelihood: ClassVar[str] = "gaussian"
 
     @staticmethod
     def make() -> Algorithm:
@@ -71,7 +74,7 @@ class AlgorithmContract:
 
     def test_first_meta_parameters_are_around_the_weights(self, algorithm: Algorithm) -> None:
         """The prior's mean is the initial weights; what is shared stays as it is."""
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         if not algorithm.uses_features:
             places, _ = algorithm.parameter_groups(problem.meta.prior)
             assert_close(places, list(problem.adapted.values()))
@@ -80,10 +83,13 @@ class AlgorithmContract:
 
     def test_posterior_is_around_weights_of_the_task(self, algorithm: Algorithm) -> None:
         """Of the shapes of the weights, with the gradient norm of the inner problem; the same every time."""
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         first, again = (_adapt(algorithm, problem) for _ in range(2))
         x = problem.episode.query.x
-        assert algorithm.mean_outputs(problem.nll, problem.meta.shared, first.value, x).shape == (len(x), 1)
+        assert algorithm.mean_outputs(problem.nll, problem.meta.shared, first.value, x).shape == (
+            len(x),
+            self._num_outputs,
+        )
         assert first.grad_norm.shape == () and torch.isfinite(first.grad_norm)
         assert_close(again.value, first.value, 0.0)
         spared = _adapt(algorithm, problem, with_grad_norm=False)
@@ -91,7 +97,7 @@ class AlgorithmContract:
 
     def test_outputs_follow_their_noise(self, algorithm: Algorithm) -> None:
         """Those of weight samples, or of one with their variance, if there is a distribution; else of one."""
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         posterior = _adapt(algorithm, problem).value
         noise = algorithm.draw_evaluation_noise(problem.meta, generator=generator(3))
         assert_close(algorithm.draw_evaluation_noise(problem.meta, generator=generator(3)), noise, 0.0)
@@ -100,17 +106,18 @@ class AlgorithmContract:
         found = algorithm.outputs(*of_query, noise)
         assert_close(algorithm.outputs(*of_query, noise), found, 0.0)
         outputs, variance = found["outputs"], found.get("output_variance")
-        assert outputs.shape[1:] == (len(x), 1) and torch.isfinite(outputs).all()
+        assert outputs.shape[1:] == (len(x), self._num_outputs) and torch.isfinite(outputs).all()
         assert variance is None or (variance.shape == outputs.shape and (variance > 0).all())
         has_spread = variance is not None or (len(outputs) > 1 and bool((outputs[0] - outputs[1]).norm() > 0))
-        assert algorithm.is_bayesian == has_spread
+        # A head may integrate over its posterior in closed form.
+        assert has_spread == algorithm.is_bayesian or (algorithm.uses_features and not has_spread)
 
     def test_hypergradient_has_the_structure_of_the_meta_parameters(self, algorithm: Algorithm) -> None:
         """Finite, nowhere zero as a whole, with scalar diagnostics, at the parameters that ``adapt`` finds."""
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         gradient, info = _hypergradient(algorithm, problem)
         _assert_same_shapes(gradient, problem.meta)
-        assert all(torch.isfinite(leaf).all() and leaf.norm() > 0 for leaf in tree.leaves(gradient))
+        assert all(torch.isfinite(leaf).all() and leaf.norm() > 0 for leaf in tree.leaves(gradient) if leaf.numel())
         assert all(value.shape == () and torch.isfinite(value) for value in info[:4])
         adapted = _adapt(algorithm, problem)
         assert_close(info.inner_params, adapted.value, 1e-9)
@@ -118,7 +125,7 @@ class AlgorithmContract:
 
     def test_nothing_is_changed_in_place(self, algorithm: Algorithm) -> None:
         """Meta-parameters, data and noise are arguments; a second call gives the same."""
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         before = tree.map(torch.clone, problem[1:])
         first, again = (_hypergradient(algorithm, problem) for _ in range(2))
         assert_close(problem[1:], before, 0.0)
@@ -132,7 +139,7 @@ class AlgorithmContract:
         tolerance = self.tolerance
         if algorithm.estimator == "implicit":
             algorithm, tolerance = self.solving(algorithm), self.implicit_tolerance
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         gradient, info = _hypergradient(algorithm, problem)
         if algorithm.estimator == "implicit":
             assert info.inner_grad_norm < 1e-8, f"the inner problem is not solved: gradient {info.inner_grad_norm}"
@@ -146,12 +153,14 @@ class AlgorithmContract:
         above, below = torch.func.vmap(outer_loss)(torch.cat([flat + units, flat - units])).chunk(2)
         expected = unravel((above - below) / 2e-5)
         for actual, wanted in zip(tree.leaves(gradient), tree.leaves(expected), strict=True):
+            if not actual.numel():
+                continue
             error = float((actual - wanted).norm() / wanted.norm())
             assert error < tolerance, f"relative error {error}: {actual} against {wanted}"
 
     def test_vmap_over_tasks_equals_the_loop(self, algorithm: Algorithm) -> None:
         """Training maps over the tasks of a step."""
-        problems = [_problem(algorithm, seed) for seed in range(3)]
+        problems = [self._problem(algorithm, seed) for seed in range(3)]
         nll, meta = problems[0].nll, problems[0].meta
 
         def compute(episode: Episode, noise: TaskNoise) -> Any:
@@ -168,7 +177,7 @@ class AlgorithmContract:
         """Fast training passes all weights as one vector."""
         if algorithm.uses_features:
             pytest.skip("a head is over no weights of the network")
-        problem = _problem(algorithm)
+        problem = self._problem(algorithm)
         _, unravel = tree.ravel(problem.adapted)
 
         def flat(named: Params) -> Params:
@@ -188,13 +197,13 @@ class AlgorithmContract:
 
     def test_support_of_one_example(self, algorithm: Algorithm) -> None:
         """The smallest task, with no shared weights if everything can be adapted."""
-        problem = _problem(algorithm, num_support=1, adapt=self.adapt)
+        problem = self._problem(algorithm, num_support=1, adapt=self.adapt)
         gradient, info = _hypergradient(algorithm, problem)
         assert tree.all_finite(gradient) and torch.isfinite(info.outer_loss)
 
     def test_meta_parameters_survive_a_checkpoint(self, algorithm: Algorithm) -> None:
         """As named tensors in a file, bit by bit."""
-        problem, other = _problem(algorithm), _problem(algorithm, seed=5)
+        problem, other = self._problem(algorithm), self._problem(algorithm, seed=5)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint"
             save_tensors(path, meta_to_tensors(problem.meta), {})
@@ -204,10 +213,13 @@ class AlgorithmContract:
 
     def test_learner_trains_and_predicts_the_same_when_loaded(self, algorithm: Algorithm) -> None:
         """Two steps of ``MetaLearner.fit``; saved and loaded, the predictions do not change by a bit."""
-        tasks = Sinusoid(num_shots=3, num_queries=4).sampler("train")
-        source = generator(0)
+        tasks = (
+            Sinusoid(num_shots=3, num_queries=4)
+            if self.likelihood == "gaussian"
+            else Mixtures(num_ways=self._num_outputs, num_features=1, num_informative=1, num_queries=4)
+        ).sampler("train")
         learner, again = (self._learner(algorithm).fit(tasks, num_steps=2) for _ in range(2))
-        x, y = (torch.randn(4, 1, generator=source) for _ in range(2))
+        x, y = self._batch(4, generator(0), torch.float32)
         expected = _predicted(learner, x, y)
         assert torch.isfinite(expected).all()
         assert_close(_predicted(again, x, y), expected, 0.0)
@@ -216,11 +228,38 @@ class AlgorithmContract:
         if type(algorithm) not in RECORDS:
             pytest.skip("only the library's own algorithms are loaded from a folder")
         with tempfile.TemporaryDirectory() as folder:
-            loaded = MetaLearner.load(learner.save(folder), network=_network(torch.float32))
+            loaded = MetaLearner.load(learner.save(folder), network=self._network(torch.float32))
         assert_close(_predicted(loaded, x, y), expected, 0.0)
 
     def _learner(self, algorithm: Algorithm) -> MetaLearner:
-        return MetaLearner(_network(torch.float32), algorithm=algorithm, likelihood="gaussian", adapt=self.adapt)
+        network = self._network(torch.float32)
+        return MetaLearner(network, algorithm=algorithm, likelihood=self.likelihood, adapt=self.adapt)
+
+    @property
+    def _num_outputs(self) -> int:
+        return 1 if self.likelihood == "gaussian" else 3
+
+    def _network(self, dtype: torch.dtype) -> nn.Module:
+        network = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, self._num_outputs)).to(dtype)
+        source = generator(1)
+        for parameter in network.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=source, dtype=torch.float64).to(dtype)
+        return network
+
+    def _batch(self, size: int, source: torch.Generator, dtype: torch.dtype) -> Batch:
+        x = torch.randn(size, 1, generator=source, dtype=dtype)
+        y = torch.sin(2 * x) + 0.2 * torch.randn(size, 1, generator=source, dtype=dtype)
+        return Batch(x, y if self.likelihood == "gaussian" else torch.bucketize(y[:, 0], torch.tensor([-0.5, 0.5])))
+
+    def _problem(self, algorithm: Algorithm, seed: int = 0, num_support: int = 6, adapt: str = "2.*") -> _Problem:
+        likelihood = make_likelihood(self.likelihood, self._num_outputs)
+        model = build_model(self._network(torch.float64), likelihood, adapt=adapt)
+        model = dataclasses.replace(model, num_outputs=self._num_outputs)
+        shared = tree.map(lambda leaf: leaf.double(), model.shared)
+        meta = algorithm.init(model.adapted, shared, generator=generator(1))
+        source = generator(seed + 10)
+        episode = Episode(self._batch(num_support, source, torch.float64), self._batch(9, source, torch.float64))
+        return _Problem(model, model.adapted, meta, episode, algorithm.draw_noise(meta, generator=source))
 
     def test_algorithm_describes_itself(self, algorithm: Algorithm) -> None:
         """For reports and messages."""
@@ -233,31 +272,9 @@ class AlgorithmContract:
         assert_json_round_trip(algorithm)
 
 
-def _network(dtype: torch.dtype) -> nn.Module:
-    network = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).to(dtype)
-    source = generator(1)
-    for parameter in network.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=source, dtype=torch.float64).to(dtype)
-    return network
-
-
 def _predicted(learner: MetaLearner, x: Tensor, y: Tensor) -> Tensor:
     prediction: Any = learner.adapt(x, y).predict(x)
-    return prediction.mean
-
-
-def _problem(algorithm: Algorithm, seed: int = 0, num_support: int = 6, adapt: str = "2.*") -> _Problem:
-    model = build_model(_network(torch.float64), make_likelihood("gaussian", 1), adapt=adapt)
-    shared = tree.map(lambda leaf: leaf.double(), model.shared)
-    meta = algorithm.init(model.adapted, shared, generator=generator(1))
-    source = generator(seed + 10)
-
-    def batch(size: int) -> Batch:
-        x = torch.randn(size, 1, generator=source, dtype=torch.float64)
-        return Batch(x, torch.sin(2 * x) + 0.2 * torch.randn(size, 1, generator=source, dtype=torch.float64))
-
-    episode = Episode(batch(num_support), batch(9))
-    return _Problem(model, model.adapted, meta, episode, algorithm.draw_noise(meta, generator=source))
+    return prediction.mean if hasattr(prediction, "mean") else prediction.probs
 
 
 def _adapt(algorithm: Algorithm, problem: _Problem, **options: Any) -> Any:

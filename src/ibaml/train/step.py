@@ -128,12 +128,16 @@ class HypergradientStep:
         if len(groups) == 1:
             return self._function(next(iter(groups)), episodes, with_scores)(meta, episodes, noise)
         found = [
-            self._function(number, episodes, with_scores)(meta, *tree.map(lambda leaf, i=index: leaf[i], (episodes, noise)))
+            self._function(number, episodes, with_scores)(
+                meta, *tree.map(lambda leaf, i=index: leaf[i], (episodes, noise))
+            )
             for number, index in groups.items()
         ]
         order = torch.cat(list(groups.values())).argsort()
         info, scores = tree.map(lambda *leaves: torch.cat(leaves)[order], *((one.info, one.scores) for one in found))
-        total, moved = (functools.reduce(tree.add, parts) for parts in zip(*((one.total, one.moved) for one in found), strict=True))
+        total, moved = (
+            functools.reduce(tree.add, parts) for parts in zip(*((one.total, one.moved) for one in found), strict=True)
+        )
         return TaskHypergradients(total, info, scores, moved)
 
     def _by_number_of_outputs(self, episodes: Episode) -> dict[int, Tensor]:
