@@ -10,7 +10,7 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import LinearGaussian, Softmax
+from ibaml.algorithms.heads import GaussianClasses, LinearGaussian, Prototypes, Softmax
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
@@ -28,6 +28,8 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
     "softmax": Softmax,
+    "gaussian_classes": GaussianClasses,
+    "prototypes": Prototypes,
     "reptile": Reptile,
 }
 
@@ -117,8 +119,10 @@ __all__ = [
     "IBAML",
     "IMAML",
     "MAML",
+    "GaussianClasses",
     "LinearGaussian",
     "RECORDS",
+    "Prototypes",
     "Reptile",
     "Softmax",
     "VAMPIRE",
