@@ -16,6 +16,9 @@ REGRESSION: list[tuple[str, dict[str, Any]]] = [
 CLASSIFICATION: list[tuple[str, dict[str, Any]]] = [
     ("softmax", {}),
     ("softmax", {"outer": "predictive_nll", "centre": True, "prior": "low_rank"}),
+    ("gaussian_classes", {}),
+    ("gaussian_classes", {"tied": False}),
+    ("prototypes", {}),
     ("ridge", {}),
 ]
 

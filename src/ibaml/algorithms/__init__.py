@@ -10,7 +10,7 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import GaussianProcess, Head, LinearGaussian, Ridge, Softmax
+from ibaml.algorithms.heads import GaussianClasses, GaussianProcess, Head, LinearGaussian, Prototypes, Ridge, Softmax
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
@@ -28,6 +28,8 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "linear_gaussian": LinearGaussian,
     "gp": GaussianProcess,
     "softmax": Softmax,
+    "gaussian_classes": GaussianClasses,
+    "prototypes": Prototypes,
     "ridge": Ridge,
     "reptile": Reptile,
 }
@@ -123,10 +125,12 @@ __all__ = [
     "LinearGaussian",
     "RECORDS",
     "Reptile",
+    "Prototypes",
     "Ridge",
     "Softmax",
     "VAMPIRE",
     "Algorithm",
+    "GaussianClasses",
     "GaussianProcess",
     "GradientBased",
     "MetaParameters",

@@ -375,7 +375,7 @@ def build_model(
         network=network,
         likelihood=likelihood,
         tail=tail,
-        num_outputs=_num_outputs(network),
+        num_outputs=num_outputs_of(network),
         adapted=adapted,
         shared={
             **{name: value for name, value in values.items() if name not in adapted_names | frozen_names},
@@ -386,7 +386,7 @@ def build_model(
     )
 
 
-def _num_outputs(network: nn.Module) -> int:
+def num_outputs_of(network: nn.Module) -> int:
     """Returns what a network says of itself, or the size of its last linear layer."""
     linear = [module.out_features for module in network.modules() if isinstance(module, nn.Linear)]
     return int(getattr(network, "num_outputs", linear[-1] if linear else 1))

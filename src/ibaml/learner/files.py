@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
 from ibaml.optional import require
@@ -102,7 +103,7 @@ def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
             f"the model was fitted on tensors of shape {shape or 'unknown'} and does not know how to read files: "
             "fit it on a table or a folder of images."
         )
-    num_outputs = int(getattr(network, "num_outputs", 1))
+    num_outputs = num_outputs_of(network)
     likelihood = fitted.model.likelihood
     is_regression = likelihood.target_kind != "classes"
     num_targets = num_outputs // likelihood.num_outputs(1) if is_regression else 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
-from ibaml.algorithms.model import Model, build_model
+from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
 from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
@@ -445,7 +445,7 @@ class MetaLearner(Estimator):
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits)
 
     def _build(self, network: nn.Module) -> None:
-        likelihood = self.likelihood.with_outputs(int(getattr(network, "num_outputs", 1)))
+        likelihood = self.likelihood.with_outputs(num_outputs_of(network))
         self.network = network
         adapt = self.adapt_patterns
         if self.algorithm.uses_features and as_patterns(adapt) == ("*",):

@@ -21,7 +21,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms.heads.base import Head
-from ibaml.algorithms.heads.targets import indicators
+from ibaml.algorithms.heads.targets import indicators, require_classes
 from ibaml.checks import require_positive_int
 from ibaml.likelihoods import Categorical
 from ibaml.likelihoods.base import wide
@@ -127,11 +127,7 @@ class Softmax(Head):
         del shared
         (inputs,) = wide(support.x)
         mean = self.prior.mean(prior)
-        if len(mean) not in (1, num_outputs) or (len(mean) == 1 and not self.prior.tied and num_outputs != 1):
-            raise ValueError(
-                f"the task has {num_outputs} classes, but there are priors for {len(mean)}: classes that each have a "
-                "prior of their own are those of training; for others use a tied prior."
-            )
+        require_classes(num_outputs, len(mean), tied=self.prior.tied)
         targets = indicators(support.y, num_outputs, like=inputs)
         problem = _problem(self.prior.whiten(prior, inputs), num_outputs)
         offset = mean @ inputs.mT

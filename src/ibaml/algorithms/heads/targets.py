@@ -1,4 +1,4 @@
-"""Class indices as indicators."""
+"""What heads for classes share: indicators of classes, and the check of their number."""
 
 import torch
 
@@ -15,3 +15,21 @@ def indicators(targets: Tensor, num_classes: int, *, like: Tensor) -> Tensor:
     """
     # A comparison rather than `one_hot`, which reads its values and so fails under vmap.
     return (torch.arange(num_classes, device=targets.device).unsqueeze(-1) == targets).to(like.dtype)
+
+
+def require_classes(num_classes: int, num_priors: int, *, tied: bool) -> None:
+    """Refuses a task of another number of classes than there are priors, unless one prior serves all.
+
+    Args:
+        num_classes: Classes of the task.
+        num_priors: Priors that were learned.
+        tied: Whether one serves all.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    if not tied and num_classes != num_priors:
+        raise ValueError(
+            f"the task has {num_classes} classes, but there are priors for {num_priors}: classes that each have a "
+            "prior of their own are those of training; for others use a tied prior."
+        )

@@ -1,0 +1,171 @@
+"""Gaussian classes in feature space: a Bayesian posterior over class means in closed form, and Bayes' rule.
+
+With features ``z``, independent of each other given the class: ``mu_c ~ N(m, diag(tau2))`` and ``z | c ~ N(mu_c,
+diag(sigma2))``. From ``n_c`` examples of the mean ``zbar_c`` follows for each feature
+
+    mu_c | support ~ N(mu_c', v_c')   v_c' = 1 / (1 / tau2 + n_c / sigma2)   mu_c' = m + n_c v_c' / sigma2 (zbar_c - m)
+
+The posterior is Gaussian with a diagonal covariance exactly: the family of Zhang et al. 2023 in closed form. A query
+belongs to class ``c`` with a probability in proportion to ``pi_c N(z; mu_c', sigma2 + v_c')``, by Bayes' rule, at no
+temperature. Relatives: MetaQDA, Bayesian prototypes, linear discriminant analysis (many examples).
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.heads.targets import indicators, require_classes
+from ibaml.likelihoods import Categorical
+from ibaml.likelihoods.base import wide
+from ibaml.types import Batch, Params, Tensor
+
+
+class GaussianClassesPrior(NamedTuple):
+    """What is learned over tasks.
+
+    Attributes:
+        mean: Mean ``m`` of the class means, ``[num_priors, num_features]``.
+        log_tau2: Logarithm of their variance, ``[num_priors, num_features]``.
+        log_sigma2: Logarithm of the variance within a class, ``[num_features]``.
+        log_frequency: Logarithm of the frequency of each class up to a constant, ``[num_classes]``; no classes if
+            classes are exchangeable, and so as frequent as each other.
+    """
+
+    mean: Tensor
+    log_tau2: Tensor
+    log_sigma2: Tensor
+    log_frequency: Tensor
+
+
+class GaussianClassesPosterior(NamedTuple):
+    """What is known of a task.
+
+    Attributes:
+        mean: Mean ``mu_c'`` of each class mean, ``[num_classes, num_features]``.
+        log_var: Logarithm of its variance ``v_c'``, ``[num_classes, num_features]``.
+        log_sigma2: Logarithm of the variance within a class, ``[num_features]``.
+        log_frequency: Logarithm of the frequency of each class, ``[num_classes]``.
+    """
+
+    mean: Tensor
+    log_var: Tensor
+    log_sigma2: Tensor
+    log_frequency: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianClasses(Head):
+    """Gaussian classes: a generative head, whose outputs are the log densities of features and class together.
+
+    Their softmax are the probabilities, and their logsumexp is the log density of the features in the task, which is
+    low for an input that belongs to none of its classes. A class without examples keeps the prior.
+
+    Attributes:
+        tied: Whether all classes have one prior, as exchangeable classes do; then a task may have any number of them.
+            Else each has its own mean and variance, and its frequency.
+        initial_class_variance: Variance ``tau2`` of class means where training starts.
+        initial_within_variance: Variance ``sigma2`` within a class there.
+
+    Raises:
+        ValueError: If a variance is not positive.
+    """
+
+    tied: bool = True
+    initial_class_variance: float = 1.0
+    initial_within_variance: float = 1.0
+
+    name: ClassVar[str] = "gaussian_classes"
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        for name in ("initial_class_variance", "initial_within_variance"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, but is {value}.")
+
+    @property
+    def serves_any_number_of_outputs(self) -> bool:
+        """Whether all classes have one prior."""
+        return self.tied
+
+    def describe(self) -> str:
+        """Returns how a task is solved."""
+        return "exact posterior of class means, Bayes' rule"
+
+    def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> GaussianClassesPrior:
+        """Returns the prior that training starts from; see ``Head``. The constant input has no part in it."""
+        shape = (1 if self.tied else num_outputs, num_inputs - 1)
+        return GaussianClassesPrior(
+            like.new_zeros(shape),
+            like.new_full(shape, math.log(self.initial_class_variance)),
+            like.new_full(shape[1:], math.log(self.initial_within_variance)),
+            like.new_zeros(0 if self.tied else num_outputs),
+        )
+
+    def parameter_groups(self, prior: GaussianClassesPrior) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns means and frequencies, and the log-variances."""
+        return [prior.mean, prior.log_frequency], [prior.log_tau2, prior.log_sigma2]
+
+    def solve(
+        self, prior: GaussianClassesPrior, shared: Params, support: Batch, num_outputs: int
+    ) -> tuple[GaussianClassesPosterior, Tensor]:
+        """Returns the posterior, exact; see ``Head``.
+
+        Raises:
+            ValueError: If there is a prior for each of another number of classes.
+
+        Cost:
+            ``K N F`` operations.
+        """
+        del shared
+        require_classes(num_outputs, len(prior.mean), tied=self.tied)
+        features = wide(support.x)[0][:, :-1]
+        members = indicators(support.y, num_outputs, like=features)
+        counts = members.sum(-1, keepdim=True)
+        # Sums of differences from the prior's mean: nothing cancels for a class of few examples.
+        centre = prior.mean.mean(0)
+        sums = members @ (features - centre) - counts * (prior.mean - centre)
+        ratio = torch.exp(prior.log_tau2 - prior.log_sigma2)
+        shrunk = 1 + counts * ratio
+        frequency = torch.log_softmax(prior.log_frequency, 0) if len(prior.log_frequency) else None
+        posterior = GaussianClassesPosterior(
+            prior.mean + sums * ratio / shrunk,
+            prior.log_tau2 - torch.log(shrunk),
+            prior.log_sigma2,
+            features.new_full((num_outputs,), -math.log(num_outputs)) if frequency is None else frequency,
+        )
+        return posterior, torch.zeros_like(features[0, 0])
+
+    def predict(
+        self, solution: GaussianClassesPosterior, shared: Params, inputs: Tensor, noise: Params
+    ) -> dict[str, Tensor]:
+        """Returns the log densities, ``[1, num_examples, num_classes]``: class means are integrated out."""
+        del shared, noise
+        return {"outputs": self.mean(solution, inputs).unsqueeze(0)}
+
+    def outer_loss(self, solution: GaussianClassesPosterior, shared: Params, query: Batch) -> Tensor:
+        """Returns the cross entropy of the query set; see ``Head``."""
+        return Categorical().nll(self.mean(solution, query.x), query.y, shared).mean()
+
+    def mean(self, solution: GaussianClassesPosterior, inputs: Tensor) -> Tensor:
+        """Returns ``log pi_c + log N(z; mu_c', sigma2 + v_c')``, ``[num_examples, num_classes]``.
+
+        Args:
+            solution: From ``solve``.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+
+        Cost:
+            ``M K F`` operations for ``M`` inputs.
+        """
+        # The square is expanded, so that no tensor has examples, classes and features; about the middle of the class
+        # means, so that what is subtracted is of the size of what is left.
+        middle = solution.mean.mean(0)
+        features, means = wide(inputs)[0][:, :-1] - middle, solution.mean - middle
+        log_variance = torch.logaddexp(solution.log_sigma2, solution.log_var)
+        precision = torch.exp(-log_variance)
+        squares = features**2 @ precision.mT - 2 * features @ (means * precision).mT + (means**2 * precision).sum(-1)
+        constants = (log_variance + math.log(2 * math.pi)).sum(-1)
+        return solution.log_frequency - 0.5 * (squares + constants)
