@@ -73,8 +73,7 @@ def make_algorithm(name: str, **settings: Any) -> Algorithm:
                 f"{name} has no setting {setting!r}; did you mean {nearest!r}? There are {', '.join(sorted(known))}."
             )
         if isinstance(value, str) and setting in _BY_NAME:
-            members = COLUMN_PRIORS if setting == "prior" and issubclass(record, Head) else _BY_NAME[setting]
-            settings = settings | {setting: _named(setting, value, members)()}
+            settings = settings | {setting: _named(setting, value, _members(record, setting))()}
     return record(**settings)
 
 
@@ -106,6 +105,11 @@ def vampire(**settings: Any) -> Algorithm:
 def ibaml(**settings: Any) -> Algorithm:
     """Implicit Bayesian meta-learning (Zhang et al. 2023): learned Gaussian prior, implicit gradient by Lemma 1."""
     return make_algorithm("ibaml", **settings)
+
+
+def _members(record: type, setting: str) -> Mapping[str, type]:
+    """Returns what a setting may be by name: the prior of a head is over columns."""
+    return COLUMN_PRIORS if setting == "prior" and issubclass(record, Head) else _BY_NAME[setting]
 
 
 def _named(what: str, name: str, known: Mapping[str, Any]) -> Any:

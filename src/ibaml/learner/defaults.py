@@ -136,9 +136,10 @@ def table_algorithm(name: str, input_shape: Sequence[int], *, is_regression: boo
     """
     log_var = -math.log(math.prod(input_shape) + _NUM_FEATURES // 4)
     prior = DiagonalPrior(initial_log_var=(log_var, log_var))
-    if name == "linear_gaussian":
-        return make_algorithm(name, prior=prior)
-    if not make_algorithm(name).is_bayesian:
+    algorithm = make_algorithm(name)
+    if algorithm.uses_features:
+        return algorithm
+    if not algorithm.is_bayesian:
         return make_algorithm(name, inner=Adam(num_steps=20, learning_rate=0.1))
     return make_algorithm(
         name,

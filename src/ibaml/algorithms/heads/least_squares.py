@@ -70,12 +70,14 @@ def is_dual(inputs: Tensor) -> bool:
     return inputs.shape[-2] < inputs.shape[-1]
 
 
-def stationarity(solution: LeastSquares, inputs: Tensor, variance: Tensor) -> Tensor:
-    """Returns the norm of half the gradient, ``X^T (Y - X W) / s2 - W``, relative to that of its terms, detached."""
-    pull, weights = (inputs.mT @ solution.residual / variance[..., None, None]).detach(), solution.weights.detach()
-    terms = torch.linalg.vector_norm(pull) + torch.linalg.vector_norm(weights)
-    # Targets that are what the prior says leave nothing to solve.
-    return torch.linalg.vector_norm(pull - weights) / terms.clamp_min(torch.finfo(terms.dtype).tiny)
+def stationarity(solution: LeastSquares, inputs: Tensor, targets: Tensor, variance: Tensor) -> Tensor:
+    """Returns the norm of half the gradient, ``W - X^T (Y - X W) / s2``, relative to that at ``W = 0``, detached."""
+    inputs, targets, variance = inputs.detach(), targets.detach(), variance.detach()[..., None, None]
+    weights, residual = solution.weights.detach(), solution.residual.detach()
+    norm = torch.linalg.vector_norm(weights - inputs.mT @ residual / variance)
+    first = torch.linalg.vector_norm(inputs.mT @ targets / variance)
+    # Targets of zero leave nothing to solve.
+    return norm / first.clamp_min(torch.finfo(first.dtype).tiny)
 
 
 def gaussian_nll(error: Tensor, covariance: Tensor) -> Tensor:

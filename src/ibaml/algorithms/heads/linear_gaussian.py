@@ -165,8 +165,8 @@ class LinearGaussian(GaussianHead):
         inputs, targets = support.x.double(), support.y.double().mT
         noise = self.temperature * noise_variance(shared, targets)
         whitened, prior_mean = self.prior.whiten(prior, inputs), self.prior.mean(prior)
-        error = targets - prior_mean @ inputs.mT
-        found = least_squares(whitened, error.unsqueeze(-1), noise)
+        error = (targets - prior_mean @ inputs.mT).unsqueeze(-1)
+        found = least_squares(whitened, error, noise)
         if self.covariance == "diagonal":
             spread = Independent(1 / (1 + (whitened**2).sum(-2) / noise.unsqueeze(-1)))
         elif is_dual(whitened):
@@ -175,7 +175,7 @@ class LinearGaussian(GaussianHead):
         else:
             spread = Precision(found.cholesky)
         mean = prior_mean + self.prior.colour(prior, found.weights.squeeze(-1))
-        return ColumnPosterior(prior, mean, spread, found, noise), stationarity(found, whitened, noise)
+        return ColumnPosterior(prior, mean, spread, found, noise), stationarity(found, whitened, error, noise)
 
     def moments(self, solution: ColumnPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z.mean`` and ``z^T S z``; see ``GaussianHead``."""

@@ -126,7 +126,7 @@ class Ridge(Head):
         found = least_squares(inputs, one_hot, regularization)
         weights = torch.exp(prior.log_scale.double()) * found.weights
         bias = inputs.new_zeros(num_outputs) if self.tied else prior.bias.double()
-        return RidgeSolution(weights, bias), stationarity(found, inputs, regularization)
+        return RidgeSolution(weights, bias), stationarity(found, inputs, one_hot, regularization)
 
     def predict(self, solution: RidgeSolution, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns one sample of the logits; see ``Head``."""
