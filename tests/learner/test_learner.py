@@ -124,6 +124,7 @@ def test_regression_from_end_to_end(tmp_path):
     assert prediction.mean.shape == prediction.total_uncertainty.shape == (5, 1)
     torch.testing.assert_close(prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic)
     noise = learner.meta_parameters.shared["likelihood.log_noise_variance"].exp()
+    noise = learner.calibration_temperature**2 * noise
     torch.testing.assert_close(prediction.aleatoric, noise.expand(5, 1))
     assert bool((prediction.epistemic > 0).all())
     report = learner.evaluate(tasks, num_tasks=4)

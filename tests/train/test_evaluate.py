@@ -15,7 +15,7 @@ from ibaml.networks import MLP
 from ibaml.posterior import FittedModel
 from ibaml.seeds import noise_generator, task_generator, task_seed
 from ibaml.solvers.inner import GradientDescent
-from ibaml.train.evaluate import Evaluation, draw_task, draw_tasks, evaluate
+from ibaml.train.evaluate import Evaluation, draw_task, draw_tasks, evaluate, tempered
 from ibaml.types import Batch, Episode, TaskSampler
 
 ALGORITHMS = {
@@ -75,8 +75,8 @@ def test_every_way_to_evaluate_gives_the_same_numbers_to_the_last_digit(kind, tm
     learner = MetaLearner(fitted.model.network, fitted.algorithm, kind)
     validations = []
     monkeypatch.setattr(
-        "ibaml.train.trainer.evaluate",
-        lambda *args, **kwargs: validations.append(evaluate(*args, **kwargs)) or validations[-1],
+        "ibaml.train.trainer.tempered",
+        lambda *arguments: validations.append(tempered(*arguments)) or validations[-1],
     )
     learner.fit(
         tasks, tasks, settings=TrainerSettings(num_steps=2, tasks_per_step=2, num_validation_tasks=3, validate_every=2)

@@ -31,6 +31,7 @@ from ibaml.train import trainer
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors, save_tensors
 from ibaml.train.draw import DrawnTasks, draw_step
 from ibaml.train.log import METRICS, read_metrics
+from ibaml.train.result import Chosen
 from ibaml.train.trainer import (
     Trainer,
     TrainerSettings,
@@ -483,9 +484,9 @@ def test_a_new_choice_is_handed_on_once(tmp_path, stop):
     chosen = []
 
     def run(max_minutes: float | None = None) -> TrainingResult:
-        def keep(meta: MetaParameters, step: int) -> None:
-            assert state_of(tmp_path)[1]["best_step"] == step
-            chosen.append((step, tree.map(torch.clone, meta)))
+        def keep(new: Chosen) -> None:
+            assert state_of(tmp_path)[1]["best_step"] == new.step
+            chosen.append((new.step, tree.map(torch.clone, new.meta)))
 
         return Trainer(image_model(), ALGORITHMS["maml"], SMALL, run_folder=tmp_path, on_chosen=keep).fit(
             image_tasks(0), image_tasks(1), max_minutes=max_minutes
@@ -689,6 +690,7 @@ def test_validation_chooses_the_best_state(tmp_path, monkeypatch):
         return dataclasses.replace(result, report={**result.report, "nll": nll})
 
     monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(trainer, "tempered", lambda likelihood, result, temperature: result)
     result = fit(tmp_path)
     assert result.best_step == 4
     assert_same_meta(result.meta, seen[1][0])
@@ -706,6 +708,8 @@ def test_logged_validation_equals_an_evaluation_of_that_state(tmp_path):
     result = fit(tmp_path, "ibaml")
     logged = {row["step"]: row for row in rows_of(tmp_path) if "validation_nll" in row}
     fitted = fitted_model(image_model(), ALGORITHMS["ibaml"], result.meta)
+    fitted = dataclasses.replace(fitted, temperature=result.chosen.temperature)
+    assert logged[result.best_step]["validation_temperature"] == fitted.temperature != 1
     again = evaluation.evaluate(fitted, image_tasks(1), num_tasks=3, seed=SMALL.seed + 10**6)
     assert logged[result.best_step]["validation_nll"] == pytest.approx(again.report["nll"].mean, abs=1e-6)
     assert min(row["validation_nll"] for row in logged.values()) == logged[result.best_step]["validation_nll"]

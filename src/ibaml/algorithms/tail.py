@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ibaml.types import Params, Tensor
+from ibaml.types import Tensor
 
 FEATURES = "example_features"
 """Name of the features among the shared parameters of ``OnFeatures``, ``[num_examples, *feature_shape]``."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.identity import data_identity
@@ -14,6 +14,7 @@ from ibaml.learner.run_folder import write_environment, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.processes import Processes
+from ibaml.train.result import Chosen
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,14 +50,20 @@ def fit_model(
         processes: The processes that share each step's tasks.
     """
 
-    def fitted(meta: MetaParameters, step: int) -> FittedModel:
+    def fitted(chosen: Chosen) -> FittedModel:
         return FittedModel(
-            model=model, algorithm=algorithm, meta=meta, preprocessing=source.preprocessing, device=device, step=step
+            model=model,
+            algorithm=algorithm,
+            meta=chosen.meta,
+            preprocessing=source.preprocessing,
+            device=device,
+            temperature=chosen.temperature,
+            step=chosen.step,
         )
 
-    def store(meta: MetaParameters, step: int) -> None:
+    def store(chosen: Chosen) -> None:
         assert run_folder is not None
-        write(run_folder, fitted(meta, step))
+        write(run_folder, fitted(chosen))
         write_environment(run_folder, num_processes=processes.size)
 
     trainer = processes.together(
@@ -75,7 +82,7 @@ def fit_model(
     result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
     if run_folder is not None:
         processes.on_first(lambda: write_summary(run_folder))
-    return fitted(result.meta, result.best_step), result
+    return fitted(result.chosen), result
 
 
 def _stderr() -> "Console":

@@ -21,7 +21,6 @@ from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.held_out import held_out_tasks
 from ibaml.learner.settings import LearnerSettings, as_patterns
-from ibaml.learner.temperature import fit_temperature
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
 from ibaml.networks import network_settings
@@ -30,6 +29,7 @@ from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation, evaluate
 from ibaml.train.processes import Processes
+from ibaml.train.temperature import fit_temperature
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +177,7 @@ class MetaLearner(Estimator):
 
     @property
     def calibration_temperature(self) -> float:
-        """Factor by which predictions are made less sure: 1 until ``calibrate``."""
+        """Factor by which predictions are made less sure, from validation tasks or ``calibrate``; 1 without any."""
         return 1.0 if self._fitted is None else self._fitted.temperature
 
     def fit(

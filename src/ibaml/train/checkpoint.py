@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ibaml import tree
 from ibaml.algorithms import MetaParameters
 from ibaml.atomic import atomic_write
+from ibaml.train.result import Chosen
 from ibaml.train.settings import ONLY_HOW
 from ibaml.types import Tensor
 
@@ -126,23 +127,19 @@ class TrainingState(NamedTuple):
 
     Attributes:
         meta: Meta-parameters after the last step.
-        best_meta: Those with the lowest validation nll so far.
+        chosen: The state that was chosen so far.
         optimizer: State of the optimiser by the number of the parameter, as ``state_dict()["state"]``.
         generator: State of the generator of tasks and noise.
         step: Steps taken.
         seconds: Seconds spent.
-        best_step: Step of ``best_meta``.
-        best_nll: Its validation nll; infinite before the first validation.
     """
 
     meta: MetaParameters
-    best_meta: MetaParameters
+    chosen: Chosen
     optimizer: dict[int, dict[str, Tensor]]
     generator: Tensor
     step: int
     seconds: float
-    best_step: int
-    best_nll: float
 
 
 def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any]) -> None:
@@ -161,12 +158,13 @@ def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any
     for index, values in state.optimizer.items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
     tensors["generator"] = state.generator
-    tensors |= {f"best/{name}": value for name, value in meta_to_tensors(state.best_meta).items()}
+    tensors |= {f"best/{name}": value for name, value in meta_to_tensors(state.chosen.meta).items()}
     progress = {
         "step": state.step,
         "seconds": state.seconds,
-        "best_step": state.best_step,
-        "best_nll": state.best_nll if math.isfinite(state.best_nll) else None,
+        "best_step": state.chosen.step,
+        "best_nll": state.chosen.nll if math.isfinite(state.chosen.nll) else None,
+        "best_temperature": state.chosen.temperature,
     }
     save_tensors(folder / CHECKPOINT, tensors, {**progress, "description": description})
 
@@ -197,7 +195,12 @@ def restore_state(
     # The tensors first: a mismatch there says plainly what is wrong.
     meta = meta_from_tensors(tensors, like=like, source=str(source))
     best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
-    best_meta = meta_from_tensors(best, like=like, source=str(source))
+    chosen = Chosen(
+        meta_from_tensors(best, like=like, source=str(source)),
+        step=metadata["best_step"],
+        nll=math.inf if metadata["best_nll"] is None else metadata["best_nll"],
+        temperature=metadata["best_temperature"],
+    )
     difference = first_difference(metadata["description"], _plain(description))
     if difference is not None:
         what, advice = (
@@ -214,13 +217,11 @@ def restore_state(
             optimizer.setdefault(int(index), {})[key] = value
     return TrainingState(
         meta,
-        best_meta,
+        chosen,
         optimizer,
         tensors["generator"],
         step=metadata["step"],
         seconds=metadata["seconds"],
-        best_step=metadata["best_step"],
-        best_nll=math.inf if metadata["best_nll"] is None else metadata["best_nll"],
     )
 
 

@@ -110,6 +110,12 @@ def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets
     )
 
 
+def tempered(likelihood: Likelihood, evaluation: Evaluation, temperature: float) -> Evaluation:
+    """Scores the same predictions made less sure (above 1) or surer (below 1)."""
+    predictions = [prediction.tempered(temperature) for prediction in evaluation.predictions]
+    return summarise(likelihood, predictions, evaluation.query_targets)
+
+
 def draw_tasks(sampler: TaskSampler, start: int, stop: int, *, seed: int) -> Episode:
     """Draws tasks ``start .. stop - 1`` of the fixed set named by ``seed``, with a leading task axis."""
     episodes = [sampler.sample(1, generator=task_generator(seed, index)) for index in range(start, stop)]

@@ -1,5 +1,6 @@
 """How training ends."""
 
+import math
 from typing import Literal, NamedTuple
 
 from ibaml.algorithms import MetaParameters
@@ -11,19 +12,43 @@ class TrainingDivergedError(RuntimeError):
     """A loss or gradient was not finite. The state before the step is in the checkpoint."""
 
 
+class Chosen(NamedTuple):
+    """The state that training chose so far.
+
+    Attributes:
+        meta: Meta-parameters with the lowest validation nll, or the last ones without validation.
+        step: Their step; 0 before the first choice.
+        nll: Their validation nll; infinite before the first validation.
+        temperature: Output temperature that fits the validation tasks best there; 1 without any.
+    """
+
+    meta: MetaParameters
+    step: int = 0
+    nll: float = math.inf
+    temperature: float = 1.0
+
+
 class TrainingResult(NamedTuple):
     """What training returns.
 
     Attributes:
-        meta: Meta-parameters with the lowest validation nll, or the last ones without validation.
+        chosen: The chosen state.
         last_meta: Meta-parameters after the last step.
         num_steps: Steps taken in all, over all resumptions.
-        best_step: Step of ``meta``.
         stop_reason: Why training ended.
     """
 
-    meta: MetaParameters
+    chosen: Chosen
     last_meta: MetaParameters
     num_steps: int
-    best_step: int
     stop_reason: StopReason
+
+    @property
+    def meta(self) -> MetaParameters:
+        """Meta-parameters with the lowest validation nll, or the last ones without validation."""
+        return self.chosen.meta
+
+    @property
+    def best_step(self) -> int:
+        """Step of ``meta``."""
+        return self.chosen.step

@@ -29,6 +29,8 @@ class TrainerSettings:
         compile: Compile the network's passes as well: on CUDA 1.5 times faster each, after a minute of compiling.
         max_examples_per_pass: Pass at most so many examples of a task through the network at a time, for support sets
             larger than memory; not with batch normalisation.
+        output_temperature: Fit, at every validation, one number by which predictions are made more or less sure (Guo
+            et al. 2017), judge the state with it, and keep it with the chosen one.
         draws: None: a step's tasks and noise come one after the other from one generator, and of several processes each
             draws all of them. ``"per_task"``: each task has a generator of its own, seeded from that one, and a process
             draws only its share, which many processes need (docs/scaling.md); other tasks than with None.
@@ -49,6 +51,7 @@ class TrainerSettings:
     fast: bool = True
     compile: bool = False
     max_examples_per_pass: int | None = None
+    output_temperature: bool = True
     draws: Literal["per_task"] | None = None
     seed: int = 0
 

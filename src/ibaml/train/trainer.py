@@ -32,14 +32,15 @@ from ibaml.train.checkpoint import (
     save_state,
 )
 from ibaml.train.draw import check_targets, draw_step
-from ibaml.train.evaluate import evaluate
+from ibaml.train.evaluate import evaluate, tempered
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.processes import Processes, ProcessLostError, placed
-from ibaml.train.result import StopReason, TrainingDivergedError, TrainingResult
+from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, TrainingResult
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
-from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep
-from ibaml.types import Episode, HypergradientInfo, Params, TaskSampler, Tensor
+from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep, TaskHypergradients
+from ibaml.train.temperature import fit_temperature
+from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,8 +58,8 @@ class Trainer:
         console: Where progress is shown; None is silent.
         processes: The processes that share each step's tasks; the first one alone writes and shows progress.
         data_identity: JSON values that tell the data from others; a checkpoint of a run on others is refused.
-        on_chosen: Called in the first process, after the checkpoint is written, with the chosen meta-parameters and
-            their step, whenever these are new; needs ``run_folder``.
+        on_chosen: Called in the first process, after the checkpoint is written, with the chosen state, whenever it is
+            new; needs ``run_folder``.
 
     Raises:
         ValueError: If there are more processes than tasks in a step.
@@ -75,7 +76,7 @@ class Trainer:
         console: "Console | None" = None,
         processes: Processes | None = None,
         data_identity: Mapping[str, Any] | None = None,
-        on_chosen: Callable[[MetaParameters, int], None] | None = None,
+        on_chosen: Callable[[Chosen], None] | None = None,
     ) -> None:
         self.processes = processes or Processes()
         if self.processes.size > settings.tasks_per_step:
@@ -104,9 +105,7 @@ class Trainer:
         self._optimizer = torch.optim.Adam(self._parameter_groups())
         self._step = 0
         self._seconds = 0.0
-        self._best_step = 0
-        self._best_nll = math.inf
-        self._best_meta = self._snapshot()
+        self._chosen = Chosen(self._snapshot())
         self._data_identity = data_identity
         self._on_chosen = on_chosen
         self._written_step = 0
@@ -199,14 +198,14 @@ class Trainer:
                         break
             log.write(self._step, self._seconds)
             if validation_tasks is None:
-                self._best_step, self._best_meta = self._step, self._snapshot()
-            elif self._best_nll == math.inf and stop_reason == "time limit":
+                self._chosen = Chosen(self._snapshot(), self._step)
+            elif self._chosen.nll == math.inf and stop_reason == "time limit":
                 # A first slice that ends before the first validation would otherwise report the untrained prior. The
                 # choice is provisional: a run without this stop would never have made it.
                 bar.say(self._validate(validation_tasks, log))
-                self._best_nll = math.inf
+                self._chosen = self._chosen._replace(nll=math.inf)
             self._save()
-        return TrainingResult(self._best_meta, self._snapshot(), self._step, self._best_step, stop_reason)
+        return TrainingResult(self._chosen, self._snapshot(), self._step, stop_reason)
 
     def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
         generator_state = self._generator.get_state()
@@ -227,7 +226,7 @@ class Trainer:
         own = tree.map(lambda leaf: leaf[share.start - drawn.first :][: len(share)].to(self.device), drawn.episodes)
         own_noises = tree.map(lambda leaf: leaf.to(self.device), drawn.noises)
         computed = self._hypergradients(self._meta, own, own_noises)
-        total, info, score, moved = self._sum_over_processes(*computed, share, generator_state)
+        total, info, score, moved = self._over_processes(computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
         if not bool(torch.isfinite(info.outer_loss).all() & torch.isfinite(gradient_norm)):
@@ -249,29 +248,21 @@ class Trainer:
             "gradient_norm": float(gradient_norm),
         }
 
-    def _sum_over_processes(
-        self,
-        total: MetaParameters,
-        info: HypergradientInfo,
-        score: Tensor,
-        moved: Params,
-        share: range,
-        generator_state: Tensor,
-    ) -> tuple[MetaParameters, HypergradientInfo, Tensor, Params]:
-        """Adds up the gradient and the changes of running averages, and gives every process all tasks' diagnostics and the others' wish to stop."""
+    def _over_processes(self, own: TaskHypergradients, share: range, generator_state: Tensor) -> TaskHypergradients:
+        """Adds up gradients and changes of running averages; gives all processes all diagnostics and wishes to stop."""
         if self.processes.size == 1:
-            return total, info, score, moved
-        per_task = tree.map(lambda leaf: placed(leaf, share, self.settings.tasks_per_step), (info, score))
+            return own
+        per_task = tree.map(lambda leaf: placed(leaf, share, self.settings.tasks_per_step), (own.info, own.scores))
         wishes = torch.tensor(self._stop_wishes(), dtype=torch.float32, device=self.device)
         try:
-            (total, moved), (info, score), wishes = self.processes.sum(((total, moved), per_task, wishes))
+            (total, moved), (info, scores), wishes = self.processes.sum(((own.total, own.moved), per_task, wishes))
         except ProcessLostError:
             self._generator.set_state(generator_state)
             self._save()
             raise
         interrupted, late = (wishes > 0).tolist()
         self._agreed_stop = (interrupted, late)
-        return total, info, score, moved
+        return TaskHypergradients(total, info, scores, moved)
 
     def _fitted(self) -> FittedModel:
         return FittedModel(
@@ -316,14 +307,16 @@ class Trainer:
             self._save()
             kind = ValueError if isinstance(error, ValueError) else TrainingDivergedError
             raise kind(f"validation after step {self._step}: {error} {self._where()}") from error
-        log.write(
-            self._step, self._seconds, {f"validation_{name}": value.mean for name, value in result.report.items()}
-        )
-        improved = result.report["nll"].mean < self._best_nll
+        temperature = 1.0
+        if self.settings.output_temperature:
+            temperature = fit_temperature(result.predictions, result.query_targets)
+            result = tempered(self.model.likelihood, result, temperature)
+        scores = {f"validation_{name}": value.mean for name, value in result.report.items()}
+        log.write(self._step, self._seconds, {**scores, "validation_temperature": temperature})
+        nll = result.report["nll"].mean
+        improved = nll < self._chosen.nll
         if improved:
-            self._best_nll = result.report["nll"].mean
-            self._best_step = self._step
-            self._best_meta = self._snapshot()
+            self._chosen = Chosen(self._snapshot(), self._step, nll, temperature)
         self._save()
         shown = ", ".join(
             f"{name} {result.report[name]}" for name in ("accuracy", "mse", "nll", "ece") if name in result.report
@@ -397,19 +390,17 @@ class Trainer:
             return
         state = TrainingState(
             self._meta,
-            self._best_meta,
+            self._chosen,
             self._optimizer.state_dict()["state"],
             self._generator.get_state(),
             step=self._step,
             seconds=self._seconds,
-            best_step=self._best_step,
-            best_nll=self._best_nll,
         )
         save_state(self.run_folder, state, self._description())
         # Before the first choice the best state is the untrained one, which is no model.
-        if self._on_chosen is not None and self._best_step not in (0, self._written_step):
-            self._on_chosen(self._best_meta, self._best_step)
-            self._written_step = self._best_step
+        if self._on_chosen is not None and self._chosen.step not in (0, self._written_step):
+            self._on_chosen(self._chosen)
+            self._written_step = self._chosen.step
 
     def _prepare(
         self,
@@ -454,8 +445,7 @@ class Trainer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
         self._generator.set_state(state.generator)
-        self._step, self._seconds = state.step, state.seconds
-        self._best_step, self._best_nll, self._best_meta = state.best_step, state.best_nll, state.best_meta
+        self._step, self._seconds, self._chosen = state.step, state.seconds, state.chosen
         if self.console is not None:
             self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ibaml.learner.temperature import fit_temperature
 from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
+from ibaml.train.temperature import fit_temperature
 
 
 def test_class_probabilities_that_are_too_sure_by_a_known_factor():
