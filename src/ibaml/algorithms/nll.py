@@ -68,10 +68,8 @@ class PlainNll(abc.ABC):
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """See ``Nll``."""
 
-    @property
-    def num_outputs(self) -> int:
-        """See ``Nll``."""
-        return 1
+    num_outputs: int = 1
+    """See ``Nll``."""
 
     def features(self, shared: Params, x: Tensor, /) -> Tensor:
         """See ``Nll``.

@@ -109,7 +109,8 @@ def find_tail(network: nn.Module, adapted: Iterable[str]) -> Tail | None:
         torch.Size([1, 3])
     """
     owners = [name.rpartition(".")[0].split(".") if "." in name else [] for name in adapted]
-    common = list(itertools.takewhile(lambda part: part is not None, map(_same, zip(*owners, strict=False))))
+    together = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    common = [parts[0] for parts in together]
     parent = network.get_submodule(".".join(common))
     if isinstance(parent, nn.Sequential) and common not in owners:
         children = [name for name, _ in parent.named_children()]
@@ -148,10 +149,6 @@ def _tail(network: nn.Module, names: Sequence[str]) -> Tail:
     return Tail(_without(network, names), OnFeatures({name: network.get_submodule(name) for name in names}))
 
 
-def _same(parts: tuple[str, ...]) -> str | None:
-    return parts[0] if len(set(parts)) == 1 else None
-
-
 def _add(root: nn.Module, name: str, layer: nn.Module) -> None:
     """Puts a layer at a dotted name, with empty modules on the way."""
     *path, last = name.split(".")
@@ -166,18 +163,22 @@ def _without(network: nn.Module, names: Sequence[str]) -> nn.Module:
     """Returns a network that shares all modules but passes its features through where some were."""
     if "" in names:
         return nn.Identity()
-    body = copy.copy(network)
-    # A shallow copy shares the table of its children.
-    body._modules = dict(network._modules)
+    children = dict(network.named_children())
     for child in {name.partition(".")[0] for name in names}:
         below = [rest for name in names if (rest := name.partition(".")[2]) and name.startswith(f"{child}.")]
-        body._modules[child] = _without(network.get_submodule(child), below) if below else nn.Identity()
-    return body
+        children[child] = _without(children[child], below) if below else nn.Identity()
+    return _with_children(network, children)
 
 
 def _in_training(module: nn.Module) -> nn.Module:
     """Returns a module that shares all tensors, with the layers that keep running averages in training mode."""
-    own = copy.copy(module)
-    own._modules = {name: child and _in_training(child) for name, child in module._modules.items()}
+    own = _with_children(module, {name: _in_training(child) for name, child in module.named_children()})
     own.training = keeps_statistics(module)
+    return own
+
+
+def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+    """Returns a module that shares everything but the table of its children, which a shallow copy would share too."""
+    own = copy.copy(module)
+    own._modules = {**module._modules, **children}  # pyright: ignore[reportPrivateUsage]
     return own

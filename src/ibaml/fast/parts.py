@@ -38,6 +38,15 @@ class NllInParts:
         self._nll = nll
         self._max_examples = max_examples
 
+    @property
+    def num_outputs(self) -> int:
+        """See ``Nll``."""
+        return self._nll.num_outputs
+
+    def features(self, shared: Params, x: Tensor, /) -> Tensor:
+        """See ``Nll``."""
+        return self._nll.features(shared, x)
+
     def per_example(self, weights: Params, shared: Params, batch: Batch, /) -> Tensor:
         """See ``Nll``."""
         return self._nll.per_example(weights, shared, batch)
