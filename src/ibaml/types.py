@@ -4,7 +4,7 @@ Records that pass through ``torch.func`` transforms are NamedTuples, so that the
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -20,6 +20,11 @@ MatVec: TypeAlias = Callable[[PyTree], PyTree]
 
 Loss: TypeAlias = Callable[[PyTree], Tensor]
 """A scalar function of a pytree."""
+
+
+ClassScope: TypeAlias = Literal["shared", "per_task"]
+"""Whether class labels mean the same in all tasks, or each task has classes of its own. A sampler may say which by an
+attribute ``class_scope``."""
 
 
 class Batch(NamedTuple):

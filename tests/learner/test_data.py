@@ -14,7 +14,7 @@ from sklearn.base import clone
 from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
 from ibaml.data import SinusoidTasks
 from ibaml.data.prepare import prepare
-from ibaml.learner.defaults import table_algorithm
+from ibaml.learner.defaults import convex_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_metadata, read_model
 from ibaml.learner.held_out import held_out_tasks
 from ibaml.likelihoods import ClassPrediction, MixturePrediction
@@ -242,7 +242,7 @@ def test_an_update_is_adaptation_to_all_data():
     """Bayesian linear regression: at once or in parts, the converged posterior is the closed form of all data."""
     tasks = pairs(regression=True)
     algorithm = dataclasses.replace(
-        table_algorithm("ibaml", (2,), is_regression=True),
+        convex_algorithm("ibaml", 6, is_regression=True),
         num_samples=60,
         inner=RelativeAdam(num_steps=120, learning_rate=0.06),
     )

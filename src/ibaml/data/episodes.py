@@ -4,7 +4,7 @@ import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.data.images import ClassImages, scale_pixels
-from ibaml.types import Batch, Episode, PyTree, Tensor
+from ibaml.types import Batch, ClassScope, Episode, PyTree, Tensor
 
 
 class EpisodeSampler:
@@ -64,6 +64,11 @@ class EpisodeSampler:
                 f"{num_shots} + {num_queries} = {needed} are needed of every class; "
                 "lower them or leave the class out with select()."
             )
+
+    @property
+    def class_scope(self) -> ClassScope:
+        """``"per_task"``: a label says nothing about a class beyond its task."""
+        return "per_task"
 
     @property
     def has_equal_sizes(self) -> bool:

@@ -11,12 +11,12 @@ import torch
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.images import ClassImages
-from ibaml.data.preprocessing import ClassScope, Preprocessing, encode_tasks, fit_preprocessing, image_preprocessing
+from ibaml.data.preprocessing import Preprocessing, encode_tasks, fit_preprocessing, image_preprocessing
 from ibaml.data.ragged import TaskSplits, row_groups
 from ibaml.data.sources.image_folder import load_class_folder
 from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.likelihoods import TargetKind
-from ibaml.types import Batch, Episode, TaskSampler
+from ibaml.types import Batch, ClassScope, Episode, TaskSampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,7 @@ import torch
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
 from ibaml.likelihoods import TargetKind
-from ibaml.types import Batch, Tensor
-
-ClassScope: TypeAlias = Literal["shared", "per_task"]
-"""Whether class labels mean the same in all tasks, or each task has classes of its own."""
+from ibaml.types import Batch, ClassScope, Tensor
 
 CLASS_SCOPES: tuple[ClassScope, ...] = ("shared", "per_task")
 _LARGEST = float(torch.finfo(torch.float32).max)

@@ -7,7 +7,7 @@ import torch
 
 from ibaml import tree
 from ibaml.checks import require_cpu_generator, require_positive_int
-from ibaml.types import Batch, Episode, PyTree, Tensor
+from ibaml.types import Batch, ClassScope, Episode, PyTree, Tensor
 
 
 class RaggedTasks(abc.ABC):
@@ -149,6 +149,11 @@ class TaskSplits(RaggedTasks):
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.tasks[0].x.shape[1:])
+
+    @property
+    def class_scope(self) -> ClassScope:
+        """Whether class indices mean the same in all tasks."""
+        return "shared" if self.num_ways is None else "per_task"
 
     @property
     def has_equal_sizes(self) -> bool:

@@ -1,10 +1,13 @@
-"""What a learner uses when it is given data and no network: sizes from the data, settings that suit small tasks.
+"""What a learner uses where it is not told: an algorithm, and for data a network with sizes from the data.
 
-The network is a small perceptron whose last layer, which sees the inputs as well as the learned features, adapts to
-each task; the features are shared. So the inner problem is Bayesian linear (or logistic) regression on learned
-features: convex, and nearly solved by a few steps of Adam. For regression the temperature is 1, Bayes' rule, and a
-diagonal Gaussian describes the posterior well enough. For classes it is 0.1: the exact posterior is narrow in the
-directions that the examples span, a diagonal one cannot be, and at temperature 1 its samples blur every prediction.
+A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
+or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
+is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4.
+
+Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
+same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
+posterior well enough. For classes it is 0.1: the exact posterior is narrow in the directions that the examples span, a
+diagonal one cannot be, and at temperature 1 its samples blur every prediction.
 """
 
 import math
@@ -15,15 +18,19 @@ import torch
 from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
+from ibaml.algorithms.heads.gaussian import solves
 from ibaml.likelihoods import Likelihood, find_likelihood
-from ibaml.networks import MLP, Conv4
-from ibaml.priors import DiagonalPrior
+from ibaml.networks import MLP, Conv4, NormPolicy
+from ibaml.priors import DiagonalColumnPrior, DiagonalPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train import TrainerSettings
-from ibaml.types import TaskSampler, Tensor
+from ibaml.types import ClassScope, TaskSampler, Tensor
 
-HEAD = "head.*"
-"""Parameters that a task adapts in a default network for tables."""
+HEAD = "head"
+"""Name of the algorithm that is chosen by the likelihood."""
+
+HEAD_PATTERN = "head.*"
+"""Parameters that a task adapts in a default network."""
 
 _NUM_FEATURES = 16
 _NUM_TASKS_TO_START_FROM = 32
@@ -39,6 +46,32 @@ TABLE_TRAINER = TrainerSettings(
     checkpoint_every=50,
 )
 """Outer loop for tables. Sixteen such small tasks cost hardly more time than one."""
+
+IMAGE_TRAINER = TrainerSettings(
+    num_steps=600,
+    tasks_per_step=4,
+    learning_rate=3e-3,
+    log_var_learning_rate=1e-3,
+    schedule="cosine",
+    validate_every=200,
+    num_validation_tasks=60,
+    checkpoint_every=100,
+)
+"""Outer loop for heads on images."""
+
+
+def trainer_settings(algorithm: Algorithm, tasks: TaskSampler, *, is_data: bool) -> TrainerSettings:
+    """Returns settings of the outer loop that suit tasks.
+
+    Args:
+        algorithm: What adapts.
+        tasks: The training tasks.
+        is_data: Whether they came as data, which are scaled, and not as tensors.
+    """
+    is_image = len(tasks.input_shape) == 3
+    if algorithm.uses_features and is_image:
+        return IMAGE_TRAINER
+    return TABLE_TRAINER if not is_image and (is_data or algorithm.uses_features) else TrainerSettings()
 
 
 class Suited(NamedTuple):
@@ -57,29 +90,57 @@ class Suited(NamedTuple):
     adapt: str | Sequence[str]
 
 
-def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], *, is_image: bool) -> Suited:
+def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: ClassScope) -> Algorithm:
+    """Returns the algorithm of a name; ``"head"`` stands for the head that suits a likelihood.
+
+    Args:
+        algorithm: A name, or an algorithm, which is returned.
+        likelihood: Of the targets.
+        scope: Whether classes are the same in all tasks.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if not isinstance(algorithm, str):
+        return algorithm
+    if algorithm != HEAD:
+        return make_algorithm(algorithm)
+    if likelihood.target_kind == "classes":
+        is_tied = scope == "per_task"
+        return make_algorithm("softmax", prior=DiagonalColumnPrior(tied=is_tied, learn_mean=not is_tied))
+    return (
+        make_algorithm("linear_gaussian")
+        if solves(likelihood)
+        else convex_algorithm("ibaml", 2 * _NUM_FEATURES, is_regression=True)
+    )
+
+
+def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm, *, is_image: bool) -> Suited:
     """Returns the network that suits tasks, and what else a learner leaves open.
 
     Args:
         tasks: The training tasks.
         parameters: Arguments of the learner; names of an algorithm or a likelihood stand for what suits the data.
+        algorithm: What the name of an algorithm stands for.
         is_image: Whether inputs are ``[channels, height, width]``.
 
     Raises:
         ValueError: If a name is unknown.
     """
-    algorithm, adapt, seed = parameters["algorithm"], parameters["adapt"], parameters["seed"]
+    adapt, seed = parameters["adapt"], parameters["seed"]
     likelihood = find_likelihood(parameters["likelihood"])
-    if not is_image:
-        adapt = HEAD if adapt == "*" else adapt
-        if isinstance(algorithm, str):
-            is_regression = likelihood.target_kind != "classes"
-            algorithm = table_algorithm(algorithm, tasks.input_shape, is_regression=is_regression)
+    if algorithm.uses_features or not is_image:
+        adapt = HEAD_PATTERN if adapt == "*" else adapt
+    if not is_image and isinstance(parameters["algorithm"], str) and not algorithm.uses_features:
+        name = algorithm.name if parameters["algorithm"] == HEAD else parameters["algorithm"]
+        num_features = math.prod(tasks.input_shape) + _NUM_FEATURES // 4
+        algorithm = convex_algorithm(name, num_features, is_regression=likelihood.target_kind != "classes")
     if isinstance(parameters["likelihood"], str):
         likelihood = likelihood.suited_to(_some_targets(tasks, seed=seed))
     num_outputs = likelihood.num_outputs(tasks.num_outputs)
-    network = default_network(tasks.input_shape, num_outputs, is_image=is_image, seed=seed)
-    return Suited(network, make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm, likelihood, adapt)
+    norm = "running" if algorithm.uses_features else "group"
+    network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
+    return Suited(network, algorithm, likelihood, adapt)
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
@@ -89,13 +150,16 @@ def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
     return torch.cat([batch.y[0] for episode in drawn for batch in episode])
 
 
-def default_network(input_shape: Sequence[int], num_outputs: int, *, is_image: bool, seed: int) -> nn.Module:
+def default_network(
+    input_shape: Sequence[int], num_outputs: int, *, is_image: bool, norm: NormPolicy, seed: int
+) -> nn.Module:
     """Builds the network: a perceptron for tables, Conv4 for images.
 
     Args:
         input_shape: Shape of one input.
         num_outputs: Number of outputs.
         is_image: Whether inputs are ``[channels, height, width]``.
+        norm: How Conv4 normalises.
         seed: Seed of the initial weights.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +169,7 @@ def default_network(input_shape: Sequence[int], num_outputs: int, *, is_image: b
             num_outputs,
             in_channels=channels,
             image_size=(height, width),
-            norm="group",
+            norm=norm,
             downsample="stride",
             zero_head=True,
             generator=generator,
@@ -121,31 +185,28 @@ def default_network(input_shape: Sequence[int], num_outputs: int, *, is_image: b
     )
 
 
-def table_algorithm(name: str, input_shape: Sequence[int], *, is_regression: bool) -> Algorithm:
-    """Returns an algorithm with settings for a default network on scaled tables.
+def convex_algorithm(name: str, num_features: int, *, is_regression: bool) -> Algorithm:
+    """Returns an algorithm of the grid with settings for a linear layer on features of about unit scale.
 
-    The prior starts with a variance that gives outputs of about unit variance, which is that of the scaled targets.
+    The prior starts with a variance that gives outputs of about unit variance, which is that of scaled targets.
 
     Args:
         name: Name of an algorithm.
-        input_shape: Shape of one input.
+        num_features: Features of an example.
         is_regression: Whether targets are real.
 
     Raises:
         ValueError: If the name is unknown.
     """
-    log_var = -math.log(math.prod(input_shape) + _NUM_FEATURES // 4)
-    prior = DiagonalPrior(initial_log_var=(log_var, log_var))
     algorithm = make_algorithm(name)
-    if algorithm.uses_features:
-        return algorithm
     if not algorithm.is_bayesian:
         return make_algorithm(name, inner=Adam(num_steps=20, learning_rate=0.1))
+    log_var = -math.log(num_features)
     return make_algorithm(
         name,
         # With steps of one size, training that narrows the prior of some weights makes the inner problem diverge.
         inner=RelativeAdam(num_steps=20, learning_rate=0.2),
-        prior=prior,
+        prior=DiagonalPrior(initial_log_var=(log_var, log_var)),
         temperature=1.0 if is_regression else 0.1,
         num_samples=8,
         antithetic=True,

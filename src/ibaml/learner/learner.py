@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm, MetaParameters, make_algorithm
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
 from ibaml.data.prepare import SplitSettings, prepare
-from ibaml.data.preprocessing import CLASS_SCOPES, ClassScope, Preprocessing
+from ibaml.data.preprocessing import CLASS_SCOPES, Preprocessing
 from ibaml.learner import defaults
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
@@ -30,6 +30,7 @@ from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation, evaluate
 from ibaml.train.processes import Processes
 from ibaml.train.temperature import fit_temperature
+from ibaml.types import ClassScope
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,14 +45,17 @@ class MetaLearner(Estimator):
     Args:
         network: Any ``nn.Module`` without running statistics whose forward takes a batch of inputs. None: one that
             suits the data that ``fit`` gets (``ibaml.learner.defaults``).
-        algorithm: Name of an algorithm (``"ibaml"``, ``"maml"``, ``"fomaml"``, ``"imaml"``, ``"abml"``,
-            ``"vampire"``) or an ``Algorithm`` with settings of its own. A name stands for the settings of the
-            publication, or, for a default network on tables, for those of ``ibaml.learner.defaults``.
+        algorithm: ``"head"``: implicit Bayesian meta-learning of a prior over the last linear layer on shared
+            features, solved exactly by the head that suits the likelihood (``softmax`` for classes,
+            ``linear_gaussian`` for numbers). Or another name of ``ibaml.algorithms.ALGORITHMS`` (``"ibaml"``: the
+            paper's, on all weights; ``"maml"``, ...), or an ``Algorithm`` with settings of its own. A name stands for
+            the settings of the publication, or, for a default network on tables, for those of
+            ``ibaml.learner.defaults``.
         likelihood: Name of a likelihood (``"categorical"``, ``"gaussian"``, ``"student_t"``, ``"poisson"``,
             ``"unit_gaussian"``) or one of ``ibaml.likelihoods`` with settings of its own. With a default network, the
             parameters of one that is named start at values that suit the data.
-        adapt: Name patterns of the parameters that each task adapts; the others are meta-learned directly. With a
-            default network on tables, ``"*"`` stands for its head.
+        adapt: Name patterns of the parameters that each task adapts; the others are meta-learned directly. ``"*"``
+            stands for the last linear layer where the algorithm is a head, or the network the default one for tables.
         freeze: Name patterns of parameters that never change.
         classes: Labels of data: ``"shared"`` means the same in all tasks (active and inactive); ``"per_task"``: each
             task has classes of its own, as new classes of images are. Image folders are always the latter.
@@ -88,7 +92,7 @@ class MetaLearner(Estimator):
     def __init__(
         self,
         network: nn.Module | None = None,
-        algorithm: str | Algorithm = "ibaml",
+        algorithm: str | Algorithm = "head",
         likelihood: str | Likelihood = "categorical",
         adapt: str | Sequence[str] = "*",
         *,
@@ -102,8 +106,8 @@ class MetaLearner(Estimator):
         by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
         super().__init__(**by_position, freeze=freeze, classes=classes, device=device, seed=seed)
         self.network = network
-        self.algorithm = make_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         self.likelihood = find_likelihood(likelihood)
+        self.algorithm = defaults.find_algorithm(algorithm, self.likelihood, classes)
         self.adapt_patterns = adapt
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
@@ -238,16 +242,17 @@ class MetaLearner(Estimator):
             dtype=torch.float32 if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
             columns={"task": task, "target": target, "features": features},
         )
-        is_table = source.preprocessing is not None and source.preprocessing.image_size is None
+        scope: ClassScope = getattr(source.train, "class_scope", self.classes)
+        self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
+        is_image = len(source.train.input_shape) == 3
         settings = settings or dataclasses.replace(
-            defaults.TABLE_TRAINER if is_table else TrainerSettings(), seed=self.seed
+            defaults.trainer_settings(self.algorithm, source.train, is_data=source.preprocessing is not None),
+            seed=self.seed,
         )
         if num_steps is not None:
             settings = dataclasses.replace(settings, num_steps=num_steps)
         if self._parameters["network"] is None:
-            suited = defaults.suited_to(
-                source.train, self.get_params(), is_image=source.preprocessing is not None and not is_table
-            )
+            suited = defaults.suited_to(source.train, self._parameters, self.algorithm, is_image=is_image)
             self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
             self._build(suited.network)
         self._splits = splits
@@ -447,8 +452,8 @@ class MetaLearner(Estimator):
     def _build(self, network: nn.Module) -> None:
         likelihood = self.likelihood.with_outputs(num_outputs_of(network))
         self.network = network
-        adapt = self.adapt_patterns
-        if self.algorithm.uses_features and as_patterns(adapt) == ("*",):
-            adapt = last_layer(network)
-        built = build_model(network, likelihood, adapt=adapt, freeze=self.freeze_patterns)
+        is_head = self.algorithm.uses_features or self._parameters["algorithm"] == defaults.HEAD
+        if is_head and as_patterns(self.adapt_patterns) == ("*",):
+            self.adapt_patterns = last_layer(network)
+        built = build_model(network, likelihood, adapt=self.adapt_patterns, freeze=self.freeze_patterns)
         self._model = built.to(self.device)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ibaml.algorithms import Algorithm
-from ibaml.data.preprocessing import ClassScope
 from ibaml.likelihoods import Likelihood
 from ibaml.networks import NetworkSettings
+from ibaml.types import ClassScope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

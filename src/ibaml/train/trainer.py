@@ -288,7 +288,11 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         rate = self.settings.learning_rate
         places, widths = self.algorithm.parameter_groups(self._meta.prior)
-        groups = [_group(places + tree.leaves(self._meta.shared), rate)]
+        # The likelihood's own parameters are logarithms, as of a noise variance.
+        of_likelihood = self.model.likelihood.initial_parameters().keys()
+        for name, value in self._meta.shared.items():
+            (widths if name in of_likelihood else places).append(value)
+        groups = [_group(places, rate)]
         if widths:
             groups.append(_group(widths, self.settings.log_var_learning_rate or rate))
         return groups

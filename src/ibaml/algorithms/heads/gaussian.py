@@ -10,12 +10,17 @@ import torch
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.nll import Nll
-from ibaml.likelihoods import Gaussian, UnitGaussian
+from ibaml.likelihoods import Gaussian, Likelihood, UnitGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
 
 GaussianOuterLoss = Literal["predictive_nll", "expected_nll", "marginal"]
 """Minus the log density of each query example; the nll expected under the posterior; or minus the log marginal
 likelihood of support and query set together, per example of both: empirical Bayes, what mixed models maximise."""
+
+
+def solves(likelihood: Likelihood) -> bool:
+    """Whether Gaussian heads are exact: for Gaussian noise with one variance for each target."""
+    return isinstance(likelihood, UnitGaussian) or (isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +77,7 @@ class GaussianHead(Head):
             ValueError: If it is another.
         """
         likelihood = getattr(nll, "likelihood", None)
-        is_plain = isinstance(likelihood, UnitGaussian) or (
-            isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic
-        )
-        if likelihood is not None and not is_plain:
+        if likelihood is not None and not solves(likelihood):
             raise ValueError(
                 f"algorithm {self.name!r} is exact for Gaussian noise of one variance for each target, but the "
                 f"likelihood is {likelihood!r}: use likelihood='gaussian', or an algorithm for any likelihood such as "

@@ -10,7 +10,7 @@ import torch
 from ibaml.checks import require_cpu_generator, require_positive_int
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.base import Split, queries_in
-from ibaml.types import Batch, Episode, Tensor
+from ibaml.types import Batch, ClassScope, Episode, Tensor
 
 _SUBSPACE_SEED = 0
 """All tasks of a size differ in the same directions, whoever draws them."""
@@ -81,6 +81,7 @@ class MixtureTasks:
         (torch.Size([7, 6, 20]), torch.Size([7, 4]))
     """
 
+    class_scope: ClassVar[ClassScope] = "per_task"
     has_equal_sizes = True
 
     def __init__(self, settings: Mixtures, *, num_queries: int) -> None:
