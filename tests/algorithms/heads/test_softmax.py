@@ -339,7 +339,7 @@ def test_float32_agrees_with_float64(num_classes: int, num_support: int, num_fea
 
 
 def test_a_weak_prior_of_classes_that_can_be_separated_is_solved_by_shorter_steps() -> None:
-    algorithm = Softmax(prior=DiagonalColumnPrior(tied=True, learn_mean=False, initial_variance=1e6))
+    algorithm = Softmax(prior=DiagonalColumnPrior(tied=True, learn_mean=False, initial_variance=1e4))
     z = with_constant(randn(20, 3, seed=1) * torch.tensor([1.0, 1e-3, 1e3], dtype=DOUBLE))
     y = (z[:, 0] > 0).long() + 2 * (z[:, 2] > 0).long()
     solution, residual = solve(algorithm, algorithm.init_prior(4, 4, like=z), z, y, 4)

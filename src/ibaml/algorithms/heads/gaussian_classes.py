@@ -66,8 +66,10 @@ class GaussianClasses(Head):
     Attributes:
         tied: Whether all classes have one prior, as exchangeable classes do; then a task may have any number of them.
             Else each has its own mean and variance, and its frequency.
-        initial_class_variance: Variance ``tau2`` of class means where training starts.
-        initial_within_variance: Variance ``sigma2`` within a class there.
+        initial_class_variance: Variance ``tau2`` of class means where training starts, for features of unit variance.
+        initial_within_variance: Variance ``sigma2`` within a class there, as a multiple of the square root of the
+            number of features: those of a network depend on each other, and at their own variance probabilities would
+            start at 0 and 1.
 
     Raises:
         ValueError: If a variance is not positive.
@@ -98,10 +100,11 @@ class GaussianClasses(Head):
     def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> GaussianClassesPrior:
         """Returns the prior that training starts from; see ``Head``. The constant input has no part in it."""
         shape = (1 if self.tied else num_outputs, num_inputs - 1)
+        within = self.initial_within_variance * math.sqrt(max(num_inputs - 1, 1))
         return GaussianClassesPrior(
             like.new_zeros(shape),
             like.new_full(shape, math.log(self.initial_class_variance)),
-            like.new_full(shape[1:], math.log(self.initial_within_variance)),
+            like.new_full(shape[1:], math.log(within)),
             like.new_zeros(0 if self.tied else num_outputs),
         )
 

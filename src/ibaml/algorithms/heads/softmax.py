@@ -35,6 +35,13 @@ _SUFFICIENT_DECREASE = 1e-4
 """Share of the decrease that the slope promises which a step must bring (Armijo's rule)."""
 
 
+_TOLERANCE_EXPONENT = 0.6
+"""Newton's method has converged at a relative gradient norm of the rounding error of the features to this power.
+
+The step that is taken all the same squares it, and the Newton matrix is as near to that of the solution.
+"""
+
+
 class SoftmaxPosterior(NamedTuple):
     """A Gaussian over the weights of a task.
 
@@ -125,15 +132,17 @@ class Softmax(Head):
             classes, ``R`` whitened features and ``N`` examples.
         """
         del shared
-        (inputs,) = wide(support.x)
+        # In float64: a weak prior and features of any size make a Newton matrix that float32 cannot hold.
+        inputs, prior = support.x.double(), tree.map(torch.Tensor.double, prior)
         mean = self.prior.mean(prior)
         require_classes(num_outputs, len(mean), tied=self.prior.tied)
         targets = indicators(support.y, num_outputs, like=inputs)
         problem = _problem(self.prior.whiten(prior, inputs), num_outputs)
         offset = mean @ inputs.mT
         fixed = tree.detach(problem)
+        tolerance = torch.finfo(wide(support.x)[0].dtype).eps ** _TOLERANCE_EXPONENT
         unknown, residual, *factors = _Newton.apply(
-            type(problem), self.max_newton_steps, offset.detach(), targets, *fixed
+            type(problem), self.max_newton_steps, tolerance, offset.detach(), targets, *fixed
         )
         # One Newton step from the solution, differentiable in all but the Newton matrix and where it starts.
         log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
@@ -165,7 +174,7 @@ class Softmax(Head):
 
     def mean(self, solution: SoftmaxPosterior, inputs: Tensor) -> Tensor:
         """Returns the logits at the mode; see ``Head``."""
-        return wide(inputs)[0] @ solution.weights.mT
+        return (inputs.double() @ solution.weights.mT).to(wide(inputs)[0].dtype)
 
     def covariance(self, solution: SoftmaxPosterior, inputs: Tensor) -> Tensor:
         """Returns the covariance of the logits of each query, ``[num_examples, num_classes, num_classes]``.
@@ -177,7 +186,7 @@ class Softmax(Head):
             solution: From ``solve``, at a positive temperature.
             inputs: ``z``, ``[num_examples, num_inputs]``.
         """
-        whitened = self.prior.whiten(solution.prior, wide(inputs)[0])
+        whitened = self.prior.whiten(solution.prior, inputs.double())
         return self.posterior_temperature * solution.problem.covariance(solution.factors, whitened)
 
     def _samples(self, solution: SoftmaxPosterior, inputs: Tensor) -> Tensor:
@@ -190,7 +199,8 @@ class Softmax(Head):
         variance = torch.diagonal(covariance, dim1=-2, dim2=-1).mean(-1)
         limits = torch.finfo(covariance.dtype)
         ridge = (8 * num_classes * limits.eps * variance + limits.tiny)[..., None, None]
-        factor = _cholesky(covariance + ridge * torch.eye(num_classes, dtype=logits.dtype, device=logits.device))
+        identity = torch.eye(num_classes, dtype=covariance.dtype, device=covariance.device)
+        factor = _cholesky(covariance + ridge * identity).to(logits.dtype)
         return logits + torch.einsum("sk,njk->snj", normal_points(self.num_evaluation_samples, logits), factor)
 
 
@@ -407,21 +417,23 @@ class _Newton(torch.autograd.Function):
     """Newton's method as one operation without a derivative, for all tasks at once under ``torch.func.vmap``.
 
     Not for a gradient: its arguments are detached, and the implicit function theorem needs none. But each of its some
-    300 small operations would pass through each transform around it, which made a hypergradient three times as slow,
-    and under ``vmap`` the steps after convergence could not be left out.
+    300 small operations would pass through each transform around it, which made a hypergradient twice as slow as it is,
+    and under ``vmap``, where no step after convergence could be left out, ten times.
     """
 
     @staticmethod
     def forward(
-        kind: Callable[..., _Problem], max_steps: int, offset: Tensor, targets: Tensor, *leaves: Tensor
+        kind: Callable[..., _Problem],
+        max_steps: int,
+        tolerance: float,
+        offset: Tensor,
+        targets: Tensor,
+        *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
         problem = kind(*leaves)
-        unknown, log_probs = _newton(problem, offset, targets, max_steps)
-        factors = problem.factorize(log_probs)
-        # What the loop left is an error whose square is rounding.
-        unknown = unknown - problem.solve(factors, problem.residual(unknown, targets - log_probs.exp()))
+        unknown, factors = _newton(problem, offset, targets, max_steps, tolerance)
         errors = targets - torch.softmax(offset + problem.outputs(unknown), -2)
-        return unknown, _relative_gradient(problem, unknown, errors), *factors
+        return unknown, _relative_gradient(problem, unknown, problem.residual(unknown, errors), errors), *factors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -429,65 +441,71 @@ class _Newton(torch.autograd.Function):
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
-        info: Any, in_dims: tuple[int | None, ...], kind: Callable[..., _Problem], max_steps: int, *tensors: Tensor
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        kind: Callable[..., _Problem],
+        max_steps: int,
+        tolerance: float,
+        *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         batched = [
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+            for tensor, dim in zip(tensors, in_dims[3:], strict=True)
         ]
-        found = _Newton.apply(kind, max_steps, *batched)
+        found = _Newton.apply(kind, max_steps, tolerance, *batched)
         return found, (0,) * len(found)
 
 
-def _newton(problem: _Problem, offset: Tensor, targets: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
-    """Returns nearly the solution, and the log-probabilities there."""
-    tolerance = torch.finfo(targets.dtype).eps ** 0.7
-    unknown = problem.start(targets)
-    log_probs = torch.log_softmax((offset + problem.outputs(unknown)).expand(targets.shape), -2)
-    length = torch.ones_like(targets[..., 0, 0])
+def _newton(
+    problem: _Problem, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns the solution and the Newton matrix of the last step."""
+    unknown, factors = problem.start(targets), ()
     for _ in range(max_steps):
+        logits = offset + problem.outputs(unknown)
+        log_probs = torch.log_softmax(logits, -2)
         errors = targets - log_probs.exp()
-        # A step of length 0: rounding leaves no decrease, and the next would be the same.
-        done = (_relative_gradient(problem, unknown, errors) <= tolerance) | (length == 0)
-        if tree.holds(done.all()):
-            break
         residual = problem.residual(unknown, errors)
-        step = -problem.solve(problem.factorize(log_probs), residual)
-        length = torch.where(done, 0.0, _step_length(problem, unknown, step, residual, offset, targets))
+        factors = problem.factorize(log_probs)
+        step = -problem.solve(factors, residual)
+        # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
+        converged = _relative_gradient(problem, unknown, residual, errors) <= tolerance
+        length = torch.where(converged, 1.0, _step_length(problem, unknown, step, residual, logits, targets))
         unknown = unknown + length[..., None, None] * step
-        log_probs = torch.log_softmax(offset + problem.outputs(unknown), -2)
-    return unknown, log_probs
+        # After a step of length 0 the next would be the same.
+        if tree.holds((converged | (length == 0)).all()):
+            break
+    return unknown, factors
 
 
 def _step_length(
-    problem: _Problem, unknown: Tensor, step: Tensor, residual: Tensor, offset: Tensor, targets: Tensor
+    problem: _Problem, unknown: Tensor, step: Tensor, residual: Tensor, logits: Tensor, targets: Tensor
 ) -> Tensor:
     """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
     lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=step.dtype, device=step.device)
-    logits, change = offset + problem.outputs(unknown), problem.outputs(step)
 
     def cross_entropy(at: Tensor, targets: Tensor) -> Tensor:
         return (torch.logsumexp(at, -2) - (targets * at).sum(-2)).sum(-1)
 
     before = cross_entropy(logits, targets).unsqueeze(-1)
-    at = logits.unsqueeze(-3) + lengths[:, None, None] * change.unsqueeze(-3)
-    along, squared, slope, size = (
-        problem.inner(*pair).unsqueeze(-1)
-        for pair in ((unknown, step), (step, step), (residual, step), (unknown, unknown))
+    after = cross_entropy(
+        logits.unsqueeze(-3) + lengths[:, None, None] * problem.outputs(step).unsqueeze(-3), targets.unsqueeze(-3)
     )
-    decrease = before - cross_entropy(at, targets.unsqueeze(-3)) - lengths * (along + 0.5 * lengths * squared)
+    along, squared, slope, size = problem.inner(
+        torch.stack([unknown, step, residual, unknown]), torch.stack([step, step, step, unknown])
+    ).unsqueeze(-1)
+    decrease = before - after - lengths * (along + 0.5 * lengths * squared)
     # Near the solution a decrease is lost in rounding, and the whole step is right.
     rounding = 32 * torch.finfo(step.dtype).eps * (1 + before + 0.5 * size)
     enough = decrease >= -_SUFFICIENT_DECREASE * lengths * slope - rounding
     return torch.where(enough, lengths, 0.0).amax(-1)
 
 
-def _relative_gradient(problem: _Problem, unknown: Tensor, errors: Tensor) -> Tensor:
+def _relative_gradient(problem: _Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
     """Returns the norm of the gradient ``e - (Z C)^T (y - p)`` over those of its terms, examples taken one by one."""
-    residual = problem.residual(unknown, errors)
-    squares = (problem.inner(unknown, unknown), (errors**2 * problem.squared_norms).sum((-2, -1)))
-    of_prior, of_examples = (square.clamp_min(0).sqrt() for square in squares)
-    norm = problem.inner(residual, residual).clamp_min(0).sqrt()
+    both = torch.stack([residual, unknown])
+    norm, of_prior = problem.inner(both, both).clamp_min(0).sqrt()
+    of_examples = (errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
     return norm / (of_prior + of_examples + torch.finfo(norm.dtype).tiny)
 
 
