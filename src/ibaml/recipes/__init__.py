@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from ibaml.recipes import characters, few_shot, fsmol, sinusoid
+from ibaml.recipes import characters, few_shot, fsmol, heads, sinusoid
 from ibaml.recipes.settings import Recipe
 
 __all__ = ["RECIPES", "Recipe", "get_recipe"]
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    **heads.RECIPES,
     **characters.RECIPES,
     **few_shot.RECIPES,
     **sinusoid.RECIPES,

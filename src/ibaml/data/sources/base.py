@@ -74,6 +74,7 @@ class ImageSource(abc.ABC):
         num_queries: Query images of each class in training tasks.
         num_test_queries: Query images of each class in validation and test tasks.
         image_size: Height and width in pixels.
+        num_train_ways: Classes of a training task. None: as many as of others.
 
     Raises:
         TypeError: If a count is not an int.
@@ -85,6 +86,7 @@ class ImageSource(abc.ABC):
     num_queries: int = 15
     num_test_queries: int = 15
     image_size: int = 28
+    num_train_ways: int | None = None
     name: ClassVar[str]
     is_image: ClassVar[bool] = True
     num_channels: ClassVar[int] = 3
@@ -93,6 +95,8 @@ class ImageSource(abc.ABC):
         """Checks the counts."""
         for name in ("num_ways", "num_shots", "num_queries", "num_test_queries", "image_size"):
             require_positive_int(name, getattr(self, name))
+        if self.num_train_ways is not None:
+            require_positive_int("num_train_ways", self.num_train_ways)
 
     @abc.abstractmethod
     def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
@@ -102,7 +106,7 @@ class ImageSource(abc.ABC):
         """Loads the images of a split and returns their task sampler; see ``TaskSource.sampler``."""
         return EpisodeSampler(
             self.images(split, data=data).to(device),
-            num_ways=self.num_ways,
+            num_ways=self.num_train_ways if split == "train" and self.num_train_ways else self.num_ways,
             num_shots=self.num_shots,
             num_queries=queries_in(self, split),
         )

@@ -1,0 +1,156 @@
+"""The recipes for users: implicit Bayesian meta-learning of a prior over a head on shared features, solved exactly.
+
+Their names tell no algorithm. Settings follow from the study (docs/choosing.md), which judges on validation tasks.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ibaml.algorithms import make_algorithm
+from ibaml.data.sources import FSMol, Glyphs, ImageSource, Omniglot, TinyImagenet
+from ibaml.networks import NetworkSettings
+from ibaml.priors import DiagonalColumnPrior
+from ibaml.recipes.settings import Recipe
+from ibaml.train import TrainerSettings
+
+_EXCHANGEABLE = make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False))
+
+
+def _images(
+    name: str,
+    what: str,
+    data: ImageSource,
+    trainer: TrainerSettings,
+    *,
+    channels: int = 64,
+    downsample: str = "max_pool",
+    num_test_tasks: int = 1000,
+) -> Recipe:
+    """Returns the recipe of few-shot tasks on images, each with classes of its own."""
+    return Recipe(
+        name=name,
+        description=f"a head solved exactly on shared features; {what}, {data.num_ways}-way {data.num_shots}-shot",
+        data=data,
+        network=NetworkSettings(
+            name="Conv4",
+            arguments={
+                "num_outputs": data.num_ways,
+                "in_channels": data.num_channels,
+                "image_size": data.image_size,
+                "channels": channels,
+                "downsample": downsample,
+                "norm": "running",
+                "zero_head": True,
+            },
+        ),
+        algorithm=_EXCHANGEABLE,
+        adapt=("head.*",),
+        classes="per_task",
+        trainer=trainer,
+        num_test_tasks=num_test_tasks,
+    )
+
+
+def _glyphs(num_ways: int, num_shots: int) -> Recipe:
+    return _images(
+        f"glyphs_{num_ways}way_{num_shots}shot",
+        "rendered characters; no Georgian or Armenian is seen in training",
+        Glyphs(num_ways=num_ways, num_shots=num_shots, num_queries=5, num_test_queries=15),
+        TrainerSettings(
+            num_steps=900,
+            tasks_per_step=4,
+            learning_rate=3e-3,
+            log_var_learning_rate=1e-3,
+            schedule="cosine",
+            validate_every=300,
+            num_validation_tasks=60,
+        ),
+        channels=32,
+        downsample="stride",
+        num_test_tasks=200,
+    )
+
+
+def _omniglot(num_ways: int, num_shots: int) -> Recipe:
+    return _images(
+        f"omniglot_{num_ways}way_{num_shots}shot",
+        "Omniglot, split of Vinyals et al. 2016",
+        # Tasks of more classes than those of the test are harder, and every image counts in more comparisons.
+        Omniglot(num_ways=num_ways, num_train_ways=20, num_shots=num_shots, num_queries=5, num_test_queries=15),
+        TrainerSettings(
+            num_steps=6000,
+            tasks_per_step=2,
+            learning_rate=2e-3,
+            log_var_learning_rate=1e-3,
+            schedule="cosine",
+            validate_every=500,
+            num_validation_tasks=60,
+            checkpoint_every=100,
+            log_every=20,
+        ),
+        downsample="stride",
+    )
+
+
+def _tiny_imagenet(num_shots: int) -> Recipe:
+    return _images(
+        f"tiny_imagenet_5way_{num_shots}shot",
+        "Tiny-ImageNet at 32 x 32",
+        TinyImagenet(num_ways=5, num_shots=num_shots, num_queries=10, num_test_queries=15, image_size=32),
+        TrainerSettings(
+            num_steps=8000,
+            tasks_per_step=4,
+            learning_rate=2e-3,
+            log_var_learning_rate=1e-3,
+            schedule="cosine",
+            validate_every=500,
+            num_validation_tasks=100,
+            checkpoint_every=100,
+            log_every=20,
+        ),
+    )
+
+
+def _fsmol() -> Recipe:
+    return Recipe(
+        name="fsmol",
+        description="a head solved exactly on shared features of fingerprints; FS-Mol, active or inactive molecules",
+        data=FSMol(num_queries=64, num_test_queries=64),
+        network=NetworkSettings(
+            name="MLP",
+            arguments={
+                "num_outputs": 2,
+                "input_shape": 2048,
+                "hidden_sizes": (256, 128),
+                "activation": "tanh",
+                "norm": "group",
+                "zero_head": True,
+            },
+        ),
+        algorithm=make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True)),
+        adapt=("head.*",),
+        trainer=TrainerSettings(
+            num_steps=3000,
+            tasks_per_step=8,
+            learning_rate=1e-3,
+            log_var_learning_rate=5e-3,
+            schedule="cosine",
+            validate_every=250,
+            num_validation_tasks=120,
+            checkpoint_every=100,
+            log_every=20,
+        ),
+        num_test_tasks=390,
+    )
+
+
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    **{f"glyphs_{way}way_{shot}shot": partial(_glyphs, way, shot) for way, shot in ((5, 1), (5, 5), (20, 5))},
+    **{
+        f"omniglot_{way}way_{shot}shot": partial(_omniglot, way, shot)
+        for way, shot in ((5, 1), (5, 5), (20, 1), (20, 5))
+    },
+    **{f"tiny_imagenet_5way_{shot}shot": partial(_tiny_imagenet, shot) for shot in (1, 5)},
+    "fsmol": _fsmol,
+}
+"""The recipes of this family by name."""
