@@ -1,0 +1,317 @@
+"""The inner problem of a softmax head and Newton's method for it; see ``ibaml.algorithms.heads.softmax``."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ibaml import tree
+from ibaml.types import Tensor
+
+_NUM_HALVINGS = 8
+"""Step lengths that the line search chooses from: 1, 1/2, 1/4, ..."""
+
+_SUFFICIENT_DECREASE = 1e-4
+"""Share of the decrease that the slope promises which a step must bring (Armijo's rule)."""
+
+
+class Problem(Protocol):
+    """The inner problem in some unknowns ``x``, ``[num_classes, num_unknowns]``.
+
+    All but ``covariance`` also take leading axes, the same for all tensors.
+    """
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """Squared norms of the whitened features, ``[num_priors, num_examples]``."""
+        ...
+
+    def start(self, targets: Tensor, /) -> Tensor:
+        """Returns unknowns of zero for targets ``[num_classes, num_examples]``."""
+        ...
+
+    def outputs(self, unknown: Tensor, /) -> Tensor:
+        """Returns what the unknowns add to the logits, ``[num_classes, num_examples]``."""
+        ...
+
+    def whitened(self, unknown: Tensor, /) -> Tensor:
+        """Returns the whitened weights ``e``, ``[num_classes, rank]``."""
+        ...
+
+    def inner(self, one: Tensor, other: Tensor, /) -> Tensor:
+        """Returns the inner product of the whitened weights of two unknowns, a scalar."""
+        ...
+
+    def residual(self, unknown: Tensor, errors: Tensor, /) -> Tensor:
+        """Returns the unknowns whose whitened weights are the gradient ``e_c - (Z C_c)^T (y_c - p_c)``.
+
+        Args:
+            unknown: Unknowns.
+            errors: ``y - p``, ``[num_classes, num_examples]``.
+        """
+        ...
+
+    def factorize(self, log_probs: Tensor, /) -> tuple[Tensor, ...]:
+        """Returns factors of the Newton matrix at log-probabilities ``[num_classes, num_examples]``."""
+        ...
+
+    def solve(self, factors: Sequence[Tensor], right: Tensor, /) -> Tensor:
+        """Returns minus the Newton step where the residual is ``right``."""
+        ...
+
+    def covariance(self, factors: Sequence[Tensor], whitened: Tensor, /) -> Tensor:
+        """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
+
+        Args:
+            factors: From ``factorize``.
+            whitened: Whitened features of the queries, ``[num_priors, num_queries, rank]``.
+        """
+        ...
+
+
+class _OfExamples(NamedTuple):
+    """Unknowns are coefficients of the examples, ``e_c = (Z C_c)^T x_c``.
+
+    The Newton matrix is ``I + W G``, with the inverse ``I - Q G``. For ``D_c = diag(p_c)``, ``E_c = (D_c^-1 + G_c)^-1``
+    and ``R^T`` that sums over classes, ``Q = E - E R (R^T E R)^-1 R^T E`` (Rasmussen and Williams 2006, eq. (3.47)).
+
+    Attributes:
+        features: ``Z C``, ``[num_priors, num_examples, rank]``.
+        products: ``G``, ``[num_priors, num_examples, num_examples]``.
+    """
+
+    features: Tensor
+    products: Tensor
+
+    @property
+    def squared_norms(self) -> Tensor:
+        return torch.diagonal(self.products, dim1=-2, dim2=-1)
+
+    def start(self, targets: Tensor) -> Tensor:
+        return torch.zeros_like(targets)
+
+    def outputs(self, unknown: Tensor) -> Tensor:
+        return _each(self.products, unknown)
+
+    def whitened(self, unknown: Tensor) -> Tensor:
+        return _each(self.features.mT, unknown)
+
+    def inner(self, one: Tensor, other: Tensor) -> Tensor:
+        return (one * self.outputs(other)).sum((-2, -1))
+
+    def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
+        return unknown - errors
+
+    def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
+        # E_c = V_c^T V_c with V_c = L_c^-1 D_c^1/2 and L_c L_c^T = I + D_c^1/2 G_c D_c^1/2, whose eigenvalues are at
+        # least 1. The root of a probability that underflows has a derivative if it is taken of the logarithm.
+        root = torch.exp(0.5 * log_probs)
+        identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+        factor = cholesky(identity + root.unsqueeze(-1) * self.products * root.unsqueeze(-2))
+        half = torch.linalg.solve_triangular(factor, torch.diag_embed(root), upper=False)
+        stacked = half.flatten(-3, -2)
+        return half, cholesky(stacked.mT @ stacked)
+
+    def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
+        half, total = factors
+        first = _each(half.mT, _each(half, self.outputs(right)))
+        shift = torch.cholesky_solve(first.sum(-2).unsqueeze(-1), total).mT
+        return right - first + _each(half.mT, _each(half, shift))
+
+    def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
+        # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
+        half, total = factors
+        explained = half @ (self.features @ whitened.mT)
+        prior = (whitened**2).sum(-1)
+        # No less than what rounding leaves of the prior's variance.
+        own = torch.maximum(prior - (explained**2).sum(-2), torch.finfo(prior.dtype).eps * prior)
+        between = torch.linalg.solve_triangular(total, half.mT @ explained, upper=False)
+        return torch.diag_embed(own.mT) + torch.einsum("knm,jnm->mkj", between, between)
+
+
+class _OfWeights(NamedTuple):
+    """Unknowns are the whitened weights; the Newton matrix is the Hessian of the inner loss in them.
+
+    Attributes:
+        features: ``Z C``, ``[num_priors, num_examples, rank]``.
+    """
+
+    features: Tensor
+
+    @property
+    def squared_norms(self) -> Tensor:
+        return (self.features**2).sum(-1)
+
+    def start(self, targets: Tensor) -> Tensor:
+        return targets.new_zeros(*targets.shape[:-1], self.features.shape[-1])
+
+    def outputs(self, unknown: Tensor) -> Tensor:
+        return _each(self.features, unknown)
+
+    def whitened(self, unknown: Tensor) -> Tensor:
+        return unknown
+
+    def inner(self, one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).sum((-2, -1))
+
+    def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
+        return unknown - _each(self.features.mT, errors)
+
+    def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
+        # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), D_2 (Z C_2), ...].
+        weighted = log_probs.exp().unsqueeze(-1) * self.features
+        num_classes, rank = weighted.shape[-3], weighted.shape[-1]
+        columns = weighted.movedim(-3, -2).flatten(-2)
+        own = (weighted.mT @ self.features).movedim(-3, -2).flatten(-2)
+        identity = torch.eye(num_classes * rank, dtype=weighted.dtype, device=weighted.device)
+        in_block = identity[::rank, ::rank].repeat_interleave(rank, 0).repeat_interleave(rank, 1)
+        blocks = in_block * own.repeat(*(1 for _ in own.shape[:-2]), num_classes, 1)
+        return (cholesky(identity + blocks - columns.mT @ columns),)
+
+    def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
+        return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
+
+    def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
+        (factor,) = factors
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        along = inverse.unflatten(-1, (-1, whitened.shape[-1])).movedim(-2, 0) @ whitened.mT
+        return torch.einsum("kim,jim->mkj", along, along)
+
+
+def problem_of(features: Tensor, num_classes: int) -> _OfExamples | _OfWeights:
+    """Returns the problem in the unknowns that cost less; ``features`` are ``[num_priors, num_examples, rank]``."""
+    num_examples, rank = features.shape[-2:]
+    if _costs_less_in_weights(num_examples, rank, num_classes):
+        return _OfWeights(features)
+    return _OfExamples(features, features @ features.mT)
+
+
+def _costs_less_in_weights(num_examples: int, rank: int, num_classes: int) -> bool:
+    num_weights = num_classes * rank
+    return num_weights**2 * (num_weights + 3 * num_examples) < (num_classes + 1) * num_examples**3
+
+
+def newton(
+    problem: "_OfExamples | _OfWeights", offset: Tensor, targets: Tensor, *, max_steps: int, tolerance: float
+) -> tuple[Tensor, ...]:
+    """Returns unknowns that solve a problem, the relative norm of the gradient, and factors of the Newton matrix.
+
+    Args:
+        problem: The problem, detached.
+        offset: Logits at zero weights, ``[num_classes, num_examples]``, detached.
+        targets: Ones and zeros, likewise.
+        max_steps: Newton steps at most.
+        tolerance: Relative norm of the gradient at which one step more is the last.
+    """
+    return _Newton.apply(type(problem), max_steps, tolerance, offset, targets, *problem)
+
+
+class _Newton(torch.autograd.Function):
+    """Newton's method as one operation without a derivative, for all tasks at once under ``torch.func.vmap``.
+
+    Not for a gradient: its arguments are detached, and the implicit function theorem needs none. But each of its some
+    300 small operations would pass through each transform around it, which made a hypergradient twice as slow as it is,
+    and under ``vmap``, where no step after convergence could be left out, ten times.
+    """
+
+    @staticmethod
+    def forward(
+        kind: Callable[..., Problem],
+        max_steps: int,
+        tolerance: float,
+        offset: Tensor,
+        targets: Tensor,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, ...]:
+        problem = kind(*leaves)
+        unknown, factors = _solve(problem, offset, targets, max_steps, tolerance)
+        errors = targets - torch.softmax(offset + problem.outputs(unknown), -2)
+        return unknown, _relative_gradient(problem, unknown, problem.residual(unknown, errors), errors), *factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        kind: Callable[..., Problem],
+        max_steps: int,
+        tolerance: float,
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        batched = [
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(tensors, in_dims[3:], strict=True)
+        ]
+        found = _Newton.apply(kind, max_steps, tolerance, *batched)
+        return found, (0,) * len(found)
+
+
+def _solve(
+    problem: Problem, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns the solution and the Newton matrix of the last step."""
+    unknown, factors = problem.start(targets), ()
+    for _ in range(max_steps):
+        logits = offset + problem.outputs(unknown)
+        log_probs = torch.log_softmax(logits, -2)
+        errors = targets - log_probs.exp()
+        residual = problem.residual(unknown, errors)
+        factors = problem.factorize(log_probs)
+        step = -problem.solve(factors, residual)
+        # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
+        converged = _relative_gradient(problem, unknown, residual, errors) <= tolerance
+        length = torch.where(converged, 1.0, _step_length(problem, unknown, step, residual, logits, targets))
+        unknown = unknown + length[..., None, None] * step
+        # After a step of length 0 the next would be the same.
+        if tree.holds((converged | (length == 0)).all()):
+            break
+    return unknown, factors
+
+
+def _step_length(
+    problem: Problem, unknown: Tensor, step: Tensor, residual: Tensor, logits: Tensor, targets: Tensor
+) -> Tensor:
+    """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
+    lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=step.dtype, device=step.device)
+
+    def cross_entropy(at: Tensor, targets: Tensor) -> Tensor:
+        return (torch.logsumexp(at, -2) - (targets * at).sum(-2)).sum(-1)
+
+    before = cross_entropy(logits, targets).unsqueeze(-1)
+    after = cross_entropy(
+        logits.unsqueeze(-3) + lengths[:, None, None] * problem.outputs(step).unsqueeze(-3), targets.unsqueeze(-3)
+    )
+    along, squared, slope, size = problem.inner(
+        torch.stack([unknown, step, residual, unknown]), torch.stack([step, step, step, unknown])
+    ).unsqueeze(-1)
+    decrease = before - after - lengths * (along + 0.5 * lengths * squared)
+    # Near the solution a decrease is lost in rounding, and the whole step is right.
+    rounding = 32 * torch.finfo(step.dtype).eps * (1 + before + 0.5 * size)
+    enough = decrease >= -_SUFFICIENT_DECREASE * lengths * slope - rounding
+    return torch.where(enough, lengths, 0.0).amax(-1)
+
+
+def _relative_gradient(problem: Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
+    """Returns the norm of the gradient ``e - (Z C)^T (y - p)`` over those of its terms, examples taken one by one."""
+    both = torch.stack([residual, unknown])
+    norm, of_prior = problem.inner(both, both).clamp_min(0).sqrt()
+    of_examples = (errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
+    return norm / (of_prior + of_examples + torch.finfo(norm.dtype).tiny)
+
+
+def _each(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Returns a matrix times a vector for each class; one matrix, or one vector, may serve all."""
+    if matrices.shape[-3] == 1:
+        return vectors @ matrices.squeeze(-3).mT
+    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Returns the Cholesky factor; NaN for a matrix that is not positive definite, where torch would raise."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return torch.where((info == 0)[..., None, None], factor, math.nan)
