@@ -81,7 +81,7 @@ def test_how_to_regression(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("howto-regression.md")
     assert (names["lower"] < names["prediction"].mean).all() and (names["prediction"].mean < names["upper"]).all()
-    assert names["posterior"].num_support == 8 and names["curves"].shape == (50, 101)
+    assert names["posterior"].num_support == 8 and names["curves"].shape == (64, 101)
     # What was saved and loaded, and adapted at once, is near what was updated.
     assert np.corrcoef(names["again"].mean, names["later"].mean)[0, 1] > 0.99
     assert names["folder"] == Path("cells_model")

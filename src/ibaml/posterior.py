@@ -13,7 +13,7 @@ from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
-from ibaml.likelihoods import Prediction
+from ibaml.likelihoods import MixturePrediction, Prediction
 from ibaml.seeds import noise_generator
 from ibaml.types import Batch, Episode, Params, Tensor
 
@@ -185,8 +185,21 @@ class FittedModel:
             return prediction.rescaled(mean.to(self.device), scale.to(self.device))
 
     def predict(self, posterior: Any, x: Tensor, *, seed: int) -> Prediction:
-        """Predicts at encoded inputs; numbers in the targets' units."""
-        return self.prediction(self.outputs(posterior, x, seed=seed))
+        """Predicts at encoded inputs; numbers in the targets' units, whose samples can be drawn."""
+        prediction = self.prediction(self.outputs(posterior, x, seed=seed))
+        if not isinstance(prediction, MixturePrediction) or not self.algorithm.uses_features:
+            return prediction
+
+        def draw() -> Tensor:
+            network, shared, inputs = self._on_features(x)
+            generator = noise_generator("prediction", seed)
+            drawn = self.algorithm.draw_outputs(network, shared, posterior, inputs, generator=generator)
+            assert drawn is not None, f"{self.algorithm.name} gives moments and no draws"
+            sampled = self.prediction({"outputs": drawn})
+            assert isinstance(sampled, MixturePrediction)
+            return sampled.components.mean
+
+        return dataclasses.replace(prediction, draw=draw)
 
     def in_units(self, targets: Tensor) -> Tensor:
         """Returns encoded targets as those of predictions: numbers in the units of the data, class indices as such."""

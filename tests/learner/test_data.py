@@ -71,7 +71,7 @@ def test_classes_by_name(classifier):
     np.testing.assert_allclose(
         prediction.total_uncertainty, prediction.aleatoric + prediction.epistemic, rtol=1e-4, atol=1e-6
     )
-    assert prediction.samples().shape == (50, len(x) - 5, 2)
+    assert prediction.samples().shape == (64, len(x) - 5, 2)
 
 
 def test_tensors_give_tensors_and_the_same_numbers(classifier, regressor):
@@ -100,7 +100,12 @@ def test_regression_is_in_the_units_of_the_targets(regressor):
     np.testing.assert_allclose(prediction.cdf(high), np.full(len(x) - 5, 0.9), rtol=1e-6)
     with pytest.raises(ValueError, match=r"targets has shape \(1,\); expected \(\d+,\), as mean has"):
         prediction.cdf(y[:1])
-    assert prediction.samples().shape == (50, len(x) - 5)
+    # Drawn from a posterior in closed form, the same every time.
+    curves = prediction.samples()
+    assert curves.shape == (64, len(x) - 5)
+    np.testing.assert_array_equal(curves, prediction.samples())
+    deviation = (prediction.epistemic / 64) ** 0.5
+    assert (np.abs(curves.mean(0) - prediction.mean) < 5 * deviation).all()
     # The same numbers by hand: scale, predict, scale back.
     targets = regressor.preprocessing.targets
     noise = regressor.meta_parameters.shared["likelihood.log_noise_variance"].double().exp() * targets.scale**2
@@ -143,8 +148,14 @@ def test_three_classes_and_classes_of_each_task():
     learner = MetaLearner(classes="per_task").fit(tasks, num_steps=2)
     prediction = learner.adapt(tasks[0][0][:6], ["9a", "9b", "9c"] * 2).predict(tasks[0][0])
     assert prediction.classes.tolist() == ["9a", "9b", "9c"] and prediction.probs.shape == (18, 3)
+    # A head with one prior for all classes serves any number of them, weights of a network do not.
+    fewer = learner.adapt(tasks[0][0][:2], ["x", "y"]).predict(tasks[0][0])
+    assert fewer.classes.tolist() == ["x", "y"] and fewer.probs.shape == (18, 2)
+    more = learner.adapt(tasks[0][0][:8], [*"pqrspqrs"]).predict(tasks[0][0])
+    assert more.probs.shape == (18, 4) and np.allclose(more.probs.sum(1), 1)
+    fixed = MetaLearner(algorithm="maml", classes="per_task").fit(tasks, num_steps=1)
     with pytest.raises(ValueError, match="y_support has 2 classes .'x', 'y'., but the model tells 3 apart"):
-        learner.adapt(tasks[0][0][:2], ["x", "y"])
+        fixed.adapt(tasks[0][0][:2], ["x", "y"])
     assert learner.evaluate(tasks[:3]).keys() >= {"accuracy", "nll", "ece"}
     with pytest.raises(ValueError, match="task '0' has a single class, and classes='per_task' needs at least 2"):
         MetaLearner(classes="per_task").fit([(tasks[0][0], ["a"] * 18)], num_steps=1)
@@ -279,7 +290,10 @@ def test_an_update_starts_where_the_posterior_was(classifier):
     before = tree.ravel(posterior.value)[0].clone()
     again = posterior.update(x[6:], y[6:])
     assert torch.equal(tree.ravel(posterior.value)[0], before)
-    assert again.grad_norm < classifier.adapt(x, y).grad_norm
+    # The inner problem of a head has one solution, wherever one starts.
+    assert tree.ravel(again.value)[0].equal(tree.ravel(classifier.adapt(x, y).value)[0])
+    by_steps = MetaLearner(algorithm="ibaml").fit(pairs(), num_steps=2)
+    assert by_steps.adapt(x[:6], y[:6]).update(x[6:], y[6:]).grad_norm < by_steps.adapt(x, y).grad_norm
     with pytest.raises(ValueError, match="y_support has the label 'other'"):
         posterior.update(x[:1], ["other"])
 

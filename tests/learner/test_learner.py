@@ -14,7 +14,7 @@ from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.learner.folder import MODEL
 from ibaml.networks import MLP, Conv4
-from ibaml.priors import DiagonalGaussian, DiagonalPrior
+from ibaml.priors import DiagonalColumnPrior, DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
 from ibaml.train import TrainerSettings
 from ibaml.train.checkpoint import load_tensors, save_tensors
@@ -112,7 +112,13 @@ def test_fit_adapt_predict_evaluate_save_load(tmp_path, name):
 
 def test_algorithms_by_name_with_all_their_defaults():
     learner = MetaLearner(image_network())
-    assert learner.algorithm == ibaml.ibaml()
+    assert learner.algorithm == make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True))
+    exchangeable = MetaLearner(image_network(), classes="per_task")
+    assert exchangeable.algorithm == make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False))
+    assert MetaLearner(likelihood="gaussian").algorithm == make_algorithm("linear_gaussian")
+    # No head is exact for counts.
+    assert MetaLearner(likelihood="poisson").algorithm.name == "ibaml"
+    assert MetaLearner(image_network(), "ibaml").algorithm == ibaml.ibaml()
     assert MetaLearner(image_network(), "maml").algorithm == ibaml.maml()
 
 

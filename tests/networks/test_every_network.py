@@ -181,7 +181,7 @@ def test_refuses_another_input_shape(build: Build) -> None:
 
 @every_builder
 def test_refuses_an_unknown_norm(build: Build) -> None:
-    with pytest.raises(ValueError, match="norm must be one of 'batch', 'group', 'none', got 'layer'"):
+    with pytest.raises(ValueError, match="norm must be one of 'batch', 'running', 'group', 'none', got 'layer'"):
         build("layer", torch.Generator())
 
 

@@ -9,9 +9,8 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import FOMAML, IBAML, IMAML, MAML, MetaParameters, TaskNoise
-from ibaml.algorithms.base import Estimator
+from ibaml.algorithms.base import Estimator, Network
 from ibaml.algorithms.nll import Nll
-from ibaml.priors import PointPrior
 from ibaml.testing import AlgorithmContract, failures
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 
@@ -23,11 +22,12 @@ class OneStep:
     rate: float = 0.05
 
     name: ClassVar[str] = "one_step"
-    prior: ClassVar[PointPrior] = PointPrior()
     estimator: ClassVar[Estimator] = "unrolled"
     is_bayesian: ClassVar[bool] = False
     temperature: ClassVar[None] = None
     num_curvature_points: ClassVar[int] = 0
+    uses_features: ClassVar[bool] = False
+    serves_any_number_of_outputs: ClassVar[bool] = False
 
     def describe(self) -> str:
         return f"one step of {self.rate}"
@@ -68,8 +68,22 @@ class OneStep:
     def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
         return {}
 
-    def outputs(self, network: Callable[[Params], Tensor], posterior: Params, noise: Params) -> dict[str, Tensor]:
-        return {"outputs": network(posterior).unsqueeze(0)}
+    def outputs(
+        self, network: Network, shared: Params, posterior: Params, x: Tensor, noise: Params
+    ) -> dict[str, Tensor]:
+        return {"outputs": network.outputs(posterior, shared, x).unsqueeze(0)}
+
+    def draw_outputs(self, *arguments: Any, generator: torch.Generator) -> None:
+        return None
+
+    def mean_outputs(self, network: Network, shared: Params, posterior: Params, x: Tensor) -> Tensor:
+        return network.outputs(posterior, shared, x)
+
+    def map_weights(self, function: Callable[[Params], Params], prior: Params) -> Params:
+        return function(prior)
+
+    def parameter_groups(self, prior: Params) -> tuple[list[Tensor], list[Tensor]]:
+        return list(prior.values()), []
 
     def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
         pass

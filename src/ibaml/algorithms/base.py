@@ -164,6 +164,23 @@ class Algorithm(Protocol):
         """
         ...
 
+    def draw_outputs(
+        self, network: Network, shared: Params, posterior: Any, x: Tensor, *, generator: torch.Generator
+    ) -> Tensor | None:
+        """Returns outputs drawn jointly from a posterior in closed form, or None where ``outputs`` are draws already.
+
+        Args:
+            network: The network.
+            shared: Shared parameters.
+            posterior: What ``adapt`` returned.
+            x: Inputs of interest.
+            generator: Source of randomness.
+
+        Returns:
+            ``[num_draws, num_examples, num_outputs]``: one function a draw.
+        """
+        ...
+
     def mean_outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor) -> Tensor:
         """Returns the outputs at the mean of the posterior, ``[num_examples, num_outputs]``."""
         ...

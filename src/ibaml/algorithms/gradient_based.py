@@ -130,6 +130,12 @@ class GradientBased(abc.ABC):
         samples = self.weight_samples(posterior, noise)
         return {"outputs": torch.stack([network.outputs(weights, shared, x) for weights in samples])}
 
+    def draw_outputs(
+        self, network: Network, shared: Params, posterior: Any, x: Tensor, *, generator: torch.Generator
+    ) -> None:
+        """Returns None: outputs are those of weight samples."""
+        del network, shared, posterior, x, generator
+
     def mean_outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor) -> Tensor:
         """Returns the outputs at the mean weights; see ``Algorithm``."""
         return network.outputs(self._family.mean(posterior), shared, x)

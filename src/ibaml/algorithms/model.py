@@ -219,7 +219,8 @@ class Model(PlainNll):
             raise ValueError(
                 f"algorithm {algorithm.name!r} takes the place of the network's last linear layer, but the adapted "
                 f"parameters ({', '.join(self.adapted)}) are not those of the layer that gives the outputs of "
-                f"{type(self.network).__name__}: name that layer, such as adapt='head.*', and let nothing follow it."
+                f"{type(self.network).__name__}: name that layer, such as adapt='head.*', with nothing after it, or "
+                "choose an algorithm that adapts any weights, such as algorithm='ibaml'."
             )
         with torch.no_grad():
             features = self.features(self.shared, x)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -71,11 +71,14 @@ class MixturePrediction:
         components: The distributions that are mixed.
         is_vector: Whether there is one target per example, without an axis of its own.
         as_numpy: Whether values are numpy arrays.
+        draw: Draws means of whole functions where the components come from a posterior in closed form. None: the
+            components are those of weight samples.
     """
 
     components: Components
     is_vector: bool = False
     as_numpy: bool = False
+    draw: Callable[[], Tensor] | None = None
 
     @property
     def mean(self) -> Any:
@@ -103,7 +106,20 @@ class MixturePrediction:
         return self._shown(self._epistemic)
 
     def samples(self) -> Any:
-        """Returns the means under each weight sample, with a leading axis ``num_samples``; noise is not added."""
+        """Returns the means under each weight sample, with a leading axis ``num_samples``; noise is not added.
+
+        Of a posterior in closed form they are drawn at each call, those of one sample together.
+
+        Raises:
+            ValueError: If the posterior is in closed form and not at hand, as in an evaluation.
+        """
+        if self.draw is not None:
+            return self._shown(self.draw())
+        if bool((self.components.epistemic > 0).any()):
+            raise ValueError(
+                "this prediction holds the moments of its posterior and no samples: get it from posterior.predict, "
+                "with the posterior from learner.adapt."
+            )
         return self._shown(self.components.mean)
 
     def nll(self, targets: Any) -> Any:
@@ -191,7 +207,7 @@ class MixturePrediction:
 
     def tempered(self, temperature: float) -> "MixturePrediction":
         """Returns the prediction made less sure (above 1) or surer by one positive number; see the likelihood."""
-        return dataclasses.replace(self, components=self.components.tempered(temperature))
+        return dataclasses.replace(self, components=self.components.tempered(temperature), draw=None)
 
     def rescaled(self, mean: Tensor, scale: Tensor) -> "MixturePrediction":
         """Returns the prediction of ``scale * target + mean``, in float64.
@@ -200,7 +216,7 @@ class MixturePrediction:
             mean: Offset per target.
             scale: Positive factor per target.
         """
-        return dataclasses.replace(self, components=self.components.rescaled(mean, scale))
+        return dataclasses.replace(self, components=self.components.rescaled(mean, scale), draw=None)
 
     def to(self, device: torch.device) -> "MixturePrediction":
         """Returns the prediction with its tensors on a device."""

@@ -19,6 +19,9 @@ from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params
 Solution = TypeVar("Solution")
 
 
+_NUM_DRAWS = 64
+
+
 class HeadPosterior(NamedTuple, Generic[Solution]):
     """What a head knows of a task.
 
@@ -104,6 +107,18 @@ class Head(abc.ABC):
             noise: From ``draw_evaluation_noise``.
         """
 
+    def draw(self, solution: Any, inputs: Tensor, num_samples: int, *, generator: torch.Generator) -> Tensor | None:
+        """Returns outputs drawn from the posterior, those of one draw together, or None if ``predict`` samples.
+
+        Args:
+            solution: From ``solve``.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+            num_samples: Number of draws.
+            generator: Source of randomness.
+        """
+        del solution, inputs, num_samples, generator
+        return None
+
     @abc.abstractmethod
     def outer_loss(self, solution: Any, shared: Params, query: Batch) -> Tensor:
         """Returns the loss of the query set, mean over its examples in nats, a scalar."""
@@ -125,7 +140,8 @@ class Head(abc.ABC):
             raise ValueError(
                 f"algorithm {self.name!r} takes the place of one linear layer, but the adapted parameters are "
                 f"{', '.join(f'{name} {list(value.shape)}' for name, value in adapted.items())}: adapt the last "
-                "linear layer alone, such as adapt='head.*'."
+                "linear layer alone, such as adapt='head.*', or choose an algorithm that adapts any weights, such as "
+                "algorithm='ibaml'."
             )
         num_outputs, num_features = weights[0].shape
         return MetaParameters(self.init_prior(num_features + 1, num_outputs, like=weights[0]), shared)
@@ -192,6 +208,13 @@ class Head(abc.ABC):
         """Returns what a prediction is made of; see ``Algorithm``."""
         inputs = _inputs(network.features(shared, x), posterior.centre)
         return self.predict(posterior.solution, shared, inputs, noise)
+
+    def draw_outputs(
+        self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, *, generator: torch.Generator
+    ) -> Tensor | None:
+        """Returns outputs drawn from the posterior; see ``Algorithm``."""
+        inputs = _inputs(network.features(shared, x), posterior.centre)
+        return self.draw(posterior.solution, inputs, _NUM_DRAWS, generator=generator)
 
     def mean_outputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
         """Returns the outputs at the middle of the posterior; see ``Algorithm``."""

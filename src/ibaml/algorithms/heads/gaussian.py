@@ -18,6 +18,11 @@ GaussianOuterLoss = Literal["predictive_nll", "expected_nll", "marginal"]
 likelihood of support and query set together, per example of both: empirical Bayes, what mixed models maximise."""
 
 
+_MOST_JOINTLY = 2_000
+_JITTER = 1e-9
+"""Relative to the variance: a standard deviation of 3e-5 of that of the function."""
+
+
 def solves(likelihood: Likelihood) -> bool:
     """Whether Gaussian heads are exact: for Gaussian noise with one variance for each target."""
     return isinstance(likelihood, UnitGaussian) or (isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic)
@@ -50,6 +55,15 @@ class GaussianHead(Head):
     @abc.abstractmethod
     def moments(self, solution: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and variance of the functions, without noise, each ``[num_targets, num_examples]``.
+
+        Args:
+            solution: From ``solve``.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+        """
+
+    @abc.abstractmethod
+    def joint_covariance(self, solution: Any, inputs: Tensor) -> Tensor:
+        """Returns the joint covariance of a function's values, ``[num_targets, num_examples, num_examples]``, float64.
 
         Args:
             solution: From ``solve``.
@@ -93,6 +107,26 @@ class GaussianHead(Head):
             "outputs": mean.mT.to(inputs.dtype).unsqueeze(0),
             "output_variance": variance.mT.to(inputs.dtype).unsqueeze(0),
         }
+
+    def draw(self, solution: Any, inputs: Tensor, num_samples: int, *, generator: torch.Generator) -> Tensor:
+        """Returns values of functions drawn from the posterior; see ``Head``.
+
+        Raises:
+            ValueError: If there are too many examples for their joint covariance.
+        """
+        if len(inputs) > _MOST_JOINTLY:
+            raise ValueError(
+                f"samples at {len(inputs)} inputs take their joint covariance; expected at most {_MOST_JOINTLY}: ask "
+                "for fewer at a time, or for mean and interval."
+            )
+        mean, _ = self.moments(solution, inputs)
+        covariance = self.joint_covariance(solution, inputs)
+        # Values at near inputs are all but the same: without so much the factor need not exist in float64.
+        size = torch.diagonal(covariance, dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        identity = torch.eye(len(inputs), dtype=covariance.dtype, device=covariance.device)
+        factor = torch.linalg.cholesky_ex(covariance + _JITTER * size * identity)[0]
+        noise = torch.randn(num_samples, *mean.shape, 1, dtype=mean.dtype, generator=generator).to(mean.device)
+        return (mean + (factor @ noise).squeeze(-1)).mT.to(inputs.dtype)
 
     def mean(self, solution: Any, inputs: Tensor) -> Tensor:
         """Returns the mean; see ``Head``."""

@@ -189,6 +189,13 @@ class GaussianProcess(GaussianHead):
         variance = (kernel_diagonal(solution.prior, inputs) - (known**2).sum(-2)).clamp_min(0)
         return _mean(solution.prior, inputs) + (cross.mT @ solution.weights.unsqueeze(-1)).squeeze(-1), variance
 
+    def joint_covariance(self, solution: GaussianProcessPosterior, inputs: Tensor) -> Tensor:
+        """Returns the covariance of the posterior process; see ``GaussianHead``."""
+        inputs = inputs.double()
+        cross = kernel_matrix(solution.prior, solution.inputs, inputs)
+        known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)
+        return kernel_matrix(solution.prior, inputs, inputs) - known.mT @ known
+
     def support_nll(self, solution: GaussianProcessPosterior) -> tuple[Tensor, int]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
         squares = (solution.error * solution.weights).sum()
@@ -198,13 +205,10 @@ class GaussianProcess(GaussianHead):
 
     def joint_nll(self, solution: GaussianProcessPosterior, noise: Tensor, query: Batch) -> Tensor:
         """Returns minus the joint log density of the query set, in ``num_query`` dimensions; see ``GaussianHead``."""
-        inputs = query.x.double()
-        cross = kernel_matrix(solution.prior, solution.inputs, inputs)
-        known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)
-        identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        covariance = kernel_matrix(solution.prior, inputs, inputs) - known.mT @ known
-        mean = _mean(solution.prior, inputs) + (cross.mT @ solution.weights.unsqueeze(-1)).squeeze(-1)
-        return gaussian_nll(query.y.double().mT - mean, covariance + noise[:, None, None] * identity).sum()
+        mean, _ = self.moments(solution, query.x)
+        identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        covariance = self.joint_covariance(solution, query.x) + noise[:, None, None] * identity
+        return gaussian_nll(query.y.double().mT - mean, covariance).sum()
 
 
 def kernel_matrix(prior: GaussianProcessPrior, left: Tensor, right: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class Precision(NamedTuple):
         """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
         return (self._factor(whitened) ** 2).sum(-1)
 
+    def covariance(self, whitened: Tensor) -> Tensor:
+        """Returns ``X S X^T``, ``[num_targets, num_examples, num_examples]``."""
+        factor = self._factor(whitened)
+        return factor @ factor.mT
+
     def joint_nll(self, whitened: Tensor, error: Tensor, noise: Tensor) -> Tensor:
         """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, by the smaller of rank and examples."""
         return least_squares(self._factor(whitened), error.unsqueeze(-1), noise).nll(noise)
@@ -58,12 +63,15 @@ class Reduction(NamedTuple):
         # Rounding may leave a little less than nothing.
         return ((whitened**2).sum(-1) - known).clamp_min(0)
 
+    def covariance(self, whitened: Tensor) -> Tensor:
+        """Returns ``X S X^T``, ``[num_targets, num_examples, num_examples]``."""
+        known = whitened @ self.rows.mT
+        return whitened @ whitened.mT - known @ known.mT
+
     def joint_nll(self, whitened: Tensor, error: Tensor, noise: Tensor) -> Tensor:
         """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, in ``num_examples`` dimensions."""
-        known = whitened @ self.rows.mT
         identity = torch.eye(whitened.shape[-2], dtype=whitened.dtype, device=whitened.device)
-        covariance = whitened @ whitened.mT - known @ known.mT + noise[:, None, None] * identity
-        return gaussian_nll(error, covariance)
+        return gaussian_nll(error, self.covariance(whitened) + noise[:, None, None] * identity)
 
 
 class Independent(NamedTuple):
@@ -78,6 +86,10 @@ class Independent(NamedTuple):
     def variance(self, whitened: Tensor) -> Tensor:
         """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
         return (whitened**2 @ self.variances.unsqueeze(-1)).squeeze(-1)
+
+    def covariance(self, whitened: Tensor) -> Tensor:
+        """Returns ``X S X^T``, ``[num_targets, num_examples, num_examples]``."""
+        return (whitened * self.variances.unsqueeze(-2)) @ whitened.mT
 
 
 class ColumnPosterior(NamedTuple):
@@ -182,6 +194,10 @@ class LinearGaussian(GaussianHead):
         inputs = inputs.double()
         variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs))
         return solution.mean @ inputs.mT, variance
+
+    def joint_covariance(self, solution: ColumnPosterior, inputs: Tensor) -> Tensor:
+        """Returns ``Z C S C^T Z^T``; see ``GaussianHead``."""
+        return solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double()))
 
     def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, int]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""

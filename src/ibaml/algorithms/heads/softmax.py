@@ -97,6 +97,11 @@ class Softmax(Head):
             )
 
     @property
+    def temperature(self) -> float:
+        """Factor of the Laplace covariance."""
+        return self.posterior_temperature
+
+    @property
     def serves_any_number_of_outputs(self) -> bool:
         """Whether all classes have one prior."""
         return self.prior.tied
