@@ -45,18 +45,18 @@ def test_a_long_descent_with_many_products_reaches_the_reference(conv):
             conv.estimate(
                 GradientDescent(num_steps=num_steps, learning_rate=1 / conv.largest_curvature),
                 CG(max_steps=100, rtol=1e-9),
-                [0, 1],
+                [0],
                 precondition=True,
             ),
-            conv.exact,
+            conv.exact[:1],
         )
-        for num_steps in (3, 300)
+        for num_steps in (3, 100)
     )
     natural = conv.estimate(
-        NaturalGradient(num_steps=400, learning_rate=0.2), CG(max_steps=200, rtol=1e-9), [0, 1], precondition=True
+        NaturalGradient(num_steps=200, learning_rate=0.2), CG(max_steps=200, rtol=1e-9), [0], precondition=True
     )
     assert many < few
-    assert nrmse(natural, conv.exact) < 1e-5
+    assert nrmse(natural, conv.exact[:1]) < 1e-5
 
 
 def test_nrmse_by_hand():
