@@ -123,7 +123,6 @@ def test_choosing(few_steps):
     assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == NUM_TASKS
 
 
-@pytest.mark.slow
 def test_gallery(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("gallery.md")

@@ -18,7 +18,9 @@ HEAVY = (
     "tyro",
 )
 MODULES = ("ibaml", "ibaml.data.sources", "ibaml.networks", "ibaml.metrics")
-SCRIPT = f"import sys, torch; before = set(sys.modules); import {', '.join(MODULES)}; print(*(set(sys.modules) - before))"
+SCRIPT = (
+    f"import sys, torch; before = set(sys.modules); import {', '.join(MODULES)}; print(*(set(sys.modules) - before))"
+)
 
 
 def test_no_heavy_package_is_loaded():

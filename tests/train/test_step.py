@@ -238,7 +238,6 @@ def test_parts_that_cannot_be_are_refused() -> None:
         HypergradientStep(group_norm, algorithm, max_examples_per_pass=4, fast=False)
 
 
-@pytest.mark.slow
 def test_compiled_programs_give_the_same_gradients() -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)
