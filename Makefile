@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cuda bench check static format docs clean
+.PHONY: help demo test test-slow test-cuda bench check static format docs clean
 
 help:
 	@echo "make demo    train iBaML and MAML on rendered characters, evaluate and compare them (no download of data)"
 	@echo "make test    run the test suite"
+	@echo "make test-slow  run the few full-size tests that make test leaves out, having small ones of the same properties"
 	@echo "make test-cuda  everything that a user does, on a CUDA device against the CPU's numbers (three minutes)"
 	@echo "make bench   measure speed and accuracy of meta-gradients, beside a plain loop and other libraries (15 minutes)"
 	@echo "make check   everything that continuous integration runs"
@@ -71,7 +72,10 @@ demo: $(VENV)/.runtime
 # One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much. Each worker
 # starts with a row of neighbours, which share fixtures, and takes over tests of slower ones when it is done.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-cuda: $(VENV)/.test
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'this torch finds no CUDA device'"
@@ -88,7 +92,7 @@ static: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --doctest-modules src
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 8 --doctest-modules src
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 check: $(VENV)/.dev

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def trained(tmp_path_factory):
                 main(command)
             assert caught.value.code == 0
     return folder
+
+
+@pytest.fixture
+def run_of_its_own(trained, tmp_path):
+    """A copy of the first of these runs, in the folder ``run`` of the command, to change and to damage."""
+    return shutil.copytree(trained / "a", tmp_path / "run")
 
 
 # Listing
@@ -308,8 +315,7 @@ def test_time_limit_then_resumption(ibaml, tmp_path):
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_more_steps_extend_a_run(ibaml):
-    train(ibaml, "run")
+def test_more_steps_extend_a_run(ibaml, run_of_its_own):
     code, _, errors = ibaml("train", SINUSOID, "--run-folder", "run", "--steps", 6)
     assert code == 0
     assert "Resuming at step 4 of 6." in errors and "Training completed at step 6" in errors
@@ -323,8 +329,7 @@ def test_more_steps_extend_a_run(ibaml):
         ("--trainer.learning-rate=0.5", "trainer.learning_rate was 0.001 and is now 0.5"),
     ],
 )
-def test_other_settings_are_refused_and_the_run_stays_whole(ibaml, tmp_path, setting, difference):
-    train(ibaml, "run")
+def test_other_settings_are_refused_and_the_run_stays_whole(ibaml, tmp_path, run_of_its_own, setting, difference):
     before = (tmp_path / "run" / "recipe.json").read_text()
     code, _, errors = ibaml("train", SINUSOID, "--run-folder", "run", setting)
     assert code == 2
@@ -333,8 +338,7 @@ def test_other_settings_are_refused_and_the_run_stays_whole(ibaml, tmp_path, set
     assert ibaml("train", SINUSOID, "--run-folder", "run")[0] == 0
 
 
-def test_a_folder_with_another_recipe_is_refused(ibaml, tmp_path):
-    train(ibaml, "run")
+def test_a_folder_with_another_recipe_is_refused(ibaml, tmp_path, run_of_its_own):
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     code, _, errors = train(ibaml, "run", recipe="sinusoid_5shot_ibaml")
     assert code == 2
@@ -433,8 +437,7 @@ def test_evaluate_is_repeatable(ibaml, trained):
     assert reports[0] == reports[1]
 
 
-def test_evaluate_with_other_settings(ibaml):
-    train(ibaml, "run")
+def test_evaluate_with_other_settings(ibaml, run_of_its_own):
     code, *_ = ibaml(
         "evaluate", "run", "--tasks", 2, "--algorithm.inner.num-steps", "5", "--data.num-test-queries", "3"
     )
@@ -465,8 +468,7 @@ def test_evaluate_before_training(ibaml, tmp_path, trained):
     assert "run has no model.safetensors: it holds no trained model" in errors
 
 
-def test_truncated_checkpoints_are_refused(ibaml, tmp_path):
-    train(ibaml, "run")
+def test_truncated_checkpoints_are_refused(ibaml, tmp_path, run_of_its_own):
     for name, command in ((MODEL, ("evaluate", "run")), (CHECKPOINT, ("train", SINUSOID, "--run-folder", "run"))):
         path = tmp_path / "run" / name
         path.write_bytes(path.read_bytes()[:-20])
@@ -475,8 +477,7 @@ def test_truncated_checkpoints_are_refused(ibaml, tmp_path):
         assert f"error: run/{name} is no readable checkpoint (" in errors and "truncated" in errors
 
 
-def test_a_changed_byte_is_refused(ibaml, tmp_path):
-    train(ibaml, "run")
+def test_a_changed_byte_is_refused(ibaml, tmp_path, run_of_its_own):
     content = bytearray((tmp_path / "run" / MODEL).read_bytes())
     content[-5] ^= 1
     (tmp_path / "run" / MODEL).write_bytes(content)
@@ -485,8 +486,7 @@ def test_a_changed_byte_is_refused(ibaml, tmp_path):
     assert "run/model.safetensors is damaged: its checksum does not match its contents." in errors
 
 
-def test_a_damaged_recipe_is_refused(ibaml, tmp_path):
-    train(ibaml, "run")
+def test_a_damaged_recipe_is_refused(ibaml, tmp_path, run_of_its_own):
     (tmp_path / "run" / "recipe.json").write_text('{"name": "x"')
     code, _, errors = ibaml("evaluate", "run")
     assert code == 2
@@ -541,7 +541,7 @@ def test_compare_refuses_different_tasks(ibaml, tmp_path, trained):
     code, _, errors = ibaml("compare", trained / "a", trained / "c")
     assert code == 2
     assert "a and c were evaluated on different tasks (seed 0 and 1): evaluate both with the same --tasks" in errors
-    train(ibaml, "d")
+    shutil.copytree(trained / "a", "d")
     ibaml("evaluate", "d", "--tasks", 4, "--data.num-shots", "3")
     code, _, errors = ibaml("compare", trained / "a", "d")
     assert code == 2
@@ -566,9 +566,7 @@ def test_compare_needs_different_runs(ibaml, trained):
     assert f"{trained / 'a'} is named twice: compare needs different run folders." in errors
 
 
-def test_compare_refuses_a_damaged_evaluation(ibaml, tmp_path):
-    train(ibaml, "run")
-    ibaml("evaluate", "run", "--tasks", 3)
+def test_compare_refuses_a_damaged_evaluation(ibaml, tmp_path, run_of_its_own):
     path = tmp_path / "run" / "evaluation" / "per_task.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     code, _, errors = ibaml("compare", "run", "other")

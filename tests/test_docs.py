@@ -1,5 +1,6 @@
 """The pages for users run as written: Python blocks in one namespace, shell blocks through the command line."""
 
+import dataclasses
 import pkgutil
 import re
 import runpy
@@ -14,6 +15,7 @@ import pytest
 import ibaml
 from ibaml import MetaLearner
 from ibaml.cli import main
+from ibaml.learner import defaults, learner
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,10 +39,33 @@ def run(page: str) -> dict[str, object]:
     return names
 
 
+NUM_TASKS = 5
+"""Tasks of an evaluation under ``few_steps``."""
+
+
 @pytest.fixture
 def few_steps(monkeypatch):
-    original = MetaLearner.fit
-    monkeypatch.setattr(MetaLearner, "fit", lambda self, *a, **k: original(self, *a, **{**k, "num_steps": 3}))
+    """Three meta-steps, two tasks to validate on, the first five tasks of an evaluation, five steps of Adam."""
+    fit, evaluate, table_algorithm = MetaLearner.fit, learner.evaluate, defaults.table_algorithm
+
+    def short_fit(self, *tasks, settings=None, **how):
+        if settings is not None:
+            settings = dataclasses.replace(settings, num_validation_tasks=2)
+        return fit(self, *tasks, settings=settings, **{**how, "num_steps": 3})
+
+    def short_evaluate(fitted, tasks, *, num_tasks=None, **how):
+        return evaluate(fitted, tasks, num_tasks=min(num_tasks or len(tasks), NUM_TASKS), **how)
+
+    def short_algorithm(*arguments, **settings):
+        algorithm = table_algorithm(*arguments, **settings)
+        if hasattr(algorithm, "inner"):
+            algorithm = dataclasses.replace(algorithm, inner=dataclasses.replace(algorithm.inner, num_steps=5))
+        return algorithm
+
+    monkeypatch.setattr(MetaLearner, "fit", short_fit)
+    monkeypatch.setattr(learner, "evaluate", short_evaluate)
+    monkeypatch.setattr(defaults, "table_algorithm", short_algorithm)
+    monkeypatch.setattr(defaults, "TABLE_TRAINER", dataclasses.replace(defaults.TABLE_TRAINER, num_validation_tasks=2))
 
 
 def test_quick_start(tmp_path, monkeypatch, few_steps):
@@ -95,10 +120,9 @@ def test_uncertainty(tmp_path, monkeypatch, few_steps):
 
 def test_choosing(few_steps):
     names = run("choosing.md")
-    assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == 20
+    assert names["nll"].keys() == {"ibaml", "maml"} and len(names["nll"]["maml"]) == NUM_TASKS
 
 
-@pytest.mark.slow
 def test_gallery(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("gallery.md")

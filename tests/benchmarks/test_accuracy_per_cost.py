@@ -45,18 +45,18 @@ def test_a_long_descent_with_many_products_reaches_the_reference(conv):
             conv.estimate(
                 GradientDescent(num_steps=num_steps, learning_rate=1 / conv.largest_curvature),
                 CG(max_steps=100, rtol=1e-9),
-                [0, 1],
+                [0],
                 precondition=True,
             ),
-            conv.exact,
+            conv.exact[:1],
         )
-        for num_steps in (3, 300)
+        for num_steps in (3, 100)
     )
     natural = conv.estimate(
-        NaturalGradient(num_steps=400, learning_rate=0.2), CG(max_steps=200, rtol=1e-9), [0, 1], precondition=True
+        NaturalGradient(num_steps=200, learning_rate=0.2), CG(max_steps=200, rtol=1e-9), [0], precondition=True
     )
     assert many < few
-    assert nrmse(natural, conv.exact) < 1e-5
+    assert nrmse(natural, conv.exact[:1]) < 1e-5
 
 
 def test_nrmse_by_hand():
@@ -88,7 +88,7 @@ def test_preconditioning_halves_the_error_on_fig_1():
 
 
 def test_two_rates_halve_the_error_on_the_conv4():
-    settings = dataclasses.replace(SMALL, budgets=((10, 10),), relative_learning_rates=(0.5, 1.0, 1.4, 2.0))
+    settings = dataclasses.replace(SMALL, budgets=((10, 10),), relative_learning_rates=(1.0, 1.4))
     rows, _ = conv_tasks(settings, (-10.0, -9.0), lambda part: None)
     two_rates = next(row for row in rows if row.method == TWO_RATES)
     assert two_rates.nrmse < 0.5 * plain_row(rows, two_rates).nrmse

@@ -138,10 +138,15 @@ def test_readme_section_is_replaced():
         report.replace_between_markers(text, "accuracy", "new")
 
 
-def test_a_run_writes_its_result_and_stops_when_the_time_is_up(own_candidates, monkeypatch, tmp_path, capsys):
+def test_a_run_writes_its_result_and_stops_when_the_time_is_up(result, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(run, "measure_case", lambda case, **how: asked.append((case, how)) or result)
+    monkeypatch.setattr(run, "check_on_small_network", lambda case: {BASELINE: Check(0.0, 1, 1)})
     monkeypatch.setattr(BenchmarkSettings, "cases", lambda self: [MAML, IBAML])
     file = tmp_path / "speed.md"
     run.main(run.Arguments(output=file, device="cpu", min_repeats=1, max_repeats=1, max_minutes=1e-9))
+    ((case, how),) = asked
+    assert case == MAML and how["device"] == CPU and how["min_repeats"] == how["max_repeats"] == 1
     text = file.read_text()
     assert text.count("\n## ") == 1
     assert "## Conv4-4, 16 x 16, 1-shot, MAML, K = 2" in text

@@ -163,7 +163,7 @@ def test_it_imports_torch_and_the_standard_library_only(scratch):
 
 
 def test_training_lowers_the_nll(scratch, capsys):
-    scratch.main(["--steps", "30"])
+    scratch.main(["--steps", "20"])
     before, *_, after = capsys.readouterr().out.splitlines()
     nll = [float(line.split("nll ")[1].split()[0]) for line in (before, after)]
     assert nll[1] < 0.7 * nll[0]

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 
@@ -6,16 +7,19 @@ import pandas as pd
 import pytest
 from sklearn.linear_model import Ridge
 
+from ibaml.learner import defaults
+
 
 @pytest.fixture(scope="module")
 def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
     return load_example("own_table")
 
 
-@pytest.mark.slow
 def test_it_beats_a_ridge_per_patient_and_saves_the_model(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "NUM_PATIENTS", {"train": 60, "held out": 10, "test": 12})
-    example.main(["--steps", "100", "--folder", str(tmp_path / "model")])
+    # Forty validation tasks would take longer than all steps.
+    monkeypatch.setattr(defaults, "TABLE_TRAINER", dataclasses.replace(defaults.TABLE_TRAINER, num_validation_tasks=8))
+    example.main(["--steps", "60", "--folder", str(tmp_path / "model")])
     output = capsys.readouterr().out
     assert (tmp_path / "model" / "model.safetensors").is_file()
     figures = {

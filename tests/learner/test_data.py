@@ -14,6 +14,7 @@ from sklearn.base import clone
 from ibaml import MetaLearner, NotFittedError, SplitSettings, metrics, tree
 from ibaml.data import SinusoidTasks
 from ibaml.data.prepare import prepare
+from ibaml.learner import defaults
 from ibaml.learner.defaults import convex_algorithm
 from ibaml.learner.folder import MODEL, SETTINGS, read_metadata, read_model
 from ibaml.learner.held_out import held_out_tasks
@@ -44,6 +45,12 @@ def long_table(num_tasks: int = 5, **arguments) -> pd.DataFrame:
         for index, (x, y) in enumerate(pairs(num_tasks, **arguments))
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(autouse=True)
+def few_validation_tasks(monkeypatch):
+    """The usual forty take longer than all steps of such short training."""
+    monkeypatch.setattr(defaults, "TABLE_TRAINER", dataclasses.replace(defaults.TABLE_TRAINER, num_validation_tasks=3))
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +310,7 @@ def test_an_update_starts_where_the_posterior_was(classifier):
 
 def test_calibration_lowers_the_nll_of_its_tasks_and_is_saved(tmp_path, regressor):
     learner = MetaLearner(likelihood="gaussian").fit(pairs(regression=True), num_steps=STEPS)
-    held_out = pairs(12, regression=True, seed=5)
+    held_out = pairs(6, regression=True, seed=5)
     before = learner.evaluate(held_out)["nll"].mean
     assert learner.calibrate(held_out) is learner and learner.calibration_temperature != 1
     after = learner.evaluate(held_out)["nll"].mean
@@ -387,7 +394,8 @@ def test_a_folder_of_class_folders(image_folder, tmp_path):
     learner.save(tmp_path)
     again = MetaLearner.load(tmp_path).adapt(x, ["x", "y", "x", "y"]).predict(x)
     np.testing.assert_array_equal(again.probs, prediction.probs)
-    held_out = MetaLearner(algorithm="maml").fit(image_folder / "train", 0.5, splits=splits, num_steps=1)
+    settings = TrainerSettings(num_steps=1, num_validation_tasks=3)
+    held_out = MetaLearner(algorithm="maml").fit(image_folder / "train", 0.5, splits=splits, settings=settings)
     assert held_out.training_result.best_step == 1
     with pytest.raises(ValueError, match="a folder of class folders holds classes: use likelihood='categorical'"):
         MetaLearner(likelihood="gaussian").fit(image_folder / "train", num_steps=1)

@@ -129,7 +129,7 @@ def solution(meta: MetaParameters, support: Batch) -> tuple[Tensor, Tensor]:
     return covariance @ (precision @ meta.prior.mean["weight"][0] + support.x.mT @ support.y[:, 0] / noise), covariance
 
 
-@pytest.mark.parametrize("inner", [NaturalGradient(num_steps=2, learning_rate=1.0), RelativeAdam(num_steps=1000)])
+@pytest.mark.parametrize("inner", [NaturalGradient(num_steps=2, learning_rate=1.0), RelativeAdam(num_steps=300)])
 def test_adaptation_is_exact_bayes(inner: Any) -> None:
     model, meta, episode, noise = linear_task(random_gaussian(0, 3))
     algorithm = algorithms.ibaml(prior=FullPrior(), temperature=1.0, inner=inner)

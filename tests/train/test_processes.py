@@ -290,8 +290,7 @@ def test_more_processes_than_tasks_are_refused(together):
 # A process that dies
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_stops_the_others_and_the_checkpoint_resumes(tmp_path, victim):
     process = start(sys.executable, SCRIPT, "launch", tmp_path)
     pids: list[int] = []
@@ -403,7 +402,6 @@ def command(folder: Path, *arguments: object) -> list[object]:
     return ["-m", "ibaml.cli", "train", RECIPE, *options, *arguments, *SMALL]
 
 
-@pytest.mark.slow
 def test_devices_start_processes(tmp_path):
     """A float32 recipe by the command line: interrupted, resumed, and compared with one process."""
     process = start(sys.executable, *command(tmp_path / "two", "--devices", 2, "--steps", 100_000))
@@ -437,7 +435,6 @@ def test_devices_start_processes(tmp_path):
             assert difference(one[name], two[name]) < 1e-5 * max(1.0, float(one[name].abs().max())), name
 
 
-@pytest.mark.slow
 def test_errors_of_several_processes_are_told_once(tmp_path):
     process = start(sys.executable, *command(tmp_path, "--devices", 2, "--steps", 2, "--data", tmp_path),
                     "--trainer.tasks-per-step", "1")  # fmt: skip

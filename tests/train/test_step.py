@@ -68,6 +68,13 @@ def conv_problem(**settings: Any) -> tuple[Model, Episode]:
     return image_problem(network, 8)
 
 
+def one_block_problem() -> tuple[Model, Episode]:
+    """A quarter of a Conv4, whose programs take a quarter of the time to write."""
+    torch.manual_seed(0)
+    block = nn.Conv2d(1, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.ReLU()
+    return image_problem(nn.Sequential(*block, nn.Flatten(), nn.Linear(16, 3)), 5)
+
+
 def start(model: Model, algorithm: Algorithm) -> tuple[MetaParameters, list[TaskNoise]]:
     generator = torch.Generator().manual_seed(2)
     meta = algorithm.init(model.adapted, model.shared, generator=generator)
@@ -77,6 +84,7 @@ def start(model: Model, algorithm: Algorithm) -> tuple[MetaParameters, list[Task
 def assert_equal(fast: TaskHypergradients, plain: TaskHypergradients, tolerance: float = 1e-10) -> None:
     scale = float(tree.norm(plain.total))
     assert float(tree.norm(tree.sub(fast.total, plain.total))) < tolerance * scale
+    # A matrix product rounds by its size, so that squared errors of many tasks at once may be a bit apart.
     torch.testing.assert_close(fast.scores, plain.scores, rtol=1e-12, atol=0)
     for field in ("outer_loss", "inner_grad_norm"):
         torch.testing.assert_close(
@@ -212,7 +220,7 @@ def test_shared_network_parameters_are_learned_all_the_same() -> None:
 
 @pytest.mark.parametrize("name", ["maml", "ibaml", "ibaml with abml's outer loss"])
 def test_passing_examples_in_parts_gives_the_same_gradients(name: str) -> None:
-    model, episodes = conv_problem(norm="group")
+    model, episodes = one_block_problem()
     algorithm = make_algorithm(ALGORITHMS[name][0], **{"inner": GradientDescent(num_steps=2), **ALGORITHMS[name][1]})
     meta, noises = start(model, algorithm)
     in_parts = HypergradientStep(model, algorithm, max_examples_per_pass=4)(meta, episodes, noises)
@@ -230,7 +238,6 @@ def test_parts_that_cannot_be_are_refused() -> None:
         HypergradientStep(group_norm, algorithm, max_examples_per_pass=4, fast=False)
 
 
-@pytest.mark.slow
 def test_compiled_programs_give_the_same_gradients() -> None:
     model, episodes = regression_problem()
     algorithm = make_algorithm("ibaml", inner=GradientDescent(num_steps=2), **BAYESIAN)

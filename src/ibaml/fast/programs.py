@@ -18,6 +18,8 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ibaml.fast.batch_norm import fused_batch_norm
@@ -126,14 +128,18 @@ def _write_down(function: Program, leaves: Sequence[Tensor], num_axes: int) -> f
     """Returns the operations that a function performs as a program without in-place operations."""
     for _ in range(num_axes):
         function = torch.func.vmap(function)
+    # make_fx notes the shape of each result by a mode of its own, and a mode records the Python stack; that takes more
+    # time than all else. Here is one mode for all results.
+    one_mode = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     try:
-        # Under vmap the fused normalisation would have to be mapped as well, and it gains nothing for small networks.
-        with fused_batch_norm(enabled=num_axes == 0):
-            program = make_fx(function)(*leaves)
-        _drop_copies(program.graph)
-        if any(_is_in_place(node) for node in program.graph.nodes):
-            # Not at once, because functionalisation has no rule for an autograd.Function; the first pass leaves none.
-            program = make_fx(torch.func.functionalize(program))(*leaves)
+        with tracing(one_mode):
+            # Under vmap the fused normalisation would have to be mapped too, and it gains nothing for small networks.
+            with fused_batch_norm(enabled=num_axes == 0):
+                program = make_fx(function)(*leaves)
+            _drop_copies(program.graph)
+            if any(_is_in_place(node) for node in program.graph.nodes):
+                # Not at once: functionalisation has no rule for an autograd.Function; the first pass leaves none.
+                program = make_fx(torch.func.functionalize(program))(*leaves)
     except Exception as error:
         # Whatever torch raises in the middle of a user's network: the caller goes on without a program.
         raise UntraceableError(f"{type(error).__name__}: {error}") from error

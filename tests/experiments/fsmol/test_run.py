@@ -47,14 +47,16 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(data, tmp_path_factory):
     settings = FsmolSettings(
-        methods=("fsmol_ibaml", "random_forest"), support_sizes=(16, 48), num_draws=2, num_steps=40
+        methods=("fsmol_ibaml", "logistic_regression"), support_sizes=(16, 48), num_draws=2, num_steps=20
     )
-    return fsmol.run(settings, Place(tmp_path_factory.mktemp("out"), data)), settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsmol, "get_recipe", lambda name: get_recipe(name).replace({"trainer.num_validation_tasks": 3}))
+        return fsmol.run(settings, Place(tmp_path_factory.mktemp("out"), data)), settings
 
 
 def test_all_methods_are_scored_on_all_large_enough_assays(result):
     found, settings = result
-    assert len(found.assays[16]) == 6 and found.trained[0].num_steps == 40
+    assert len(found.assays[16]) == 6 and found.trained[0].num_steps == 20
     for by_method in found.scores.values():
         assert set(by_method) == set(settings.methods)
         for values in by_method.values():
@@ -64,7 +66,7 @@ def test_all_methods_are_scored_on_all_large_enough_assays(result):
 
 def test_learning_from_other_assays_beats_chance_and_more_molecules_help(result):
     scores = result[0].scores
-    for method in ("fsmol_ibaml", "random_forest"):
+    for method in ("fsmol_ibaml", "logistic_regression"):
         small, large = (float(scores[size][method]["delta_auprc"].mean()) for size in (16, 48))
         assert 0.05 < small < large
 
@@ -73,11 +75,11 @@ def test_report_and_figure_hold_the_numbers(result):
     found, _ = result
     table = rows(found)
     assert len(table) == 4 and table[0]["delta_auprc_difference"] == 0
-    first = found.scores[16]["random_forest"]["nll"] - found.scores[16]["fsmol_ibaml"]["nll"]
+    first = found.scores[16]["logistic_regression"]["nll"] - found.scores[16]["fsmol_ibaml"]["nll"]
     assert table[1]["nll_difference"] == pytest.approx(float(first.mean()))
     assert len(assay_rows(found)) == 2 * 2 * 6
     text = summary(found)
-    assert "## 16 molecules known (6 assays)" in text and "| iBaML | 40 of 40 |" in text
+    assert "## 16 molecules known (6 assays)" in text and "| iBaML | 20 of 20 |" in text
     assert "molecules in training assays (3 assays) | mostly not (3 assays)" in text
     assert len(fsmol_figure(found).axes) == 3
 
