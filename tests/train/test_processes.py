@@ -194,11 +194,12 @@ def test_the_result_is_that_of_one_process(together, tmp_path, case):
     start_meta = two_processes.trainer(None, None, name=name)._meta
     assert difference(alone.last_meta, start_meta) > 1e-2  # it did train
     for one in found:
-        meta, last_meta, num_steps, best_step, stop_reason = one["results"][case]
-        assert max(difference(meta, alone.meta), difference(last_meta, alone.last_meta)) < 1e-10
-        assert (num_steps, best_step, stop_reason) == (alone.num_steps, alone.best_step, "completed")
+        chosen, last_meta, num_steps, stop_reason = one["results"][case]
+        assert max(difference(chosen.meta, alone.meta), difference(last_meta, alone.last_meta)) < 1e-10
+        assert chosen.temperature == pytest.approx(alone.chosen.temperature, rel=1e-6)
+        assert (num_steps, chosen.step, stop_reason) == (alone.num_steps, alone.best_step, "completed")
     # Not one bit apart, so that they stay together however long they run.
-    assert difference(found[0]["results"][case][:2], found[1]["results"][case][:2]) == 0
+    assert difference(found[0]["results"][case][1], found[1]["results"][case][1]) == 0
     assert_same_checkpoints(tmp_path, folder / "own_0" / case, 1e-10)
     rows, expected = (read_metrics(path / METRICS) for path in (folder / "own_0" / case, tmp_path))
     assert len(rows) == len(expected)
