@@ -27,6 +27,7 @@ _INNER: Mapping[str, GradientDescent] = {
 _BAYESIAN: Mapping[str, Any] = {"num_samples": 1, "prior": DiagonalPrior(initial_log_var=(-8.5, -8.5))}
 _KL_WEIGHT = 0.005
 _MAML_TRAINER = TrainerSettings(
+    output_temperature=False,
     num_steps=70_000,
     tasks_per_step=25,
     learning_rate=1e-3,
