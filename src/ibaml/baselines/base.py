@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -62,15 +62,16 @@ class Problem:
             return self.train.num_outputs
         return max(self.train.num_outputs, self.learner.model.num_outputs)
 
-    @property
-    def likelihood(self) -> Likelihood:
-        """Classes, or numbers with Gaussian noise."""
-        return Gaussian(num_targets=self.num_outputs) if self.is_regression else Categorical()
+    def linear(self, algorithm: Algorithm, *, noise_variance: float = 1.0) -> MetaLearner:
+        """Returns an unfitted learner of classes, or numbers with Gaussian noise, whose features are the inputs.
 
-    def linear(self, algorithm: Algorithm) -> MetaLearner:
-        """Returns an unfitted learner whose features are the inputs themselves."""
+        Args:
+            algorithm: A head.
+            noise_variance: Of numbers, at first.
+        """
         network = MLP(self.num_outputs, input_shape=self.train.input_shape, hidden_sizes=(), zero_head=True)
-        return self._learner(network, algorithm, self.likelihood, "head.*")
+        gaussian = Gaussian(num_targets=self.num_outputs, initial_noise_variance=noise_variance)
+        return self._learner(network, algorithm, gaussian if self.is_regression else Categorical(), "head.*")
 
     def same_network(self, algorithm: Algorithm, *, adapt: str = "*") -> MetaLearner:
         """Returns an unfitted learner with the learner's network and likelihood, afresh.
@@ -111,7 +112,7 @@ class Problem:
     ) -> MetaLearner:
         own = self.learner
         network = network.to(tree.leaves(own.model.adapted)[0].dtype)
-        where = {"classes": own.classes, "device": own.device, "seed": own.seed}
+        where: dict[str, Any] = {"classes": own.classes, "device": own.device, "seed": own.seed}
         return MetaLearner(network, algorithm, likelihood, adapt, **settings, **where)
 
 
@@ -130,12 +131,13 @@ class FittedBaseline(NamedTuple):
 
 
 class Baseline(Protocol):
-    """A simple or well-known method beside a learner: a stateless object."""
+    """A simple or well-known method beside a learner: a frozen dataclass with its settings.
 
-    @property
-    def name(self) -> str:
-        """Name for tables and on the command line."""
-        ...
+    Attributes:
+        name: Name for tables and on the command line.
+    """
+
+    name: ClassVar[str]
 
     def suits(self, problem: Problem) -> bool:
         """Whether it makes sense for such tasks."""

@@ -1,10 +1,10 @@
 """How baselines without training are tuned: all candidates are tried on the validation tasks, and the best is kept.
 
-Each candidate first gets the one number that its confidence hangs on, in closed form or by a search, from the same
-validation tasks. For classes it is the output temperature. For numbers it is the noise variance ``s2`` of each target:
-where the prediction with ``s2 = 1`` is ``N(mean, v)``, as with ridge regression with a prior variance in units of the
-noise, ``v = 1 + z^T (Z^T Z + R)^-1 z``, that with noise ``s2`` is ``N(mean, s2 v)``, and the likeliest ``s2`` is the mean
-of ``(target - mean)^2 / v`` over the query examples of the validation tasks.
+Each candidate first gets the one number that its confidence hangs on, from the same validation tasks. For classes it is
+the output temperature. For numbers it is the noise variance ``s2`` of each target: where the prediction with ``s2 = 1``
+is ``N(mean, v)``, that with noise ``s2`` is ``N(mean, s2 v)``, and the likeliest ``s2`` is the mean of
+``(target - mean)^2 / v`` over the query examples of the validation tasks, every task with the same weight. Of ridge
+regression, with a prior variance in units of the noise, ``v = 1 + z^T (Z^T Z + R)^-1 z``; of others ``v = 1``.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ibaml import records
-from ibaml.algorithms import Prototypes
+from ibaml.algorithms import make_algorithm
 from ibaml.atomic import write_text
 from ibaml.baselines.base import Baseline, Problem, fresh_network, pose
 from ibaml.baselines.registry import BASELINES
@@ -28,7 +28,9 @@ from ibaml.types import Tensor
 RECORD = "baseline.json"
 """What a folder of a baseline is of, and what came out."""
 
-_ANY = Prototypes()
+_ANY = make_algorithm("maml")
+"""In place of the learner's algorithm, of which baselines know nothing."""
+
 _FAILURES = (RuntimeError, ValueError, FloatingPointError, MemoryError)
 _OF_CLASSES = ("accuracy", "nll", "ece_pooled")
 _OF_NUMBERS = ("rmse", "nll", "coverage_90")
@@ -164,6 +166,7 @@ def compare_with_baselines(
     *,
     baselines: Sequence[str | Baseline] | None = None,
     seconds: float | None = None,
+    trained_seconds: float | None = None,
     settings: TrainerSettings | None = None,
     num_tasks: int = 600,
     seed: int = 0,
@@ -185,6 +188,7 @@ def compare_with_baselines(
         test_tasks: Tasks in any form that ``evaluate`` takes.
         baselines: Names of ``BASELINES``, or baselines of one's own. None: all that suit the tasks.
         seconds: Time of training. None: what the learner's training took.
+        trained_seconds: What it took. None: as its ``training_result`` says, which a loaded learner has not.
         settings: Outer loop of baselines that train, such as the learner's own; the number of steps follows from the
             time. None: what ``fit`` takes by default.
         num_tasks: Number of test tasks to draw from a sampler or an image folder.
@@ -202,7 +206,7 @@ def compare_with_baselines(
         FloatingPointError: If predictions of the learner itself are not finite.
 
     Cost:
-        The learner's training time for each baseline that trains, and up to a third of it for choosing its settings.
+        The learner's training time for each baseline that trains, and up to two fifths of it for choosing its settings.
 
     Examples:
         >>> import numpy as np
@@ -214,10 +218,11 @@ def compare_with_baselines(
         >>> found.header[:4], [row[0] for row in found.rows]
         (['method', 'rmse', 'nll', 'coverage_90'], ['learner', 'ridge', 'pooled'])
     """
+    if trained_seconds is None and learner.training_result is not None:
+        trained_seconds = learner.training_result.seconds
+    seconds = trained_seconds if seconds is None else seconds
     if seconds is None:
-        if learner.training_result is None:
-            raise ValueError("the learner does not know how long it was trained, having been loaded: give seconds.")
-        seconds = learner.training_result.seconds
+        raise ValueError("the learner does not know how long it was trained, having been loaded: give seconds.")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, but is {seconds}.")
     problem = pose(learner, train_tasks, validation_tasks, settings=settings, say=say)
@@ -236,10 +241,9 @@ def compare_with_baselines(
         _require_equal_tasks(method.name, evaluation, own)
         return _scored(method, evaluation)
 
-    result = learner.training_result
     first = Method(
         name=name,
-        seconds=seconds if result is None else result.seconds,
+        seconds=trained_seconds,
         note="" if learner.calibration_temperature != 1 else "not calibrated",
         learner=learner,
     )

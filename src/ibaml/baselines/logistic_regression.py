@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from ibaml.algorithms import MetaParameters, Softmax
+from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
 from ibaml.baselines.choosing import BIAS_VARIANCES, Candidate, choose, training_rows
 from ibaml.learner import MetaLearner
@@ -53,7 +53,7 @@ def logistic_regression(problem: Problem, variance: float, bias_variance: float)
         bias_variance: That of the constant's weight.
     """
     # One prior of mean zero for all classes, so that there may be any number of them; the mode alone, no posterior.
-    head = Softmax(prior=DiagonalColumnPrior(tied=True, learn_mean=False), posterior_temperature=0.0)
+    head = make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False), posterior_temperature=0.0)
     learner = problem.linear(head)
     prior, shared = initial_meta(learner)
     log_var = prior.log_var.new_full(prior.log_var.shape, math.log(variance))

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from ibaml.algorithms import MetaParameters, Neighbours
+from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
 from ibaml.baselines.choosing import Candidate, choose, training_rows
 from ibaml.learner import MetaLearner
@@ -54,7 +54,7 @@ def nearest_neighbours(problem: Problem, number: int, scale: float) -> MetaLearn
         number: Number of neighbours.
         scale: What squared distances are divided by.
     """
-    learner = problem.linear(Neighbours(num_neighbours=number))
+    learner = problem.linear(make_algorithm("neighbours", num_neighbours=number))
     prior, shared = initial_meta(learner)
     log_scale = prior.log_scale.new_full((), math.log(scale))
     return problem.with_meta_parameters(learner, MetaParameters(prior._replace(log_scale=log_scale), shared))

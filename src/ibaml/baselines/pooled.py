@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ibaml.algorithms import LinearGaussian, MetaParameters, Softmax
+from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.algorithms.heads.least_squares import least_squares
 from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
 from ibaml.baselines.choosing import Candidate, Rows, choose, training_rows
@@ -100,9 +100,8 @@ def pooled_logistic(problem: Problem, rows: Rows, variance: float) -> Tensor:
 
 def _fixed(problem: Problem, weights: Tensor) -> MetaLearner:
     """Returns a learner with these weights in every task."""
-    head = (
-        LinearGaussian() if problem.is_regression else Softmax(prior=DiagonalColumnPrior(), posterior_temperature=0.0)
-    )
+    settings = {} if problem.is_regression else {"prior": DiagonalColumnPrior(), "posterior_temperature": 0.0}
+    head = make_algorithm("linear_gaussian" if problem.is_regression else "softmax", **settings)
     learner = problem.linear(head)
     prior, shared = initial_meta(learner)
     prior = prior._replace(mean=weights.to(prior.mean), log_var=torch.full_like(prior.log_var, _NONE))

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from ibaml.algorithms import Prototypes
+from ibaml.algorithms import make_algorithm
 from ibaml.baselines.base import FittedBaseline, Problem
 from ibaml.baselines.training import Setting, train
 
@@ -30,7 +30,7 @@ class PrototypicalNetwork:
         settings = [
             Setting(
                 f"learning rate {rate:g}",
-                problem.same_network(Prototypes()),
+                problem.same_network(make_algorithm("prototypes")),
                 dataclasses.replace(problem.settings, learning_rate=rate, log_var_learning_rate=None),
             )
             for rate in self.learning_rates

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from ibaml.algorithms import LinearGaussian, MetaParameters
+from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
 from ibaml.baselines.choosing import BIAS_VARIANCES, Candidate, choose, training_rows
 from ibaml.learner import MetaLearner
@@ -55,7 +55,7 @@ def ridge_regression(problem: Problem, variance: float, bias_variance: float) ->
         variance: ``1 / r``, the prior variance of weights in units of the noise.
         bias_variance: That of the constant's weight.
     """
-    learner = problem.linear(LinearGaussian(prior=DiagonalColumnPrior(learn_mean=False)))
+    learner = problem.linear(make_algorithm("linear_gaussian", prior=DiagonalColumnPrior(learn_mean=False)))
     prior, shared = initial_meta(learner)
     log_var = prior.log_var.new_full(prior.log_var.shape, math.log(variance))
     log_var[:, -1] = math.log(bias_variance)

@@ -25,7 +25,7 @@ from ibaml.train import Trainer, TrainerSettings, TrainingDivergedError, Trainin
 PLAN = "plan.json"
 """What was chosen, beside the training that follows from it."""
 
-_TRIAL = 0.06
+_TRIAL = 0.1
 """Share of the time that a trial takes."""
 
 _MOST_VALIDATIONS = 5
@@ -70,7 +70,7 @@ def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, fold
     Args:
         problem: The tasks.
         settings: Settings to try.
-        seconds: Time of training; trials take up to 6% of it each, besides.
+        seconds: Time of training; trials take a tenth of it each, besides.
         folder: Where training is stored; one that is there goes on with what was chosen.
 
     Raises:

@@ -227,10 +227,11 @@ def compare_run_with_baselines(
             "ibaml.baselines.compare_with_baselines."
         )
     recipe = read_recipe(folder)
-    if seconds is None:
-        if not (folder / CHECKPOINT).is_file():
-            raise ValueError(f"{folder} has no {CHECKPOINT}, which would say how long it was trained: give --seconds.")
-        seconds = float(load_tensors(folder / CHECKPOINT)[1]["seconds"])
+    trained_seconds = None
+    if (folder / CHECKPOINT).is_file():
+        trained_seconds = float(load_tensors(folder / CHECKPOINT)[1]["seconds"])
+    elif seconds is None:
+        raise ValueError(f"{folder} has no {CHECKPOINT}, which would say how long it was trained: give --seconds.")
     samplers = [recipe.data.sampler(split, data=data, device=device) for split in ("train", "validation", "test")]
     target = out or folder / "baselines"
     comparison = compare_with_baselines(
@@ -238,6 +239,7 @@ def compare_run_with_baselines(
         *samplers,
         baselines=tuple(baselines) or None,
         seconds=seconds,
+        trained_seconds=trained_seconds,
         settings=recipe.trainer,
         num_tasks=recipe.num_test_tasks if num_tasks is None else num_tasks,
         seed=seed,
