@@ -13,7 +13,7 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
-from ibaml.data.prepare import is_folder, is_raw, prepare
+from ibaml.data.prepare import is_raw, prepare
 from ibaml.learner import MetaLearner, defaults
 from ibaml.learner.held_out import columns_of
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
@@ -50,10 +50,8 @@ class Problem:
     @property
     def has_shared_classes(self) -> bool:
         """Whether targets are classes that mean the same in all tasks."""
-        preprocessing = self.learner.preprocessing
-        is_known = preprocessing is None or preprocessing.class_labels is not None
-        is_shared = self.learner.classes == "shared" and not isinstance(self.train, EpisodeSampler)
-        return not self.is_regression and is_known and is_shared
+        scope = getattr(self.train, "class_scope", self.learner.classes)
+        return not self.is_regression and scope == "shared"
 
     @property
     def num_outputs(self) -> int:
@@ -73,7 +71,7 @@ class Problem:
         gaussian = Gaussian(num_targets=self.num_outputs, initial_noise_variance=noise_variance)
         return self._learner(network, algorithm, gaussian if self.is_regression else Categorical(), "head.*")
 
-    def same_network(self, algorithm: Algorithm, *, adapt: str = "*") -> MetaLearner:
+    def same_network(self, algorithm: Algorithm, *, adapt: str = "*", **changes: Any) -> MetaLearner:
         """Returns an unfitted learner with the learner's network and likelihood, afresh.
 
         A network of ``ibaml.networks`` gets new initial weights from the learner's seed; any other starts from the
@@ -82,12 +80,24 @@ class Problem:
         Args:
             algorithm: What adapts.
             adapt: Name pattern of what each task adapts.
+            **changes: Other constructor arguments of a network of ``ibaml.networks``.
 
         Raises:
             ValueError: If the network does not suit the algorithm.
         """
         own = self.learner
-        return self._learner(fresh_network(own), algorithm, own.likelihood, adapt, freeze=own.freeze_patterns)
+        network = fresh_network(own, **changes)
+        return self._learner(network, algorithm, own.likelihood, adapt, freeze=own.freeze_patterns)
+
+    def with_ways(self, num_ways: int) -> "Problem":
+        """Returns the problem with training tasks of so many classes, where they are drawn from many."""
+        tasks = self.train
+        if not isinstance(tasks, EpisodeSampler) or tasks.num_ways == num_ways:
+            return self
+        tasks = EpisodeSampler(
+            tasks.images, num_ways=num_ways, num_shots=tasks.num_shots, num_queries=tasks.num_queries
+        )
+        return dataclasses.replace(self, train=tasks)
 
     def with_meta_parameters(self, learner: MetaLearner, meta: MetaParameters) -> MetaLearner:
         """Returns a learner fitted by other means than training.
@@ -188,7 +198,6 @@ def pose(
             f"the learner was fitted on tensors, but train_tasks is a {type(train_tasks).__name__}: give a sampler or "
             "a sequence of Episodes."
         )
-    is_table = preprocessing is not None and not (is_raw(train_tasks) or is_folder(train_tasks))
     source = prepare(
         train_tasks,
         validation_tasks,
@@ -202,7 +211,8 @@ def pose(
     )
     assert source.validation is not None
     if settings is None:
-        settings = dataclasses.replace(defaults.TABLE_TRAINER if is_table else TrainerSettings(), seed=learner.seed)
+        suited = defaults.trainer_settings(learner.algorithm, source.train, is_data=preprocessing is not None)
+        settings = dataclasses.replace(suited, seed=learner.seed)
         if isinstance(source.train, FixedEpisodes) and not source.train.has_equal_sizes:
             settings = dataclasses.replace(settings, tasks_per_step=1)
     return Problem(learner=learner, train=source.train, validation=source.validation, settings=settings, say=say)
@@ -214,11 +224,12 @@ def initial_meta(learner: MetaLearner) -> MetaParameters:
     return learner.algorithm.init(model.adapted, model.shared, generator=torch.Generator().manual_seed(learner.seed))
 
 
-def fresh_network(learner: MetaLearner) -> nn.Module:
+def fresh_network(learner: MetaLearner, **changes: Any) -> nn.Module:
     """Returns a learner's network with initial weights; see ``Problem.same_network``."""
     network = learner.network
     assert network is not None
     known = network_settings(network)
     if known is None:
         return copy.deepcopy(network)
+    known = dataclasses.replace(known, arguments={**known.arguments, **changes})
     return known.build(generator=torch.Generator().manual_seed(learner.seed))

@@ -21,9 +21,9 @@ from ibaml.baselines.base import FittedBaseline, Problem
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.ragged import TaskSplits
 from ibaml.learner import MetaLearner
-from ibaml.learner.temperature import fit_temperature
 from ibaml.likelihoods import Gaussian
 from ibaml.train.evaluate import Evaluation
+from ibaml.train.temperature import fit_temperature
 from ibaml.types import Batch, TaskSampler, Tensor
 
 _SMALLEST_NOISE = 1e-10

@@ -8,7 +8,6 @@ from ibaml.algorithms import make_algorithm
 from ibaml.baselines.base import FittedBaseline, Problem
 from ibaml.baselines.training import Setting, train
 
-
 _NOISE_VARIANCE = 0.1
 """Where training starts: a tenth of the variance that scaled targets have."""
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ibaml.algorithms import make_algorithm
 from ibaml.algorithms.tail import last_layer
 from ibaml.baselines.base import FittedBaseline, Problem
 from ibaml.baselines.training import Setting, train
-from ibaml.solvers.inner import Adam, GradientDescent
+from ibaml.solvers.inner import Adam, GradientDescent, InnerSolver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,27 +32,29 @@ class ModelAgnostic:
 
     def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
         """Trains; see ``Baseline``."""
-        of_all: list[tuple[str, Any, str]] = [
-            (
-                f"{self.num_steps} inner steps of {rate:g}",
-                GradientDescent(num_steps=self.num_steps, learning_rate=rate),
-                "*",
-            )
-            for rate in self.learning_rates
-        ]
         network = problem.learner.network
         assert network is not None
-        of_last = ("20 inner steps of Adam, 0.1, on the last layer", Adam(num_steps=20, learning_rate=0.1))
+        # Running statistics may not come after what is adapted, and those of a query set would tell of one another.
+        regrouped = {"norm": "group"} if getattr(network, "norm", None) == "running" else {}
+        how = ", group normalisation" if regrouped else ""
+        tried: list[tuple[str, InnerSolver, str, dict[str, str]]] = [
+            (f"{self.num_steps} inner steps of {rate:g}{how}", self._descent(rate), "*", regrouped)
+            for rate in self.learning_rates
+        ]
+        of_last = Adam(num_steps=20, learning_rate=0.1)
+        tried.append(("20 inner steps of Adam, 0.1, on the last layer", of_last, last_layer(network), {}))
         settings: list[Setting] = []
         refusals: list[ValueError] = []
-        for described, inner, adapt in [*of_all, (*of_last, last_layer(network))]:
+        for described, inner, adapt, changes in tried:
             try:
-                learner = problem.same_network(make_algorithm(self.name, inner=inner), adapt=adapt)
+                learner = problem.same_network(make_algorithm(self.name, inner=inner), adapt=adapt, **changes)
             except ValueError as error:
-                # Running statistics may not come after what is adapted.
                 refusals.append(error)
-                continue
-            settings.append(Setting(described, learner, problem.settings))
+            else:
+                settings.append(Setting(described, learner, problem.settings))
         if not settings:
             raise refusals[0]
-        return train(problem, settings, seconds=seconds, folder=folder)
+        return train(problem.with_ways(problem.learner.model.num_outputs), settings, seconds=seconds, folder=folder)
+
+    def _descent(self, learning_rate: float) -> GradientDescent:
+        return GradientDescent(num_steps=self.num_steps, learning_rate=learning_rate)

@@ -65,7 +65,7 @@ class _Trial(NamedTuple):
 
 
 def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, folder: Path | None) -> FittedBaseline:
-    """Trains the best of some settings for a given time, and fits an output temperature on the validation tasks.
+    """Trains the best of some settings for a given time.
 
     Args:
         problem: The tasks.
@@ -89,14 +89,13 @@ def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, fold
     learner = chosen.learner.fit(
         problem.train,
         problem.validation,
-        settings=dataclasses.replace(chosen.trainer, **steps),
+        settings=dataclasses.replace(chosen.trainer, output_temperature=True, **steps),
         run_folder=folder,
         max_minutes=_SLACK * seconds / 60,
     )
     result = learner.training_result
     assert result is not None
     _require_uninterrupted(result)
-    learner, _ = tempered(learner, problem.validate(learner))
     return FittedBaseline(learner, f"{chosen.described}, {result.num_steps:,} steps", result.seconds)
 
 
