@@ -13,6 +13,7 @@ from ibaml.baselines.choosing import (
     residual_variance,
     tempered,
     training_rows,
+    with_confidence,
     with_noise,
 )
 from ibaml.baselines.logistic_regression import logistic_regression
@@ -133,6 +134,7 @@ def test_the_noise_is_the_likeliest() -> None:
     best = nll(torch.ones(2))
     for change in (0.9, 1.1):
         assert all(nll(torch.tensor(factor)) > best for factor in ([change, 1.0], [1.0, change]))
+    assert with_confidence(posed, learner)[1] == pytest.approx(best, rel=1e-9)
     chosen = BASELINES["ridge"].fit(posed, seconds=1.0).learner
     assert Gaussian.parameter_name in chosen.meta_parameters.shared
     assert posed.validate(chosen).report["nll"].mean <= best

@@ -71,7 +71,7 @@ def choose(problem: Problem, candidates: Iterable[Candidate]) -> FittedBaseline:
         candidates: Settings to try, at least one.
 
     Cost:
-        One evaluation of the validation tasks for each candidate, two for numbers.
+        One evaluation of the validation tasks for each candidate.
     """
     start = time.monotonic()
     best: tuple[float, Candidate] | None = None
@@ -87,10 +87,10 @@ def choose(problem: Problem, candidates: Iterable[Candidate]) -> FittedBaseline:
 def with_confidence(problem: Problem, learner: MetaLearner) -> tuple[MetaLearner, float]:
     """Returns a learner whose confidence suits the validation tasks, and its nll on them."""
     evaluation = problem.validate(learner)
-    if problem.is_regression:
-        learner = with_noise(learner, residual_variance(evaluation))
-        return learner, problem.validate(learner).report["nll"].mean
-    return tempered(learner, evaluation)
+    if not problem.is_regression:
+        return tempered(learner, evaluation)
+    variance = residual_variance(evaluation)
+    return with_noise(learner, variance), _gaussian_nll(evaluation, variance)
 
 
 def tempered(learner: MetaLearner, evaluation: Evaluation) -> tuple[MetaLearner, float]:
@@ -111,14 +111,23 @@ def tempered(learner: MetaLearner, evaluation: Evaluation) -> tuple[MetaLearner,
 
 def residual_variance(evaluation: Evaluation) -> Tensor:
     """Returns the likeliest factor of all variances, for each target; every task has the same weight."""
-    ratios = [
-        ((targets.double() - one["mean"]) ** 2 / one["variance"]).mean(0)
-        for one, targets in (
-            (prediction.tensors(), targets)
-            for prediction, targets in zip(evaluation.predictions, evaluation.query_targets, strict=True)
-        )
-    ]
+    ratios = [(error**2 / variance).mean(0) for error, variance in _errors(evaluation)]
     return torch.stack(ratios).mean(0).clamp_min(_SMALLEST_NOISE)
+
+
+def _gaussian_nll(evaluation: Evaluation, factor: Tensor) -> float:
+    """Returns the nll of the predictions with all variances times a factor."""
+    nlls = [
+        0.5 * (error**2 / (factor * variance) + torch.log(2 * math.pi * factor * variance)).sum(-1).mean()
+        for error, variance in _errors(evaluation)
+    ]
+    return float(torch.stack(nlls).mean())
+
+
+def _errors(evaluation: Evaluation) -> Iterator[tuple[Tensor, Tensor]]:
+    for prediction, targets in zip(evaluation.predictions, evaluation.query_targets, strict=True):
+        described = prediction.tensors()
+        yield targets.double() - described["mean"], described["variance"]
 
 
 def with_noise(learner: MetaLearner, variance: Tensor) -> MetaLearner:
