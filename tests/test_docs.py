@@ -133,6 +133,13 @@ def test_gallery(tmp_path, monkeypatch, few_steps):
     assert drawn == set(re.findall(r"\(images/(gallery_\w+\.png)\)", (DOCS / "gallery.md").read_text()))
 
 
+def test_compare(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("compare.md")
+    assert [row[0] for row in names["table"].rows] == ["learner", "ridge", "neighbours", "pooled"]
+    assert (tmp_path / "runs/mine/baselines/comparison.md").is_file()
+
+
 def test_faq():
     assert run("faq.md")["refused"]
 

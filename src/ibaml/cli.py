@@ -14,8 +14,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ibaml.baselines import BaselineComparison
 from ibaml.experiments.registry import EXPERIMENTS, experiment_name
 from ibaml.experiments.report import Place, run_experiment
+from ibaml.learner.compare import Comparison
 from ibaml.learner.compare import compare as compare_models
 from ibaml.learner.files import predict_files
 from ibaml.metrics import Estimate
@@ -97,6 +99,33 @@ class EvaluateOptions:
     data: Path | None = None
     test: Path | None = None
     device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """How to compare.
+
+    Attributes:
+        out: Folder for the table [default: runs/compare_..., or RUN/baselines].
+        baselines: Put these baselines beside one run, all if none is named; they are fitted on the recipe's tasks and
+            used again where they were fitted before.
+        seconds: Time for which baselines are trained, instead of that of the run.
+        tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks.
+        data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+        device: "auto" (CUDA if present), "cpu", "cuda", ...
+    """
+
+    out: Path | None = None
+    baselines: tuple[str, ...] | None = None
+    seconds: float | None = None
+    tasks: int | None = None
+    seed: int = 0
+    data: Path | None = None
+    device: str = "auto"
+
+
+_ONLY_WITH_BASELINES = ("seconds", "tasks", "seed", "data", "device")
 
 
 def list_recipes() -> None:
@@ -215,21 +244,51 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
     _tell(f"Report, per-task values and pictures are in {result.target}.")
 
 
-def compare(run: tyro.conf.Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> None:
-    """Compare evaluated models on the same test tasks, task by task.
+def compare(
+    run: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    *,
+    options: Annotated[CompareOptions, tyro.conf.arg(name="")] = CompareOptions(),  # noqa: B008 - frozen
+) -> None:
+    """Compare evaluated models on the same test tasks, task by task; or one model with baselines.
 
     Args:
-        run: Two or more folders of models; differences are to the first.
-        out: Folder for the table and the plot [default: runs/compare_...].
+        run: Two or more folders of models; differences are to the first. With --baselines one run of a recipe.
+        options: How.
     """
-    result = compare_models(run, out)
-    table = Table(*result.header, box=None, pad_edge=False)
-    for row in result.rows:
-        table.add_row(*row)
+    if options.baselines is None:
+        if given := [
+            name for name in _ONLY_WITH_BASELINES if getattr(options, name) != getattr(CompareOptions(), name)
+        ]:
+            raise ValueError(f"--{given[0]} is for --baselines; runs are compared as `ibaml evaluate` left them.")
+        result = compare_models(run, options.out)
+        _print_comparison(result)
+        _tell(f"Table and plot are in {result.folder}.")
+        return
+    if len(run) != 1:
+        raise ValueError(f"--baselines are compared with one run, but there are {len(run)} run folders.")
+    comparison, folder = runs.compare_run_with_baselines(
+        run[0],
+        baselines=options.baselines,
+        seconds=options.seconds,
+        num_tasks=options.tasks,
+        seed=options.seed,
+        data=options.data,
+        device=resolve_device(options.device),
+        out=options.out,
+        say=_tell,
+    )
+    _print_comparison(comparison)
+    _tell(f"Tables and fitted baselines are in {folder}.")
+
+
+def _print_comparison(comparison: Comparison | BaselineComparison) -> None:
+    table = Table(*comparison.header, box=None, pad_edge=False)
+    for row in comparison.rows:
+        table.add_row(*map(_escape, row))
     output = Console()
-    output.print(f"{result.num_tasks} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
+    output.print(f"{comparison.num_tasks} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
     output.print(table)
-    _tell(f"Table and plot are in {result.folder}.")
 
 
 def predict(

@@ -20,6 +20,7 @@ CLASSIFICATION: list[tuple[str, dict[str, Any]]] = [
     ("gaussian_classes", {"tied": False}),
     ("prototypes", {}),
     ("ridge", {}),
+    ("neighbours", {}),
 ]
 
 

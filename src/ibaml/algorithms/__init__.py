@@ -10,7 +10,16 @@ from typing import Any
 
 from ibaml.algorithms.base import Algorithm, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased
-from ibaml.algorithms.heads import GaussianClasses, GaussianProcess, Head, LinearGaussian, Prototypes, Ridge, Softmax
+from ibaml.algorithms.heads import (
+    GaussianClasses,
+    GaussianProcess,
+    Head,
+    LinearGaussian,
+    Neighbours,
+    Prototypes,
+    Ridge,
+    Softmax,
+)
 from ibaml.algorithms.on_distribution import ABML, IBAML, VAMPIRE
 from ibaml.algorithms.on_weights import FOMAML, IMAML, MAML
 from ibaml.algorithms.reptile import Reptile
@@ -31,6 +40,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "gaussian_classes": GaussianClasses,
     "prototypes": Prototypes,
     "ridge": Ridge,
+    "neighbours": Neighbours,
     "reptile": Reptile,
 }
 
@@ -127,6 +137,7 @@ __all__ = [
     "MAML",
     "Head",
     "LinearGaussian",
+    "Neighbours",
     "RECORDS",
     "Reptile",
     "Prototypes",

@@ -87,8 +87,9 @@ def prepare(
     seed: int,
     dtype: torch.dtype,
     columns: dict[str, Any],
+    preprocessing: Preprocessing | None = None,
 ) -> Source:
-    """Reads tasks, fits the preprocessing on those of training alone, and builds samplers.
+    """Reads tasks, fits the preprocessing on those of training alone unless it is given, and builds samplers.
 
     Args:
         tasks: Training tasks in any form that ``MetaLearner.fit`` takes.
@@ -100,6 +101,7 @@ def prepare(
         seed: Seed of the held-out choice.
         dtype: Of the tensors.
         columns: ``task``, ``target`` and ``features`` of a long table.
+        preprocessing: That of a fitted model, for data as it takes them.
 
     Raises:
         TypeError: If the tasks are of no accepted form.
@@ -114,9 +116,10 @@ def prepare(
     if is_folder(tasks):
         if target_kind != "classes":
             raise ValueError("a folder of class folders holds classes: use likelihood='categorical'.")
+        splits = splits if preprocessing is None else _splits_of_images(preprocessing, splits)
         images = _load(tasks, splits)
         images, held_out = _hold_out_classes(images, validation, splits, seed)
-        preprocessing = image_preprocessing(images.image_shape, splits.num_ways or 5)
+        preprocessing = preprocessing or image_preprocessing(images.image_shape, splits.num_ways or 5)
         return Source(
             _episodes(images, splits), None if held_out is None else _episodes(held_out, splits), preprocessing
         )
@@ -126,7 +129,9 @@ def prepare(
         table, held_out = _hold_out_tasks(table, validation, seed)
     elif validation is not None:
         held_out = read_tasks(validation, **columns)
-    preprocessing = fit_preprocessing(table, target_kind=target_kind, classes=classes, num_ways=splits.num_ways)
+    preprocessing = preprocessing or fit_preprocessing(
+        table, target_kind=target_kind, classes=classes, num_ways=splits.num_ways
+    )
     train = table_splits(preprocessing, table, splits, dtype=dtype)
     if held_out is None:
         return Source(train, None, preprocessing)
@@ -164,13 +169,17 @@ def image_sampler(preprocessing: Preprocessing, folder: str | Path, splits: Spli
     Raises:
         ValueError: If the folder does not fit.
     """
-    fixed = dataclasses.replace(
+    fixed = _splits_of_images(preprocessing, splits)
+    return _episodes(_load(folder, fixed), fixed)
+
+
+def _splits_of_images(preprocessing: Preprocessing, splits: SplitSettings) -> SplitSettings:
+    return dataclasses.replace(
         splits,
         image_size=preprocessing.image_size,
         channels=preprocessing.input_shape[0],
         num_ways=preprocessing.num_outputs,
     )
-    return _episodes(_load(folder, fixed), fixed)
 
 
 def _load(folder: str | Path, splits: SplitSettings) -> ClassImages:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from ibaml.learner.evaluations import StoredEvaluation, read_evaluation
 from ibaml.metrics import paired_difference
+from ibaml.types import Tensor
 
-_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "quantile_calibration_error")
+_LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "rmse", "quantile_calibration_error")
 
 
 class Comparison(NamedTuple):
@@ -78,16 +79,30 @@ def _read(folders: Sequence[Path]) -> dict[str, StoredEvaluation]:
 
 def _row(metric: str, stored: Mapping[str, StoredEvaluation]) -> list[str]:
     first, *others = stored.values()
-    row = [metric, *(f"{one.report[metric]:.4f}" for one in stored.values())]
-    for other in others:
-        difference = paired_difference(other.per_task[metric], first.per_task[metric])
-        verdict = ""
-        # Of a coverage neither more nor less is better, only nearer to its level.
-        if metric != "coverage_90" and abs(difference.mean) > difference.half_width:
-            better = (difference.mean < 0) == (metric in _LOWER_IS_BETTER)
-            verdict = " better" if better else " worse"
-        row.append(f"{difference:+.4f}{verdict}".replace("+- +", "+- "))
-    return row
+    differences = (difference(metric, other.per_task[metric], first.per_task[metric]) for other in others)
+    return [metric, *(f"{one.report[metric]:.4f}" for one in stored.values()), *differences]
+
+
+def difference(metric: str, values: Tensor, reference: Tensor) -> str:
+    """Returns a paired difference with its 95% interval and, where that excludes zero, a verdict.
+
+    Args:
+        metric: Name of the metric.
+        values: Per-task values of one model, ``[num_tasks]``.
+        reference: Those of the other on the same tasks.
+
+    Examples:
+        >>> import torch
+        >>> difference("nll", torch.tensor([0.5, 0.75]), torch.tensor([0.25, 0.5]))
+        '+0.2500 +- 0.0000 worse'
+    """
+    found = paired_difference(values, reference)
+    verdict = ""
+    # Of a coverage neither more nor less is better, only nearer to its level.
+    if metric != "coverage_90" and abs(found.mean) > found.half_width:
+        better = (found.mean < 0) == (metric in _LOWER_IS_BETTER)
+        verdict = " better" if better else " worse"
+    return f"{found:+.4f}{verdict}"
 
 
 def _describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ibaml import tree
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import read_tasks
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
@@ -39,11 +40,16 @@ def held_out_tasks(
             f"the model was fitted on tensors, but tasks is a {type(tasks).__name__}: give a sampler or a sequence of "
             "Episodes."
         )
-    names = {"task": preprocessing.task_column, "target": preprocessing.target_columns}
-    is_long = hasattr(tasks, "columns")
-    columns: dict[str, Any] = {**names, "features": preprocessing.feature_names} if is_long else {}
-    if is_long and preprocessing.is_vector and preprocessing.target_columns is not None:
-        columns["target"] = preprocessing.target_columns[0]
     dtype = tree.leaves(fitted.model.adapted)[0].dtype
-    sampler = table_splits(preprocessing, read_tasks(tasks, **columns), splits, dtype=dtype)
+    sampler = table_splits(preprocessing, read_tasks(tasks, **columns_of(preprocessing, tasks)), splits, dtype=dtype)
     return [sampler.episode(index, generator=task_generator(seed, index)) for index in range(len(sampler))]
+
+
+def columns_of(preprocessing: Preprocessing, tasks: Any) -> dict[str, Any]:
+    """Returns ``task``, ``target`` and ``features`` of a long table as training had them; nothing for other data."""
+    if not hasattr(tasks, "columns"):
+        return {}
+    target: Any = preprocessing.target_columns
+    if preprocessing.is_vector and target is not None:
+        target = target[0]
+    return {"task": preprocessing.task_column, "target": target, "features": preprocessing.feature_names}

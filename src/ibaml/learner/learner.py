@@ -180,6 +180,11 @@ class MetaLearner(Estimator):
         return None if self._fitted is None else self._fitted.preprocessing
 
     @property
+    def splits(self) -> SplitSettings:
+        """How tasks are split, as ``fit`` was told."""
+        return self._splits
+
+    @property
     def calibration_temperature(self) -> float:
         """Factor by which predictions are made less sure, from validation tasks or ``calibrate``; 1 without any."""
         return 1.0 if self._fitted is None else self._fitted.temperature
@@ -310,6 +315,17 @@ class MetaLearner(Estimator):
         other = copy.copy(self)
         other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
         other._fitted = dataclasses.replace(fitted, algorithm=algorithm, meta=meta)
+        return other
+
+    def with_fitted(self, fitted: FittedModel, splits: SplitSettings | None = None) -> "MetaLearner":
+        """Returns the learner with a model that was fitted in another way than by ``fit``.
+
+        Args:
+            fitted: The model, of the learner's network, likelihood and algorithm.
+            splits: How tasks are split. None: as before.
+        """
+        other = copy.copy(self)
+        other._fitted, other._splits = fitted, self._splits if splits is None else splits
         return other
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":

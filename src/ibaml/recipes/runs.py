@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 
 from ibaml import records
 from ibaml.atomic import write_text
+from ibaml.baselines import BaselineComparison, compare_with_baselines
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
@@ -17,7 +18,7 @@ from ibaml.learner.run_folder import RECIPE, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.recipes.settings import Recipe
 from ibaml.train import TrainingResult
-from ibaml.train.checkpoint import CHECKPOINT, first_difference
+from ibaml.train.checkpoint import CHECKPOINT, first_difference, load_tensors
 from ibaml.train.evaluate import Evaluation, draw_tasks
 from ibaml.train.processes import Processes
 
@@ -183,6 +184,70 @@ def evaluate_run(
         draw_evaluation(target, evaluation, draw_tasks(tasks, 0, 1, seed=seed), title=name)
     write_summary(folder)
     return EvaluatedRun(name, learner, evaluation, seed, target, tasks)
+
+
+def compare_run_with_baselines(
+    folder: Path,
+    *,
+    baselines: Sequence[str] = (),
+    seconds: float | None = None,
+    num_tasks: int | None = None,
+    seed: int = 0,
+    data: Path | None = None,
+    device: torch.device = _CPU,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[BaselineComparison, Path]:
+    """Puts baselines beside a recipe's run, on the recipe's tasks; see ``compare_with_baselines``.
+
+    Args:
+        folder: Folder of the run.
+        baselines: Names of baselines; none: all that suit the tasks.
+        seconds: Time of training. None: what the run took.
+        num_tasks: Number of test tasks, instead of the recipe's.
+        seed: Names the set of test tasks, as of ``evaluate_run``.
+        data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
+        device: Where to compute.
+        out: Folder for the fitted baselines and the table. None: ``baselines`` in the folder of the run.
+        say: Called with a line for each baseline that starts.
+
+    Returns:
+        The comparison, and the folder of its tables.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained model, or a data file is not found.
+        ValueError: If the run is not of a recipe, a file is damaged, a baseline is unknown or does not suit the tasks,
+            or the time is not known.
+        FloatingPointError: If predictions of the run's model are not finite.
+    """
+    learner = MetaLearner.load(folder, device=device)
+    if not (folder / RECIPE).is_file():
+        raise ValueError(
+            f"{folder} was not trained by a recipe, which would name its tasks: use "
+            "ibaml.baselines.compare_with_baselines."
+        )
+    recipe = read_recipe(folder)
+    trained_seconds = None
+    if (folder / CHECKPOINT).is_file():
+        trained_seconds = float(load_tensors(folder / CHECKPOINT)[1]["seconds"])
+    elif seconds is None:
+        raise ValueError(f"{folder} has no {CHECKPOINT}, which would say how long it was trained: give --seconds.")
+    samplers = [recipe.data.sampler(split, data=data, device=device) for split in ("train", "validation", "test")]
+    target = out or folder / "baselines"
+    comparison = compare_with_baselines(
+        learner,
+        *samplers,
+        baselines=tuple(baselines) or None,
+        seconds=seconds,
+        trained_seconds=trained_seconds,
+        settings=recipe.trainer,
+        num_tasks=recipe.num_test_tasks if num_tasks is None else num_tasks,
+        seed=seed,
+        folder=target,
+        name=recipe.name,
+        say=say,
+    )
+    return comparison, target
 
 
 def load_fitted(folder: Path, *, device: torch.device = _CPU) -> FittedModel:

@@ -36,12 +36,14 @@ class TrainingResult(NamedTuple):
         last_meta: Meta-parameters after the last step.
         num_steps: Steps taken in all, over all resumptions.
         stop_reason: Why training ended.
+        seconds: Seconds spent in all, validations but the last included.
     """
 
     chosen: Chosen
     last_meta: MetaParameters
     num_steps: int
     stop_reason: StopReason
+    seconds: float
 
     @property
     def meta(self) -> MetaParameters:

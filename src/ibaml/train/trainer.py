@@ -205,7 +205,7 @@ class Trainer:
                 bar.say(self._validate(validation_tasks, log))
                 self._chosen = self._chosen._replace(nll=math.inf)
             self._save()
-        return TrainingResult(self._chosen, self._snapshot(), self._step, stop_reason)
+        return TrainingResult(self._chosen, self._snapshot(), self._step, stop_reason, self._seconds)
 
     def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
         generator_state = self._generator.get_state()

@@ -1,0 +1,162 @@
+"""Baselines that train: as long as the learner did, with settings chosen in short trials before.
+
+A cosine schedule has to know its number of steps, and the time that it has says none. So each of the settings first
+trains for a small share of the time at a constant rate, once to get started and once to measure its speed. The state
+with the least validation nll decides for its settings, and their speed for the number of steps, with the time for
+start-up and validations left out. The training itself then starts anew. Machines do not keep their speed: the seconds
+in a result are those that were spent, and training that takes a fifth longer than it should is stopped.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ibaml.atomic import write_text
+from ibaml.baselines.base import FittedBaseline, Problem
+from ibaml.baselines.choosing import tempered
+from ibaml.learner import MetaLearner
+from ibaml.posterior import FittedModel
+from ibaml.train import Trainer, TrainerSettings, TrainingDivergedError, TrainingResult
+
+PLAN = "plan.json"
+"""What was chosen, beside the training that follows from it."""
+
+_TRIAL = 0.1
+"""Share of the time that a trial takes."""
+
+_MOST_VALIDATIONS = 5
+_SHARE_FOR_VALIDATION = 0.15
+_SLACK = 1.2
+_MANY = 10**9
+
+
+class Setting(NamedTuple):
+    """Settings to try.
+
+    Attributes:
+        described: The settings in words.
+        learner: Not fitted.
+        trainer: Outer loop, its number of steps left open.
+    """
+
+    described: str
+    learner: MetaLearner
+    trainer: TrainerSettings
+
+
+class _Trial(NamedTuple):
+    """How a short training went.
+
+    Attributes:
+        nll: On the validation tasks.
+        steps_per_second: Speed once it had started.
+        start_seconds: Time that starting took.
+        validation_seconds: Time of one validation.
+    """
+
+    nll: float
+    steps_per_second: float
+    start_seconds: float
+    validation_seconds: float
+
+
+def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, folder: Path | None) -> FittedBaseline:
+    """Trains the best of some settings for a given time.
+
+    Args:
+        problem: The tasks.
+        settings: Settings to try.
+        seconds: Time of training; trials take a tenth of it each, besides.
+        folder: Where training is stored; one that is there goes on with what was chosen.
+
+    Raises:
+        TrainingDivergedError: If all settings diverge, or the best one later.
+        KeyboardInterrupt: If training was interrupted.
+    """
+    described = [one.described for one in settings]
+    plan = None if folder is None else _read_plan(folder, described)
+    if plan is None:
+        plan = _plan(problem, settings, seconds)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / PLAN, json.dumps({**plan, "among": described}, indent=2) + "\n")
+    chosen = settings[plan["index"]]
+    steps = {name: plan[name] for name in ("num_steps", "validate_every", "checkpoint_every")}
+    learner = chosen.learner.fit(
+        problem.train,
+        problem.validation,
+        settings=dataclasses.replace(chosen.trainer, output_temperature=True, **steps),
+        run_folder=folder,
+        max_minutes=_SLACK * seconds / 60,
+    )
+    result = learner.training_result
+    assert result is not None
+    _require_uninterrupted(result)
+    return FittedBaseline(learner, f"{chosen.described}, {result.num_steps:,} steps", result.seconds)
+
+
+def _plan(problem: Problem, settings: Sequence[Setting], seconds: float) -> dict[str, Any]:
+    trials: dict[int, _Trial] = {}
+    failures: list[str] = []
+    for index, one in enumerate(settings):
+        try:
+            trial = _try(problem, one, _TRIAL * seconds)
+        except (TrainingDivergedError, FloatingPointError, ValueError) as error:
+            failures.append(f"{one.described}: {error}")
+            continue
+        if math.isfinite(trial.nll):
+            trials[index] = trial
+    if not trials:
+        raise TrainingDivergedError("; ".join(failures) or "no settings give finite predictions.")
+    index = min(trials, key=lambda one: trials[one].nll)
+    trial = trials[index]
+    affordable = int(_SHARE_FOR_VALIDATION * seconds / max(trial.validation_seconds, 1e-9))
+    num_validations = min(max(affordable, 1), _MOST_VALIDATIONS)
+    # The last validation comes after the time that is counted.
+    left = seconds - trial.start_seconds - (num_validations - 1) * trial.validation_seconds
+    num_steps = max(1, round(trial.steps_per_second * max(left, 0.2 * seconds)))
+    every = math.ceil(num_steps / num_validations)
+    return {"index": index, "num_steps": num_steps, "validate_every": every, "checkpoint_every": every}
+
+
+def _try(problem: Problem, setting: Setting, seconds: float) -> _Trial:
+    trainer = dataclasses.replace(
+        setting.trainer, num_steps=_MANY, schedule="constant", validate_every=_MANY, checkpoint_every=_MANY
+    )
+    learner = setting.learner
+    trainer = Trainer(learner.model, learner.algorithm, trainer, device=learner.device)
+    results: list[TrainingResult] = []
+    for _ in range(2):
+        results.append(trainer.fit(problem.train, max_minutes=seconds / 2 / 60))
+        _require_uninterrupted(results[-1])
+    first, second = results
+    speed = (second.num_steps - first.num_steps) / max(second.seconds - first.seconds, 1e-9)
+    fitted = FittedModel(
+        model=learner.model,
+        algorithm=learner.algorithm,
+        meta=second.last_meta,
+        preprocessing=None,
+        device=learner.device,
+    )
+    start = time.monotonic()
+    evaluation = problem.validate(learner.with_fitted(fitted))
+    validation_seconds = time.monotonic() - start
+    _, nll = tempered(learner.with_fitted(fitted), evaluation)
+    return _Trial(nll, speed, max(first.seconds - first.num_steps / speed, 0.0), validation_seconds)
+
+
+def _require_uninterrupted(result: TrainingResult) -> None:
+    # A signal ends training in good order; whoever trains several in a row has to stop as well.
+    if result.stop_reason == "interrupted":
+        raise KeyboardInterrupt
+
+
+def _read_plan(folder: Path, described: Sequence[str]) -> dict[str, Any] | None:
+    if not (folder / PLAN).is_file():
+        return None
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    return plan if plan.pop("among", None) == list(described) else None
