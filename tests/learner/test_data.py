@@ -314,6 +314,43 @@ def test_calibration_on_a_sampler():
         learner.calibrate(pairs())
 
 
+def test_abstaining_after_calibration(tmp_path):
+    learner = MetaLearner().fit(pairs(), num_steps=40)
+    x, y = pairs(seed=3)[0]
+    with pytest.raises(ValueError, match=r"max_error needs to know how often confident predictions .*calibrate\("):
+        learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=0.1)
+    learner.calibrate(pairs(40, seed=5))
+    curve = learner.fitted_model.abstention
+    assert curve is not None and float(curve.coverage[0]) == 1
+    learner.save(tmp_path)
+    loaded = MetaLearner.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.fitted_model.abstention, curve, strict=True))
+    max_error = float(curve.error_bound.min()) + 0.01
+    prediction = loaded.adapt(x[:6], y[:6]).predict(x[6:], max_error=max_error)
+    assert isinstance(prediction.abstains, np.ndarray) and prediction.abstains.dtype == bool
+    least = curve.min_confidence(max_error)
+    np.testing.assert_array_equal(prediction.abstains, prediction.probs.max(1).astype(np.float64) < least)
+    assert not loaded.adapt(x[:6], y[:6]).predict(x[6:]).abstains.any()
+    as_tensors = loaded.adapt(x[:6], y[:6]).predict(torch.tensor(x[6:]), max_error=max_error)
+    assert as_tensors.abstains.tolist() == prediction.abstains.tolist()
+    with pytest.warns(RuntimeWarning, match="no confidence keeps the error below max_error=1e-06: the model abstains"):
+        assert learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=1e-6).abstains.all()
+    for share in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=f"max_error is {share}; expected a share strictly between 0 and 1"):
+            learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=share)
+    # A fit, and another way to adapt, make other predictions.
+    assert (
+        learner.adapting_with(dataclasses.replace(learner.algorithm, temperature=0.5)).fitted_model.abstention is None
+    )
+    assert learner.fit(pairs(), num_steps=1).fitted_model.abstention is None
+
+
+def test_numbers_are_not_abstained_from(regressor):
+    x, y = pairs(regression=True, seed=2)[0]
+    with pytest.raises(ValueError, match="max_error is a share of wrong labels, but the likelihood 'gaussian'"):
+        regressor.adapt(x[:6], y[:6]).predict(x[6:], max_error=0.1)
+
+
 # scikit-learn's conventions
 
 
