@@ -34,8 +34,9 @@ class AbstentionCurve(NamedTuple):
     def min_confidence(self, max_error: float) -> float:
         """Returns the least confidence whose ``error_bound`` is at most ``max_error``; infinite if there is none.
 
-        The bound holds for each threshold by itself. That the best of many is taken makes it a little weaker: of 4,000
-        simulated sets of 100 tasks, 6% led to a threshold whose true error was larger than asked for.
+        The bound holds for each threshold by itself; that the best of many is taken could make it weaker. Of 1,600
+        simulated sets of 100 or 200 tasks, 5% led to a threshold whose true error was larger than asked for (in the
+        worst of eight settings 7%). By ``error`` instead of its bound it would have been half of them.
         """
         passing = torch.nonzero(self.error_bound <= max_error)
         return float(self.confidence[passing[0, 0]]) if len(passing) else math.inf
@@ -49,7 +50,7 @@ def abstention_curve(
     The bound is that of Clopper and Pearson (1934) for ``n / deff`` instead of ``n`` independent answers (Korn and
     Graubard 1998), because examples of a task are wrong together. The design effect ``deff`` is the variance of the
     error rate between tasks over that of independent answers, times the square of the ratio of Student's to the normal
-    quantile; at least 1, and no less than at any lower threshold, where it is known from more answers.
+    quantile; at least 1.
 
     Examples:
         >>> confidence = [torch.tensor([0.9, 0.6]), torch.tensor([0.8, 0.4])]
@@ -99,7 +100,7 @@ def _upper_bound(answered: Tensor, wrong: Tensor, number: Tensor, error: Tensor)
         return torch.ones_like(error)
     between = ((wrong - error * answered) ** 2).sum(0) * num_tasks / (num_tasks - 1)
     effect = torch.where((error > 0) & (error < 1), between / (number * error * (1 - error)), 1.0)
-    effect = effect.clamp_min(1) * (t.ppf(_LEVEL, num_tasks - 1) / norm.ppf(_LEVEL)) ** 2
+    effect = effect.clamp_min(1) * float(t.ppf(_LEVEL, num_tasks - 1) / norm.ppf(_LEVEL)) ** 2
     effective = number / effect
     misses = effective * error
     # Of all answers wrong the bound is 1, where the beta distribution has no second parameter.
