@@ -255,7 +255,7 @@ def predict(
         out: CSV or Parquet file for the predictions.
         level: Probability that a regression interval holds the target.
         max_error: Abstain from examples such that no more than this share of the other labels is wrong; for classes,
-            of a model whose learner was calibrated.
+            of a model that was trained with validation tasks, or calibrated.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
     fitted = runs.load_fitted(run, device=resolve_device(device))

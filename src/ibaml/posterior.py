@@ -213,7 +213,7 @@ class FittedModel:
             )
         if self.abstention is None:
             raise ValueError(
-                "max_error needs to know how often confident predictions are wrong: call "
+                "max_error needs to know how often confident predictions are wrong: fit with validation tasks, or call "
                 "learner.calibrate(validation_tasks) once, with tasks that training has not seen."
             )
         least = self.abstention.min_confidence(max_error)
@@ -221,7 +221,7 @@ class FittedModel:
             warnings.warn(
                 f"no confidence keeps the error below max_error={max_error}: the model abstains on every example. The "
                 f"least that the validation tasks can promise is {float(self.abstention.error_bound.min()):.3g}; more "
-                "of them in calibrate may lower it.",
+                "of them may lower it (learner.calibrate).",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -272,8 +272,9 @@ class TaskPosterior:
             x_query: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
             seed: Seed of the weight samples.
             max_error: Classes: abstain from examples (``prediction.abstains``) such that no more than this share of the
-                others gets a wrong label. The confidence that an answer needs for it was found by ``calibrate``: the
-                promise, with 95% confidence, is for tasks like its own, on average over them. None: answer all.
+                others gets a wrong label. The confidence that an answer needs for it was found on validation tasks, by
+                ``fit`` or ``calibrate``: the promise, with 95% confidence, is for tasks like those, on average over
+                them. None: answer all.
 
         Returns:
             A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
