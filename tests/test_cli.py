@@ -454,6 +454,11 @@ def test_evaluate_needs_tasks(ibaml, trained, tasks):
     assert f"num_tasks must be at least 1, but is {tasks}." in errors
 
 
+def test_numbers_belong_to_any_task(ibaml, trained):
+    code, _, errors = ibaml("evaluate", trained / "a", "--out-of-task")
+    assert code == 2 and "out_of_task is for classes, but the likelihood is" in errors
+
+
 def test_evaluate_a_diverging_adaptation(ibaml, trained):
     code, _, errors = ibaml("evaluate", trained / "a", "--tasks", 2, "--algorithm.inner.learning-rate", "1e30")
     assert code == 2

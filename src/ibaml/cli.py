@@ -89,6 +89,7 @@ class EvaluateOptions:
         tasks: Number of test tasks, instead of the recipe's.
         seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
         data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
+        out_of_task: Whether queries of another task are predicted as well, to see whether the model notices them.
         test: Test tasks of a model that no recipe made: a CSV or Parquet table with the columns of training, or a
             folder of class folders of images.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
@@ -96,6 +97,7 @@ class EvaluateOptions:
 
     tasks: int | None = None
     seed: int = 0
+    out_of_task: bool = False
     data: Path | None = None
     test: Path | None = None
     device: str = "auto"
@@ -234,6 +236,7 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
             test=options.test,
             num_tasks=options.tasks,
             seed=options.seed,
+            out_of_task=options.out_of_task,
             data=options.data,
             device=resolve_device(options.device),
             on_progress=bar.update,
@@ -299,6 +302,7 @@ def predict(
     query: Path,
     out: Path,
     level: float = 0.9,
+    max_error: float | None = None,
     device: str = "auto",
 ) -> None:
     """Adapt a trained model to the examples of a new task and predict the rest.
@@ -309,10 +313,12 @@ def predict(
         query: Examples to predict: a table, or a folder of images.
         out: CSV or Parquet file for the predictions.
         level: Probability that a regression interval holds the target.
+        max_error: Abstain from examples such that no more than this share of the other labels is wrong; for classes,
+            of a model that was trained with validation tasks, or calibrated.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
     fitted = runs.load_fitted(run, device=resolve_device(device))
-    count = predict_files(fitted, support, query, out, level=level)
+    count = predict_files(fitted, support, query, out, level=level, max_error=max_error)
     _tell(f"{count} predictions are in {out}.")
 
 

@@ -1,6 +1,8 @@
 """A fitted model as a function of a task's data: adaptation, warm adaptation and prediction."""
 
 import dataclasses
+import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
-from ibaml.likelihoods import MixturePrediction, Prediction
+from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
+from ibaml.metrics import AbstentionCurve
 from ibaml.seeds import noise_generator
 from ibaml.types import Batch, Episode, Params, Tensor
 
@@ -29,6 +32,7 @@ class FittedModel:
         preprocessing: How data become tensors; None if they come as tensors that fit the network.
         device: Where to compute.
         temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
+        abstention: How often confident predictions of held-out tasks were wrong, at that temperature; for classes.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
     """
@@ -39,6 +43,7 @@ class FittedModel:
     preprocessing: Preprocessing | None
     device: torch.device
     temperature: float = 1.0
+    abstention: AbstentionCurve | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
 
@@ -177,6 +182,8 @@ class FittedModel:
             prediction = self.model.likelihood.predict(
                 outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")
             )
+            if isinstance(prediction, ClassPrediction) and "out_of_task" in outputs:
+                prediction = dataclasses.replace(prediction, out_of_task_score=outputs["out_of_task"])
             if self.temperature != 1:
                 prediction = prediction.tempered(self.temperature)
             if self.preprocessing is None or self.preprocessing.targets is None:
@@ -200,6 +207,38 @@ class FittedModel:
             return sampled.components.mean
 
         return dataclasses.replace(prediction, draw=draw)
+
+    def min_confidence(self, max_error: float) -> float:
+        """Returns the least confidence from which predictions are wrong no more often than a share; infinite for none.
+
+        Args:
+            max_error: Share in (0, 1).
+
+        Raises:
+            ValueError: If the share is out of range, predictions are of numbers, or the model is not calibrated.
+        """
+        if not 0 < max_error < 1:
+            raise ValueError(f"max_error is {max_error}; expected a share strictly between 0 and 1, such as 0.05.")
+        if self.model.likelihood.target_kind != "classes":
+            raise ValueError(
+                f"max_error is a share of wrong labels, but the likelihood {self.model.likelihood.name!r} predicts "
+                "numbers: compare the width of prediction.interval() with the error that you can bear."
+            )
+        if self.abstention is None:
+            raise ValueError(
+                "max_error needs to know how often confident predictions are wrong: fit with validation tasks, or call "
+                "learner.calibrate(validation_tasks) once, with tasks that training has not seen."
+            )
+        least = self.abstention.min_confidence(max_error)
+        if least == math.inf:
+            warnings.warn(
+                f"no confidence keeps the error below max_error={max_error}: the model abstains on every example. The "
+                f"least that the validation tasks can promise is {float(self.abstention.error_bound.min()):.3g}; more "
+                "of them may lower it (learner.calibrate).",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return least
 
     def in_units(self, targets: Tensor) -> Tensor:
         """Returns encoded targets as those of predictions: numbers in the units of the data, class indices as such."""
@@ -239,12 +278,16 @@ class TaskPosterior:
     def __repr__(self) -> str:
         return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
 
-    def predict(self, x_query: Any, *, seed: int = 0) -> Prediction:
+    def predict(self, x_query: Any, *, seed: int = 0, max_error: float | None = None) -> Prediction:
         """Predicts at new inputs of the task.
 
         Args:
             x_query: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
             seed: Seed of the weight samples.
+            max_error: Classes: abstain from examples (``prediction.abstains``) such that no more than this share of the
+                others gets a wrong label. The confidence that an answer needs for it was found on validation tasks, by
+                ``fit`` or ``calibrate``: the promise, with 95% confidence, is for tasks like those, on average over
+                them. None: answer all.
 
         Returns:
             A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
@@ -253,12 +296,14 @@ class TaskPosterior:
 
         Raises:
             TypeError: If the inputs are no numbers.
-            ValueError: If the inputs hold NaN or do not fit the network.
+            ValueError: If the inputs hold NaN or do not fit the network; if ``max_error`` is out of range, or given to
+                a model of numbers or one that has not been calibrated.
 
         Cost:
             ``num_evaluation_samples`` forward passes.
         """
         fitted = self._fitted
+        min_confidence = None if max_error is None else fitted.min_confidence(max_error)
         encoded = fitted.encode("x_query", x_query)
         fitted.model.check_inputs("x_query", encoded)
         try:
@@ -268,6 +313,8 @@ class TaskPosterior:
                 f"the network ({type(fitted.model.network).__name__}) cannot process x_query of shape "
                 f"{tuple(encoded.shape)} and dtype {encoded.dtype}: {error}"
             ) from error
+        if isinstance(prediction, ClassPrediction):
+            prediction = dataclasses.replace(prediction, min_confidence=min_confidence)
         as_numpy = not isinstance(x_query, torch.Tensor)
         if fitted.preprocessing is None and not as_numpy:
             return prediction

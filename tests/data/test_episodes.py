@@ -196,3 +196,13 @@ def test_rotations_need_square_images():
     )
     with pytest.raises(ValueError, match="images must be square to be turned by 90 degrees, got 2 x 3"):
         with_rotations(data)
+
+
+def test_the_classes_of_tasks_are_those_that_are_drawn():
+    sampler = EpisodeSampler(numbered_classes([4, 6, 5, 4, 7]), num_ways=3, num_shots=2, num_queries=2)
+    for num_tasks in (1, 4):
+        found = sampler.sample_classes(num_tasks, generator=generator(5))
+        drawn = decode(sampler.sample(num_tasks, generator=generator(5)).query.x)[..., 0]
+        assert torch.equal(found.repeat_interleave(2, 1), drawn)
+    with pytest.raises(ValueError, match="num_tasks must be"):
+        sampler.sample_classes(0, generator=generator())

@@ -335,6 +335,57 @@ def test_calibration_on_a_sampler():
         learner.calibrate(pairs())
 
 
+def test_abstaining_after_calibration(tmp_path):
+    learner = MetaLearner().fit(pairs(), num_steps=40)
+    x, y = pairs(seed=3)[0]
+    with pytest.raises(
+        ValueError, match=r"max_error needs to know how often confident predictions .*or call learner\.calibrate"
+    ):
+        learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=0.1)
+    learner.calibrate(pairs(40, seed=5))
+    curve = learner.fitted_model.abstention
+    assert curve is not None and float(curve.coverage[0]) == 1
+    learner.save(tmp_path)
+    loaded = MetaLearner.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.fitted_model.abstention, curve, strict=True))
+    max_error = float(curve.error_bound.min()) + 0.01
+    prediction = loaded.adapt(x[:6], y[:6]).predict(x[6:], max_error=max_error)
+    assert isinstance(prediction.abstains, np.ndarray) and prediction.abstains.dtype == bool
+    least = curve.min_confidence(max_error)
+    np.testing.assert_array_equal(prediction.abstains, prediction.probs.max(1).astype(np.float64) < least)
+    assert not loaded.adapt(x[:6], y[:6]).predict(x[6:]).abstains.any()
+    as_tensors = loaded.adapt(x[:6], y[:6]).predict(torch.tensor(x[6:]), max_error=max_error)
+    assert as_tensors.abstains.tolist() == prediction.abstains.tolist()
+    with pytest.warns(RuntimeWarning, match="no confidence keeps the error below max_error=1e-06: the model abstains"):
+        assert learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=1e-6).abstains.all()
+    for share in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=f"max_error is {share}; expected a share strictly between 0 and 1"):
+            learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=share)
+    # A fit, and another way to adapt, make other predictions.
+    other = dataclasses.replace(learner.algorithm, posterior_temperature=0.5)
+    assert learner.adapting_with(other).fitted_model.abstention is None
+    assert learner.fit(pairs(), num_steps=1).fitted_model.abstention is None
+
+
+def test_training_with_validation_tasks_is_enough_to_abstain(tmp_path):
+    settings = TrainerSettings(num_steps=4, tasks_per_step=2, validate_every=2, num_validation_tasks=20)
+    learner = MetaLearner().fit(pairs(), pairs(20, seed=5), settings=settings, run_folder=tmp_path)
+    curve = learner.fitted_model.abstention
+    assert curve is not None and learner.calibration_temperature != 1
+    # Stored with the model, and with the checkpoint that a finished run is resumed from.
+    resumed = MetaLearner().fit(pairs(), pairs(20, seed=5), settings=settings, run_folder=tmp_path)
+    for other in (MetaLearner.load(tmp_path), resumed):
+        assert all(torch.equal(a, b) for a, b in zip(other.fitted_model.abstention, curve, strict=True))
+    x, y = pairs(seed=3)[0]
+    assert learner.adapt(x[:6], y[:6]).predict(x[6:], max_error=0.99).abstains.dtype == bool
+
+
+def test_numbers_are_not_abstained_from(regressor):
+    x, y = pairs(regression=True, seed=2)[0]
+    with pytest.raises(ValueError, match="max_error is a share of wrong labels, but the likelihood 'gaussian'"):
+        regressor.adapt(x[:6], y[:6]).predict(x[6:], max_error=0.1)
+
+
 # scikit-learn's conventions
 
 

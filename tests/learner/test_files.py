@@ -104,6 +104,25 @@ def test_classes(tmp_path, classifier):
     assert (written.epistemic >= 0).all() and (written.entropy >= written.epistemic - 1e-9).all()
 
 
+def test_abstention_and_foreign_examples_have_columns(tmp_path, classifier, capsys):
+    new = students(1, seed=5).assign(passed=["yes", "no"] * 6)
+    new[:6].to_csv(tmp_path / "support.csv", index=False)
+    new[6:].drop(columns="passed").to_csv(tmp_path / "query.csv", index=False)
+    files = ("--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--out", tmp_path / "out.csv")
+    assert predict(classifier, *files) == 0
+    assert "abstains" not in read_table(tmp_path / "out.csv")
+    assert predict(classifier, *files, "--max-error", 0.1) == 2
+    assert "max_error needs to know how often confident predictions are wrong" in capsys.readouterr().err
+    held_out = students(40, seed=7).assign(passed=lambda t: np.where(t.score > 60, "yes", "no")).drop(columns="score")
+    learner = MetaLearner.load(classifier).calibrate(held_out)
+    learner.save(tmp_path / "model")
+    assert predict(tmp_path / "model", *files, "--max-error", 0.99) == 0
+    written = read_table(tmp_path / "out.csv")
+    prediction = learner.adapt(new[:6], new.passed[:6]).predict(new[6:], max_error=0.99)
+    np.testing.assert_allclose(written.out_of_task, prediction.out_of_task, rtol=1e-5)
+    assert written.abstains.dtype == bool and written.abstains.tolist() == prediction.abstains.tolist()
+
+
 def test_images_of_a_saved_model_and_of_a_run(tmp_path):
     rng = np.random.default_rng(0)
     for split, names in (("train", "abcdef"), ("validation", "ghijkl"), ("new", "xyzuv"), ("query", [""])):

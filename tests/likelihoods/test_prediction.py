@@ -1,7 +1,10 @@
 """Predictions against torch.distributions and sums written out."""
 
+import dataclasses
 import math
+import statistics
 
+import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributions
 
-from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
+from ibaml.likelihoods import Categorical, ClassPrediction, GaussianComponents, MixturePrediction
 
 ALGEBRA = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -196,3 +199,67 @@ def test_rescaling_is_that_of_the_targets():
     y = torch.randn(4, 2, generator=generator).double()
     moved = prediction.rescaled(mean, scale)
     torch.testing.assert_close(moved.nll(y * scale + mean), prediction.nll(y) + scale.log().sum(), rtol=1e-6, atol=1e-6)
+
+
+# None of these, and abstention
+
+
+def scored(num_samples: int = 5) -> ClassPrediction:
+    return Categorical().predict(3 * draw(num_samples, 4, 3), {})
+
+
+def test_out_of_task_score_written_out():
+    logits = 3 * draw(5, 4, 3)
+    for i, found in enumerate(Categorical().predict(logits, {}).out_of_task.tolist()):
+        centred = [[float(f - sample.mean()) for f in sample] for sample in logits[:, i]]
+        variance = sum(statistics.pvariance([sample[c] for sample in centred]) for c in range(3)) / 3
+        assert found == pytest.approx(math.log(variance) - float(logits[:, i].mean(0).max()), abs=1e-10)
+
+
+def test_out_of_task_score_of_one_sample_is_minus_the_largest_logit():
+    logits = torch.tensor([[[5.0, 0.0], [1.0, 0.5], [-3.0, -4.0]]])
+    assert Categorical().predict(logits, {}).out_of_task.tolist() == [-5.0, -1.0, 3.0]
+    # Samples that agree have no variance; the order is still that of the logits.
+    agreeing = Categorical().predict(logits.expand(3, 3, 2), {}).out_of_task
+    assert torch.isfinite(agreeing).all() and agreeing.argsort().tolist() == [0, 1, 2]
+
+
+def test_out_of_task_grows_as_samples_disagree_and_as_logits_fall():
+    logits = draw(6, 4, 3)
+    mean = logits.mean(0)
+    scores = [Categorical().predict(mean + s * (logits - mean), {}).out_of_task for s in (0.5, 1.0, 2.0)]
+    assert (scores[0] < scores[1]).all() and (scores[1] < scores[2]).all()
+    assert (Categorical().predict(logits - 1, {}).out_of_task > scores[1]).all()
+
+
+def test_out_of_task_survives_what_is_done_to_a_prediction():
+    prediction = scored()
+    score = prediction.out_of_task
+    named = prediction.tempered(3.0).in_terms_of(labels=np.array(["a", "b", "c"]), is_vector=False, as_numpy=True)
+    assert isinstance(named.out_of_task, np.ndarray) and named.out_of_task.tolist() == score.tolist()
+    moved = prediction.to(torch.device("cpu"))
+    assert torch.equal(moved.tensors()["out_of_task"], score) and moved.tensors()["out_of_task"].dtype == torch.float64
+    assert named.columns(level=0.9, names=())["out_of_task"] == score.tolist()
+
+
+def test_probabilities_alone_do_not_tell_what_is_foreign():
+    prediction = classes()
+    with pytest.raises(ValueError, match="made of probabilities alone, which have no out-of-task score"):
+        _ = prediction.out_of_task
+    assert "out_of_task" not in prediction.tensors()
+    assert "out_of_task" not in prediction.columns(level=0.9, names=())
+
+
+def test_abstaining_leaves_labels_as_they_are():
+    prediction = ClassPrediction(torch.log(torch.tensor([[[0.9, 0.1], [0.4, 0.6], [0.5, 0.5]]], dtype=torch.float64)))
+    assert prediction.abstains.tolist() == [False] * 3 and "abstains" not in prediction.columns(level=0.9, names=())
+    torch.testing.assert_close(prediction.confidence, torch.tensor([0.9, 0.6, 0.5], dtype=torch.float64))
+    careful = dataclasses.replace(prediction, min_confidence=0.55)
+    assert careful.abstains.dtype == torch.bool and careful.abstains.tolist() == [False, False, True]
+    assert torch.equal(careful.labels, prediction.labels)
+    # Confidence is that of the tempered probabilities.
+    assert careful.tempered(5.0).abstains.tolist() == [False, True, True]
+    named = careful.in_terms_of(labels=np.array(["no", "yes"]), is_vector=False, as_numpy=True)
+    assert named.labels[~named.abstains].tolist() == ["no", "yes"]
+    assert named.columns(level=0.9, names=())["abstains"] == [False, False, True]
+    assert dataclasses.replace(prediction, min_confidence=math.inf).abstains.all()

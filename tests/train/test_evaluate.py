@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from ibaml import MetaLearner, TrainerSettings, metrics, tree
 from ibaml.algorithms import make_algorithm
@@ -15,7 +16,7 @@ from ibaml.networks import MLP
 from ibaml.posterior import FittedModel
 from ibaml.seeds import noise_generator, task_generator, task_seed
 from ibaml.solvers.inner import GradientDescent
-from ibaml.train.evaluate import Evaluation, draw_task, draw_tasks, evaluate, tempered
+from ibaml.train.evaluate import Evaluation, draw_foreign, draw_task, draw_tasks, evaluate, tempered
 from ibaml.types import Batch, Episode, TaskSampler
 
 ALGORITHMS = {
@@ -318,3 +319,68 @@ def test_number_of_tasks_is_positive(num_tasks):
 
 def test_results_do_not_require_gradients():
     assert not run("categorical", "ibaml", num_tasks=2).log_probs.requires_grad
+
+
+# Queries of other tasks
+
+
+def classes_of(tasks: EpisodeSampler, x: torch.Tensor) -> torch.Tensor:
+    """Which classes of ``image_tasks`` the inputs are of; pixels tell."""
+    pixels = tasks.images.images.flatten(1).float() / 255
+    return torch.cdist(x.flatten(1), pixels).argmin(-1) // 6
+
+
+def test_foreign_inputs_are_queries_of_the_next_task_of_classes_that_a_task_has_not():
+    tasks = image_tasks()
+    for index in range(20):
+        own = tasks.sample_classes(1, generator=task_generator(3, index))[0]
+        foreign = draw_foreign(tasks, index, num_tasks=20, seed=3)
+        # Three of four classes: the next task that has the fourth one has four queries of it.
+        assert foreign.shape == (4, 1, 2, 2)
+        assert not torch.isin(classes_of(tasks, foreign), own).any()
+    # Of a list it is not known which classes its tasks have.
+    episodes = [draw_task(tasks, index, seed=3) for index in range(3)]
+    assert torch.equal(draw_foreign(episodes, 2, num_tasks=3, seed=0), episodes[0].query.x)
+
+
+@pytest.mark.parametrize("name", ["maml", "ibaml"])
+def test_out_of_task_auroc_against_a_count_of_pairs(name):
+    fitted, tasks = set_up("categorical", name)
+    result = evaluate(fitted, tasks, num_tasks=5, seed=2, out_of_task=True)
+    for index in range(5):
+        task = draw_task(tasks, index, seed=2)
+        posterior = fitted.solve(task.support, None, seed=task_seed(2, index))
+        inside, outside = (
+            fitted.predict(posterior.value, x, seed=task_seed(2, index)).out_of_task.tolist()
+            for x in (task.query.x, draw_foreign(tasks, index, num_tasks=5, seed=2))
+        )
+        pairs = [(b > a) + 0.5 * (b == a) for a in inside for b in outside]
+        assert float(result.per_task["out_of_task_auroc"][index]) == pytest.approx(sum(pairs) / len(pairs), abs=1e-10)
+        truth = [0] * len(inside) + [1] * len(outside)
+        assert roc_auc_score(truth, inside + outside) == pytest.approx(sum(pairs) / len(pairs), abs=1e-10)
+    assert result.report["out_of_task_auroc"] == metrics.estimate(result.per_task["out_of_task_auroc"])
+    # All else is as without.
+    plain = evaluate(fitted, tasks, num_tasks=5, seed=2)
+    assert plain.report.keys() == result.report.keys() - {"out_of_task_auroc"}
+    assert all(result.report[metric] == value for metric, value in plain.report.items())
+
+
+def test_out_of_task_is_refused_where_nothing_is_foreign():
+    with pytest.raises(ValueError, match="out_of_task is for classes, but the likelihood is 'gaussian'"):
+        evaluate(*set_up("gaussian", "maml"), num_tasks=2, seed=0, out_of_task=True)
+    fitted, tasks = set_up("categorical", "maml")
+    everywhere = EpisodeSampler(tasks.images.select([0, 1, 2]), num_ways=3, num_shots=2, num_queries=4)
+    for one, num_tasks in ((everywhere, 4), (tasks, 1)):
+        with pytest.raises(ValueError, match="out_of_task needs queries of classes that test task 0 has not"):
+            evaluate(fitted, one, num_tasks=num_tasks, seed=0, out_of_task=True)
+
+
+def test_a_learner_asks_for_tasks_with_classes_of_their_own():
+    fitted, tasks = set_up("categorical", "maml")
+    learner = MetaLearner(fitted.model.network, fitted.algorithm)
+    learner.fit(tasks, settings=TrainerSettings(num_steps=1, tasks_per_step=2))
+    assert "out_of_task_auroc" in learner.evaluate(tasks, num_tasks=2, out_of_task=True)
+    assert "out_of_task_auroc" not in learner.evaluate(tasks, num_tasks=2)
+    episodes = [draw_task(tasks, index, seed=0) for index in range(2)]
+    with pytest.raises(ValueError, match="out_of_task needs tasks with classes of their own, but labels mean the same"):
+        learner.evaluate(episodes, out_of_task=True)

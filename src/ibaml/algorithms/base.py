@@ -160,7 +160,8 @@ class Algorithm(Protocol):
 
         Returns:
             ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and where they are known in closed form
-            ``"output_variance"``, of the same shape.
+            ``"output_variance"``, of the same shape. An algorithm of classes that knows better than its logits how
+            foreign an example is to all classes of the task adds ``"out_of_task"``, ``[num_examples]``.
         """
         ...
 

@@ -106,14 +106,8 @@ class EpisodeSampler:
             TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
             ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
         """
-        require_positive_int("num_tasks", num_tasks)
-        require_cpu_generator(generator)
         num_images = self.num_shots + self.num_queries
-
-        # The places of the largest of i.i.d. uniform keys, in descending order of the keys, are a uniformly random
-        # ordered subset. float64 makes ties between keys (which topk would break by position) practically impossible.
-        keys = torch.rand(num_tasks, self.images.num_classes, generator=generator, dtype=torch.float64)
-        classes = keys.topk(self.num_ways).indices
+        classes = self.sample_classes(num_tasks, generator=generator)
         sizes = self._class_sizes[classes]
         keys = torch.rand(
             num_tasks, self.num_ways, int(self._class_sizes.max()), generator=generator, dtype=torch.float64
@@ -127,6 +121,27 @@ class EpisodeSampler:
             support=self._batch(indices[..., : self.num_shots], labels[..., : self.num_shots]),
             query=self._batch(indices[..., self.num_shots :], labels[..., self.num_shots :]),
         )
+
+    def sample_classes(self, num_tasks: int, *, generator: torch.Generator) -> Tensor:
+        """Returns which classes the tasks have that ``sample`` draws from a generator in the same state.
+
+        Args:
+            num_tasks: As in ``sample``.
+            generator: As in ``sample``; nothing but the classes is drawn from it.
+
+        Returns:
+            Index of each class among those of ``images``, in the order of the labels, int64, ``[num_tasks, num_ways]``.
+
+        Raises:
+            TypeError: As in ``sample``.
+            ValueError: As in ``sample``.
+        """
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        # The places of the largest of i.i.d. uniform keys, in descending order of the keys, are a uniformly random
+        # ordered subset. float64 makes ties between keys (which topk would break by position) practically impossible.
+        keys = torch.rand(num_tasks, self.images.num_classes, generator=generator, dtype=torch.float64)
+        return keys.topk(self.num_ways).indices
 
     def _batch(self, indices: Tensor, labels: Tensor) -> Batch:
         """Gathers images by index and flattens the axes of class and image into one of examples."""

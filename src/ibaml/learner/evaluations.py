@@ -62,8 +62,7 @@ def write_evaluation(
         writer.writerow(["task", *evaluation.per_task])
         for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
             writer.writerow([index, *row])
-    fields = ("targets", "log_probs", "mean", "variance")
-    predictions = {name: value for name in fields if (value := getattr(evaluation, name)) is not None}
+    predictions = {"targets": evaluation.targets, **evaluation.tensors()}
     save_tensors(target / "predictions.safetensors", predictions, {"tasks": tasks})
     return target
 

@@ -17,7 +17,15 @@ from ibaml.posterior import FittedModel
 _TABLES = (".csv", ".parquet")
 
 
-def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *, level: float = 0.9) -> int:
+def predict_files(
+    fitted: FittedModel,
+    support: Path,
+    query: Path,
+    out: Path,
+    *,
+    level: float = 0.9,
+    max_error: float | None = None,
+) -> int:
     """Adapts to a support file, predicts for a query file and writes the answers.
 
     Tables (CSV or Parquet) have the columns of the training table; with its task column, each task of the query is
@@ -31,6 +39,8 @@ def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *,
         query: Query examples.
         out: CSV or Parquet file; made anew.
         level: Probability of the intervals.
+        max_error: Classes: abstain such that no more than this share of the other answers is wrong; see
+            ``TaskPosterior.predict``. None: answer all.
 
     Returns:
         The number of answers.
@@ -45,13 +55,13 @@ def predict_files(fitted: FittedModel, support: Path, query: Path, out: Path, *,
     if not 0 < level < 1:
         raise ValueError(f"--level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
     if fitted.preprocessing is not None and fitted.preprocessing.image_size is not None:
-        answers = _predict_images(fitted, fitted.preprocessing, support, query)
+        answers = _predict_images(fitted, fitted.preprocessing, support, query, max_error)
     else:
         tables = read_table(support), read_table(query)
         try:
             fitted = fitted if fitted.preprocessing is not None else _with_columns(fitted, tables[0])
             assert fitted.preprocessing is not None
-            answers = _predict_tables(fitted, fitted.preprocessing, *tables, level)
+            answers = _predict_tables(fitted, fitted.preprocessing, *tables, level, max_error)
         except TypeError as error:
             # What a file holds is a value, even where in a program it would be an argument's type.
             raise ValueError(str(error)) from error
@@ -127,7 +137,12 @@ def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
 
 
 def _predict_tables(
-    fitted: FittedModel, preprocessing: Preprocessing, support: Any, query: Any, level: float
+    fitted: FittedModel,
+    preprocessing: Preprocessing,
+    support: Any,
+    query: Any,
+    level: float,
+    max_error: float | None,
 ) -> dict[str, list[Any]]:
     targets = preprocessing.target_columns
     if targets is None:
@@ -147,7 +162,8 @@ def _predict_tables(
             raise ValueError(f"the support table has no rows of task {name!r}, which the query asks for.")
         y = own[list(targets)] if not preprocessing.is_vector else own[targets[0]]
         posterior = fitted.adapt(own, y, seed=0)
-        for column, values in posterior.predict(query.iloc[rows]).columns(level=level, names=targets).items():
+        prediction = posterior.predict(query.iloc[rows], max_error=max_error)
+        for column, values in prediction.columns(level=level, names=targets).items():
             whole = answers.setdefault(column, [None] * len(query))
             for row, value in zip(rows, values, strict=True):
                 whole[row] = value
@@ -157,7 +173,7 @@ def _predict_tables(
 
 
 def _predict_images(
-    fitted: FittedModel, preprocessing: Preprocessing, support: Path, query: Path
+    fitted: FittedModel, preprocessing: Preprocessing, support: Path, query: Path, max_error: float | None
 ) -> dict[str, Sequence[Any]]:
     assert preprocessing.image_size is not None
     size, channels = preprocessing.image_size, preprocessing.input_shape[0]
@@ -165,4 +181,5 @@ def _predict_images(
     files = load_images(query, image_size=size, channels=channels)
     labels = np.repeat(np.array(images.class_names), images.class_sizes.numpy())
     posterior = fitted.adapt(images.images, labels, seed=0)
-    return {"file": list(files.names), **posterior.predict(files.pixels).columns(level=0.9, names=())}
+    prediction = posterior.predict(files.pixels, max_error=max_error)
+    return {"file": list(files.names), **prediction.columns(level=0.9, names=())}

@@ -58,6 +58,7 @@ def fit_model(
             preprocessing=source.preprocessing,
             device=device,
             temperature=chosen.temperature,
+            abstention=chosen.abstention,
             step=chosen.step,
         )
 

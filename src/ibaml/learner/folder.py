@@ -26,6 +26,7 @@ from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
+from ibaml.metrics import AbstentionCurve
 from ibaml.networks import NetworkSettings
 from ibaml.posterior import FittedModel
 from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
@@ -47,6 +48,7 @@ RECORDS: tuple[type, ...] = (
 
 _PACKAGES = ("ibaml", "torch", "numpy", "safetensors")
 _SCALES = "preprocessing/"
+_ABSTENTION = "abstention/"
 
 
 class StoredModel(NamedTuple):
@@ -60,6 +62,7 @@ class StoredModel(NamedTuple):
         splits: How tasks were split.
         preprocessing: How data become tensors; None if they came as tensors.
         temperature: Calibration temperature.
+        abstention: How often confident predictions of held-out tasks were wrong; None if that is not stored.
         step: Meta-step of the state; None for a model that was not stored by training.
     """
 
@@ -70,6 +73,7 @@ class StoredModel(NamedTuple):
     splits: SplitSettings
     preprocessing: Preprocessing | None
     temperature: float
+    abstention: AbstentionCurve | None
     step: int | None
 
     def build_network(self) -> nn.Module:
@@ -102,6 +106,7 @@ class StoredModel(NamedTuple):
             preprocessing=self.preprocessing,
             device=device,
             temperature=self.temperature,
+            abstention=self.abstention,
             step=self.step,
         )
 
@@ -129,10 +134,12 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     preprocessing = fitted.preprocessing
     scales = {} if preprocessing is None else preprocessing.tensors()
+    abstention = {} if fitted.abstention is None else fitted.abstention._asdict()
     tensors = {
         **meta_to_tensors(fitted.meta),
         **fixed_tensors(fitted.model.frozen, fitted.model.network),
         **{f"{_SCALES}{name}": value for name, value in scales.items()},
+        **{f"{_ABSTENTION}{name}": value for name, value in abstention.items()},
     }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {
@@ -161,7 +168,10 @@ def read_model(folder: Path) -> StoredModel:
     path = folder / MODEL
     metadata = read_metadata(folder)
     tensors, _ = load_tensors(path)
-    scales = {name.removeprefix(_SCALES): value for name, value in tensors.items() if name.startswith(_SCALES)}
+    scales, abstention = (
+        {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
+        for group in (_SCALES, _ABSTENTION)
+    )
     preprocessing = metadata["preprocessing"]
     return StoredModel(
         path,
@@ -171,6 +181,8 @@ def read_model(folder: Path) -> StoredModel:
         splits=records.from_json(metadata["splits"], RECORDS),
         preprocessing=None if preprocessing is None else Preprocessing.restore(preprocessing, scales),
         temperature=metadata["calibration_temperature"],
+        # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
+        abstention=AbstentionCurve(**abstention) if abstention else None,
         step=metadata["step"],
     )
 

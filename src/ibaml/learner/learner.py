@@ -27,9 +27,9 @@ from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.train.evaluate import Evaluation, evaluate
+from ibaml.train.evaluate import Evaluation, evaluate, tempered
 from ibaml.train.processes import Processes
-from ibaml.train.temperature import fit_temperature
+from ibaml.train.temperature import fit_abstention, fit_temperature
 from ibaml.types import ClassScope
 
 if TYPE_CHECKING:
@@ -314,7 +314,8 @@ class MetaLearner(Estimator):
         meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
         other = copy.copy(self)
         other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
-        other._fitted = dataclasses.replace(fitted, algorithm=algorithm, meta=meta)
+        # How often it errs was counted of the other one.
+        other._fitted = dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None)
         return other
 
     def with_fitted(self, fitted: FittedModel, splits: SplitSettings | None = None) -> "MetaLearner":
@@ -332,7 +333,8 @@ class MetaLearner(Estimator):
         """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure.
 
         For classes it divides the logits of the averaged probabilities; for regression it multiplies all standard
-        deviations.
+        deviations. For classes it is then counted how often predictions of each confidence are wrong, from which
+        ``predict(max_error=...)`` knows when to abstain.
 
         Args:
             validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
@@ -349,10 +351,14 @@ class MetaLearner(Estimator):
         fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
         held_out = self._evaluate(fitted, validation_tasks, num_tasks=num_tasks, seed=seed)
         temperature = fit_temperature(held_out.predictions, held_out.query_targets)
-        self._fitted = dataclasses.replace(fitted, temperature=temperature)
+        held_out = tempered(fitted.model.likelihood, held_out, temperature)
+        abstention = fit_abstention(held_out.predictions, held_out.query_targets)
+        self._fitted = dataclasses.replace(fitted, temperature=temperature, abstention=abstention)
         return self
 
-    def evaluate(self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0) -> dict[str, Estimate]:
+    def evaluate(
+        self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0, out_of_task: bool = False
+    ) -> dict[str, Estimate]:
         """Adapts to test tasks and reports metrics with 95% intervals over tasks.
 
         Args:
@@ -360,17 +366,22 @@ class MetaLearner(Estimator):
                 with half of a task as support unless the ``splits`` of ``fit`` said otherwise.
             num_tasks: Number of tasks to draw from a sampler or an image folder.
             seed: Names the fixed set of tasks, or the splits.
+            out_of_task: Where each task has classes of its own: whether queries of the next task, foreign to it, are
+                predicted as well; see ``ibaml.train.evaluate.draw_foreign``. It nearly doubles the cost of queries.
 
         Returns:
-            For classes ``accuracy``, ``nll``, ``brier``, ``ece``, ``mce``, ``selective_area`` and, of the examples of
-            all tasks together, ``ece_pooled`` and ``mce_pooled``. For regression ``mse`` and ``nll`` in the targets'
-            units, ``coverage_90`` of the exact 90% interval, and ``quantile_calibration_error``.
+            For classes ``accuracy``, ``nll``, ``brier``, ``ece``, ``mce``, ``selective_area``, of the examples of all
+            tasks together ``ece_pooled`` and ``mce_pooled``, and with ``out_of_task`` the probability
+            ``out_of_task_auroc`` that a foreign query has a larger score than one of the task. For regression ``mse``
+            and ``nll`` in the targets' units, ``coverage_90`` of the exact 90% interval, and
+            ``quantile_calibration_error``.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If a task does not fit.
+            ValueError: If a task does not fit, or has no classes of its own and ``out_of_task`` is asked for.
         """
-        return dict(self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed).report)
+        found = self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed, out_of_task=out_of_task)
+        return dict(found.report)
 
     def evaluate_in_full(
         self,
@@ -378,6 +389,7 @@ class MetaLearner(Estimator):
         *,
         num_tasks: int = 600,
         seed: int = 0,
+        out_of_task: bool = False,
         on_progress: Callable[[int], None] | None = None,
         processes: Processes | None = None,
     ) -> Evaluation:
@@ -387,13 +399,14 @@ class MetaLearner(Estimator):
             test_tasks: As in ``evaluate``.
             num_tasks: As in ``evaluate``.
             seed: As in ``evaluate``.
+            out_of_task: As in ``evaluate``.
             on_progress: Called with the number of finished tasks.
             processes: The processes that share the tasks.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
             TypeError: If the tasks are of no accepted form.
-            ValueError: If a task does not fit.
+            ValueError: As in ``evaluate``.
             FloatingPointError: If predictions are not finite, naming the task.
         """
         return self._evaluate(
@@ -401,6 +414,7 @@ class MetaLearner(Estimator):
             test_tasks,
             num_tasks=num_tasks,
             seed=seed,
+            out_of_task=out_of_task,
             on_progress=on_progress,
             processes=processes,
         )
@@ -457,6 +471,13 @@ class MetaLearner(Estimator):
 
     def _evaluate(self, fitted: FittedModel, tasks: Any, *, num_tasks: int, seed: int, **how: Any) -> Evaluation:
         held_out = held_out_tasks(fitted, tasks, self._splits, seed=seed)
+        of_classes = fitted.model.likelihood.target_kind == "classes"
+        has_own = self.classes == "per_task" or hasattr(held_out, "sample_classes")
+        if how.get("out_of_task") and of_classes and not has_own:
+            raise ValueError(
+                "out_of_task needs tasks with classes of their own, but labels mean the same in all tasks: build the "
+                "learner with classes='per_task' if they do not."
+            )
         count = None if isinstance(held_out, Sequence) else num_tasks
         return evaluate(fitted, held_out, num_tasks=count, seed=seed, **how)
 

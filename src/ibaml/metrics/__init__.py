@@ -12,9 +12,11 @@ are checked: a TypeError tells of a wrong dtype, a ValueError of a shape, range 
 | `regression` | squared error, nll, coverage of given intervals |
 | `calibration` | ECE and MCE of classes, per task and pooled; calibration of quantiles |
 | `selective` | accuracy on the examples that a model is surest of |
+| `abstention` | the confidence from which errors are as rare as wanted |
 | `detection` | AUROC of an uncertainty as detector of foreign examples |
 """
 
+from ibaml.metrics.abstention import AbstentionCurve, abstention_curve
 from ibaml.metrics.calibration import (
     QuantileCurve,
     ReliabilityCurve,
@@ -35,10 +37,12 @@ from ibaml.metrics.reports import classification_report, regression_report
 from ibaml.metrics.selective import SelectiveCurve, selective_accuracy, selective_area, selective_curve
 
 __all__ = [
+    "AbstentionCurve",
     "Estimate",
     "QuantileCurve",
     "ReliabilityCurve",
     "SelectiveCurve",
+    "abstention_curve",
     "accuracy",
     "brier",
     "central_coverage",

@@ -130,6 +130,7 @@ def evaluate_run(
     test: Path | None = None,
     num_tasks: int | None = None,
     seed: int = 0,
+    out_of_task: bool = False,
     data: Path | None = None,
     device: torch.device = _CPU,
     on_progress: Callable[[int, int], None] | None = None,
@@ -143,6 +144,7 @@ def evaluate_run(
         test: Test tasks instead of the recipe's: a table or a folder of class folders of images.
         num_tasks: Number of test tasks, instead of the recipe's.
         seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
+        out_of_task: Whether queries of another task are predicted as well; see ``MetaLearner.evaluate``.
         data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
         device: Where to compute.
         on_progress: Called with the number of finished tasks and of all.
@@ -170,6 +172,7 @@ def evaluate_run(
         tasks,
         num_tasks=count,
         seed=seed,
+        out_of_task=out_of_task,
         on_progress=None if on_progress is None else lambda done: on_progress(done, count),
     )
     target = write_evaluation(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ibaml import tree
 from ibaml.algorithms import MetaParameters
 from ibaml.atomic import atomic_write
+from ibaml.metrics import AbstentionCurve
 from ibaml.train.result import Chosen
 from ibaml.train.settings import ONLY_HOW
 from ibaml.types import Tensor
@@ -159,6 +160,8 @@ def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
     tensors["generator"] = state.generator
     tensors |= {f"best/{name}": value for name, value in meta_to_tensors(state.chosen.meta).items()}
+    abstention = {} if state.chosen.abstention is None else state.chosen.abstention._asdict()
+    tensors |= {f"abstention/{name}": value for name, value in abstention.items()}
     progress = {
         "step": state.step,
         "seconds": state.seconds,
@@ -194,12 +197,16 @@ def restore_state(
         raise ValueError(f"{source} is no training checkpoint: it holds a model without optimiser state.")
     # The tensors first: a mismatch there says plainly what is wrong.
     meta = meta_from_tensors(tensors, like=like, source=str(source))
-    best = {name.removeprefix("best/"): value for name, value in tensors.items() if name.startswith("best/")}
+    best, abstention = (
+        {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
+        for group in ("best/", "abstention/")
+    )
     chosen = Chosen(
         meta_from_tensors(best, like=like, source=str(source)),
         step=metadata["best_step"],
         nll=math.inf if metadata["best_nll"] is None else metadata["best_nll"],
         temperature=metadata["best_temperature"],
+        abstention=AbstentionCurve(**abstention) if abstention else None,
     )
     difference = first_difference(metadata["description"], _plain(description))
     if difference is not None:

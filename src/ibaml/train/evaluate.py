@@ -6,6 +6,7 @@ see ``ibaml.seeds``. Tasks may differ in size, and each has the same weight.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -144,6 +145,7 @@ def evaluate(
     seed: int,
     on_progress: Callable[[int], None] | None = None,
     processes: Processes | None = None,
+    out_of_task: bool = False,
 ) -> Evaluation:
     """Adapts to each of a fixed set of tasks and scores the predictions on its query set.
 
@@ -154,23 +156,30 @@ def evaluate(
         seed: Names the set of tasks, and their noise.
         on_progress: Called with the number of finished tasks.
         processes: The processes that share the tasks; each returns the evaluation of all.
+        out_of_task: Whether queries of another task, see ``draw_foreign``, are predicted as well, for the score
+            ``out_of_task_auroc``: the probability that one of them has a larger ``prediction.out_of_task`` than a
+            query of the task's own. For tasks that each have classes of their own.
 
     Raises:
-        ValueError: If ``num_tasks`` is not positive, or a task does not fit the model.
+        ValueError: If ``num_tasks`` is not positive, or a task does not fit the model; with ``out_of_task`` if targets
+            are numbers, or no other task has classes that a task has not.
         FloatingPointError: If predictions are not finite, naming the task.
         ProcessLostError: If another process has died or hangs.
 
     Cost:
-        Per task the inner solver's ``num_steps`` gradients, and ``num_evaluation_samples`` forward passes.
+        Per task the inner solver's ``num_steps`` gradients, and ``num_evaluation_samples`` forward passes; with
+        ``out_of_task`` as many passes of another task's queries.
     """
     if num_tasks is None:
         num_tasks = len(tasks) if isinstance(tasks, Sequence) else 0
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, but is {num_tasks}.")
+    if out_of_task and fitted.model.likelihood.target_kind != "classes":
+        raise ValueError(f"out_of_task is for classes, but the likelihood is {fitted.model.likelihood.name!r}.")
     processes = processes or Processes()
 
-    def own_share() -> list[tuple[Prediction, Tensor]]:
-        found: list[tuple[Prediction, Tensor]] = []
+    def own_share() -> list[_Predicted]:
+        found: list[_Predicted] = []
         share = processes.share(num_tasks)
         num_outputs = 0
         for index in share:
@@ -185,23 +194,80 @@ def evaluate(
             fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
             classes = fitted.model.most_outputs(fitted.algorithm, num_outputs, task.support.y, task.query.y)
             fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, classes)
-            found.append(_predict_task(fitted, task, index, seed=task_seed(seed, index)))
+            foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
+            found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
             if on_progress is not None:
                 on_progress(index + 1)
         return found
 
     predicted = [task for share in processes.gather(own_share) for task in share]
-    return summarise(fitted.model.likelihood, *zip(*predicted, strict=True))
+    predictions, targets, foreign = zip(*predicted, strict=True)
+    evaluation = summarise(fitted.model.likelihood, predictions, targets)
+    if not out_of_task:
+        return evaluation
+    own = (one.tensors()["out_of_task"] for one in evaluation.predictions)
+    areas = [metrics.ood_auroc(*task).mean for task in zip(own, foreign, strict=True)]
+    values = torch.tensor(areas, dtype=torch.float64)
+    return dataclasses.replace(
+        evaluation,
+        report={**evaluation.report, "out_of_task_auroc": metrics.estimate(values)},
+        per_task={**evaluation.per_task, "out_of_task_auroc": values},
+    )
 
 
-def _predict_task(fitted: FittedModel, task: Episode, index: int, *, seed: int) -> tuple[Prediction, Tensor]:
-    """Returns the prediction of a task's query set and its targets, both in the units of the data, on the CPU."""
+def draw_foreign(tasks: TaskSampler | Sequence[Episode], index: int, *, num_tasks: int, seed: int) -> Tensor:
+    """Returns inputs that belong to none of the classes of one task: queries of the next task of a fixed set.
+
+    A sampler that says which classes a task has (``sample_classes``, as ``EpisodeSampler`` does) lets queries of common
+    classes be left out, and a task with none be passed over. Of other tasks it is not known, since each numbers its
+    classes by itself: all queries of the next one are taken. The fewer classes there are, the more of them are of
+    common classes, which pulls an AUROC towards 1/2.
+
+    Args:
+        tasks: Source of the tasks, or the tasks themselves.
+        index: The task to which the inputs are foreign.
+        num_tasks: Number of tasks in the set; after the last comes the first.
+        seed: Names the set.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    classes_of = None if isinstance(tasks, Sequence) else getattr(tasks, "sample_classes", None)
+    for other in ((index + offset) % num_tasks for offset in range(1, num_tasks)):
+        if classes_of is None:
+            return draw_task(tasks, other, seed=seed).query.x
+        own, others = (classes_of(1, generator=task_generator(seed, one))[0] for one in (index, other))
+        is_foreign = ~torch.isin(others, own)
+        if bool(is_foreign.any()):
+            query = draw_task(tasks, other, seed=seed).query
+            return query.x[is_foreign.to(query.y.device)[query.y]]
+    raise ValueError(
+        f"out_of_task needs queries of classes that test task {index} has not, but none of the {num_tasks} tasks has "
+        "any: evaluate on more tasks or more classes."
+    )
+
+
+class _Predicted(NamedTuple):
+    """Prediction of a task's query set, its targets, both in the units of the data, and scores of foreign inputs."""
+
+    prediction: Prediction
+    targets: Tensor
+    foreign: Tensor | None
+
+
+def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
+    """Returns what is found for a task, on the CPU."""
     num_outputs = fitted.model.of_task(fitted.algorithm, task.support.y, task.query.y).num_outputs
     posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
-    outputs = fitted.outputs(posterior.value, task.query.x, seed=seed)
-    if not bool(tree.all_finite(outputs)):
-        raise FloatingPointError(
-            f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
-            f"too large ({fitted.algorithm.describe()}), or inputs far from unit scale."
-        )
-    return fitted.prediction(outputs).to(torch.device("cpu")), fitted.in_units(task.query.y).cpu()
+
+    def predict(x: Tensor) -> Prediction:
+        outputs = fitted.outputs(posterior.value, x, seed=seed)
+        if not bool(tree.all_finite(outputs)):
+            raise FloatingPointError(
+                f"test task {index} gives predictions that are not finite. Likely causes: inner steps "
+                f"too large ({fitted.algorithm.describe()}), or inputs far from unit scale."
+            )
+        return fitted.prediction(outputs).to(torch.device("cpu"))
+
+    scores = None if foreign is None else predict(foreign.to(fitted.device)).tensors()["out_of_task"]
+    return _Predicted(predict(task.query.x), fitted.in_units(task.query.y).cpu(), scores)

@@ -4,6 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 from ibaml.algorithms import MetaParameters
+from ibaml.metrics import AbstentionCurve
 
 StopReason = Literal["completed", "time limit", "interrupted"]
 
@@ -20,12 +21,14 @@ class Chosen(NamedTuple):
         step: Their step; 0 before the first choice.
         nll: Their validation nll; infinite before the first validation.
         temperature: Output temperature that fits the validation tasks best there; 1 without any.
+        abstention: How often confident predictions of the validation tasks were wrong, at it; for classes.
     """
 
     meta: MetaParameters
     step: int = 0
     nll: float = math.inf
     temperature: float = 1.0
+    abstention: AbstentionCurve | None = None
 
 
 class TrainingResult(NamedTuple):

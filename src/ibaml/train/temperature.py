@@ -1,15 +1,37 @@
-"""Temperature scaling (Guo et al. 2017): one number, fitted on held-out tasks, that rescales confidence."""
+"""What is learned from predictions of held-out tasks: the output temperature, and when to abstain.
+
+Temperature scaling (Guo et al. 2017) rescales confidence by one number. The curve of errors against the confidence that
+then results is what a threshold for a wanted error rate is read from.
+"""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
-from ibaml.likelihoods import Prediction
+from ibaml.likelihoods import ClassPrediction, Prediction
+from ibaml.metrics import AbstentionCurve, abstention_curve
 from ibaml.types import Tensor
 
 _LOG_RANGE = (-math.log(20.0), math.log(20.0))
 _NUM_GRID = 41
+
+
+def fit_abstention(predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> AbstentionCurve | None:
+    """Returns how often class predictions of at least some confidence were wrong; None for numbers.
+
+    Args:
+        predictions: One prediction per held-out task, tempered.
+        targets: Its class indices.
+    """
+    confidence: list[Tensor] = []
+    correct: list[Tensor] = []
+    for prediction, target in zip(predictions, targets, strict=True):
+        if not isinstance(prediction, ClassPrediction):
+            return None
+        confidence.append(prediction.confidence)
+        correct.append(prediction.labels == target)
+    return abstention_curve(confidence, correct)
 
 
 def fit_temperature(predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> float:

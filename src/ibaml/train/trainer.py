@@ -39,7 +39,7 @@ from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, Traini
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep, TaskHypergradients
-from ibaml.train.temperature import fit_temperature
+from ibaml.train.temperature import fit_abstention, fit_temperature
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
@@ -320,7 +320,8 @@ class Trainer:
         nll = result.report["nll"].mean
         improved = nll < self._chosen.nll
         if improved:
-            self._chosen = Chosen(self._snapshot(), self._step, nll, temperature)
+            abstention = fit_abstention(result.predictions, result.query_targets)
+            self._chosen = Chosen(self._snapshot(), self._step, nll, temperature, abstention)
         self._save()
         shown = ", ".join(
             f"{name} {result.report[name]}" for name in ("accuracy", "mse", "nll", "ece") if name in result.report

@@ -112,6 +112,36 @@ def test_posterior_is_that_of_one_example_after_the_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_out_of_task_is_the_log_bayes_factor_of_a_class_that_is_not_in_the_task(name: str) -> None:
+    """Densities by torch.distributions: of a class from the prior over the task's own."""
+    head = HEADS[name]
+    prior, support, query = set_up(head)
+    solution, _ = head.solve(prior, {}, support, 3)
+    frequency = log_frequency(head, prior)
+
+    def log_density(mean: Tensor, log_var: Tensor, weights: Tensor) -> Tensor:
+        deviation = (log_var.exp() + prior.log_sigma2.exp()).sqrt()
+        each = Normal(mean, deviation).log_prob(query.x[:, None, :-1]).sum(-1)
+        return torch.log((weights.exp() * each.exp()).sum(-1))
+
+    new = log_density(prior.mean, prior.log_tau2, frequency if not head.tied else torch.zeros(1, dtype=DOUBLE))
+    expected = new - log_density(solution.mean, solution.log_var, frequency)
+    found = head.predict(solution, {}, query.x, {})["out_of_task"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_far_away_is_of_no_class_and_what_is_at_a_class_mean_is_not_foreign() -> None:
+    head = GaussianClasses()
+    prior = tree.map(lambda leaf: leaf.double(), head.init_prior(4, 2, like=torch.zeros(())))
+    support = Batch(with_constant(torch.eye(3, dtype=DOUBLE)[[0, 0, 0, 1, 1, 1]]), torch.tensor([0, 0, 0, 1, 1, 1]))
+    solution, _ = head.solve(prior, {}, support, 2)
+    along = with_constant(torch.tensor([0.0, 1.0, 3.0, 10.0, 100.0], dtype=DOUBLE)[:, None] * solution.mean[0])
+    far = head.predict(solution, {}, along, {})["out_of_task"]
+    assert (far[2:].diff() > 0).all() and far[-1] > 100
+    assert far[1] < 0
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_hypergradient_is_that_of_central_differences(name: str) -> None:
     head, model = HEADS[name], LinearFeatures()
     prior, _, _ = set_up(head)

@@ -98,7 +98,7 @@ class Head(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
-        """Returns ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and maybe ``"output_variance"``.
+        """Returns ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and maybe more, as ``outputs`` does.
 
         Args:
             solution: From ``solve``.
