@@ -10,6 +10,7 @@ posterior well enough. For classes it is 0.1: the exact posterior is narrow in t
 diagonal one cannot be, and at temperature 1 its samples blur every prediction.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.algorithms.heads.gaussian import solves
+from ibaml.data.prepare import Source
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4, NormPolicy
 from ibaml.priors import DiagonalColumnPrior, DiagonalPrior
@@ -60,18 +62,25 @@ IMAGE_TRAINER = TrainerSettings(
 """Outer loop for heads on images."""
 
 
-def trainer_settings(algorithm: Algorithm, tasks: TaskSampler, *, is_data: bool) -> TrainerSettings:
+def trainer_settings(algorithm: Algorithm, source: Source, *, seed: int) -> TrainerSettings:
     """Returns settings of the outer loop that suit tasks.
 
     Args:
         algorithm: What adapts.
-        tasks: The training tasks.
-        is_data: Whether they came as data, which are scaled, and not as tensors.
+        source: The tasks.
+        seed: Seed of training.
     """
-    is_image = len(tasks.input_shape) == 3
-    if algorithm.uses_features and is_image:
-        return IMAGE_TRAINER
-    return TABLE_TRAINER if not is_image and (is_data or algorithm.uses_features) else TrainerSettings()
+    settings = TrainerSettings()
+    if _is_image(source.train):
+        settings = IMAGE_TRAINER if algorithm.uses_features else settings
+    elif source.preprocessing is not None or algorithm.uses_features:
+        settings = TABLE_TRAINER
+    return dataclasses.replace(settings, seed=seed)
+
+
+def _is_image(tasks: TaskSampler) -> bool:
+    """Whether inputs are ``[channels, height, width]``."""
+    return len(tasks.input_shape) == 3
 
 
 class Suited(NamedTuple):
@@ -115,19 +124,18 @@ def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: Cl
     )
 
 
-def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm, *, is_image: bool) -> Suited:
+def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm) -> Suited:
     """Returns the network that suits tasks, and what else a learner leaves open.
 
     Args:
         tasks: The training tasks.
         parameters: Arguments of the learner; names of an algorithm or a likelihood stand for what suits the data.
         algorithm: What the name of an algorithm stands for.
-        is_image: Whether inputs are ``[channels, height, width]``.
 
     Raises:
         ValueError: If a name is unknown.
     """
-    adapt, seed = parameters["adapt"], parameters["seed"]
+    adapt, seed, is_image = parameters["adapt"], parameters["seed"], _is_image(tasks)
     likelihood = find_likelihood(parameters["likelihood"])
     if algorithm.uses_features or not is_image:
         adapt = HEAD_PATTERN if adapt == "*" else adapt

@@ -1,5 +1,6 @@
-"""Held-out tasks in any form as encoded tasks, to evaluate or calibrate on."""
+"""Held-out tasks in any form as encoded tasks, and evaluation and calibration on them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,52 @@ from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import read_tasks
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
-from ibaml.types import Episode, TaskSampler
+from ibaml.train.evaluate import Evaluation, evaluate, tempered
+from ibaml.train.temperature import fit_abstention, fit_temperature
+from ibaml.types import ClassScope, Episode, TaskSampler
+
+
+def evaluate_held_out(
+    fitted: FittedModel,
+    tasks: Any,
+    splits: SplitSettings,
+    classes: ClassScope,
+    *,
+    num_tasks: int,
+    seed: int,
+    **how: Any,
+) -> Evaluation:
+    """Evaluates on held-out tasks; see ``held_out_tasks`` and ``ibaml.train.evaluate``.
+
+    Args:
+        fitted: The fitted model.
+        tasks: Tasks in any form.
+        splits: How tasks are split.
+        classes: Whether class labels mean the same in all tasks.
+        num_tasks: Tasks of a sampler or an image folder; others are used once each.
+        seed: Seed of the tasks, or of the splits.
+        **how: Further arguments of ``evaluate``.
+
+    Raises:
+        ValueError: If a task does not fit, or foreign queries are asked for and tasks have no classes of their own.
+    """
+    held_out = held_out_tasks(fitted, tasks, splits, seed=seed)
+    of_classes = fitted.model.likelihood.target_kind == "classes"
+    has_own = classes == "per_task" or hasattr(held_out, "sample_classes")
+    if how.get("out_of_task") and of_classes and not has_own:
+        raise ValueError(
+            "out_of_task needs tasks with classes of their own, but labels mean the same in all tasks: build the "
+            "learner with classes='per_task' if they do not."
+        )
+    return evaluate(fitted, held_out, num_tasks=None if isinstance(held_out, Sequence) else num_tasks, seed=seed, **how)
+
+
+def calibrated(fitted: FittedModel, held_out: Evaluation) -> FittedModel:
+    """Returns the model with the output temperature, and the errors at each confidence, of an untempered evaluation."""
+    temperature = fit_temperature(held_out.predictions, held_out.query_targets)
+    held_out = tempered(fitted.model.likelihood, held_out, temperature)
+    abstention = fit_abstention(held_out.predictions, held_out.query_targets)
+    return dataclasses.replace(fitted, temperature=temperature, abstention=abstention)
 
 
 def held_out_tasks(

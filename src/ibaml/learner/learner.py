@@ -19,7 +19,7 @@ from ibaml.learner import defaults
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
-from ibaml.learner.held_out import held_out_tasks
+from ibaml.learner.held_out import calibrated, evaluate_held_out
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.metrics import Estimate
@@ -27,9 +27,8 @@ from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.train.evaluate import Evaluation, evaluate, tempered
+from ibaml.train.evaluate import Evaluation
 from ibaml.train.processes import Processes
-from ibaml.train.temperature import fit_abstention, fit_temperature
 from ibaml.types import ClassScope
 
 if TYPE_CHECKING:
@@ -66,8 +65,6 @@ class MetaLearner(Estimator):
         ValueError: If a name is unknown or a pattern matches nothing.
 
     Examples:
-        Arrays in, probabilities out:
-
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> x = [rng.normal(size=(n, 3)) for n in (12, 9, 15)]
@@ -76,17 +73,6 @@ class MetaLearner(Estimator):
         >>> prediction = learner.adapt(x[0][:6], tasks[0][1][:6]).predict(x[0][6:])
         >>> prediction.probs.shape, prediction.classes.tolist()
         ((6, 2), ['active', 'inactive'])
-
-        A sampler of tensors and a network of one's own:
-
-        >>> from ibaml.data import SinusoidTasks
-        >>> from ibaml.networks import MLP
-        >>> tasks = SinusoidTasks(num_shots=5, num_queries=5)
-        >>> learner = MetaLearner(MLP(1, input_shape=1, hidden_sizes=(8,)), likelihood="gaussian")
-        >>> learner = learner.fit(tasks, num_steps=2)
-        >>> posterior = learner.adapt(torch.zeros(3, 1), torch.zeros(3, 1))
-        >>> posterior.predict(torch.ones(2, 1)).mean.shape
-        torch.Size([2, 1])
     """
 
     def __init__(
@@ -249,17 +235,13 @@ class MetaLearner(Estimator):
         )
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
-        is_image = len(source.train.input_shape) == 3
-        settings = settings or dataclasses.replace(
-            defaults.trainer_settings(self.algorithm, source.train, is_data=source.preprocessing is not None),
-            seed=self.seed,
-        )
-        if num_steps is not None:
-            settings = dataclasses.replace(settings, num_steps=num_steps)
         if self._parameters["network"] is None:
-            suited = defaults.suited_to(source.train, self._parameters, self.algorithm, is_image=is_image)
+            suited = defaults.suited_to(source.train, self._parameters, self.algorithm)
             self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
             self._build(suited.network)
+        settings = settings or defaults.trainer_settings(self.algorithm, source, seed=self.seed)
+        if num_steps is not None:
+            settings = dataclasses.replace(settings, num_steps=num_steps)
         self._splits = splits
         self._fitted, self.training_result = fit_model(
             self.model,
@@ -277,16 +259,13 @@ class MetaLearner(Estimator):
         return self
 
     def adapt(self, x_support: Any, y_support: Any, *, seed: int = 0) -> TaskPosterior:
-        """Adapts to one task.
+        """Adapts to one task; the posterior's ``update`` takes in more examples later.
 
         Args:
             x_support: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
             y_support: Labels or targets as in training; for a learner fitted on tensors class indices
                 ``[num_examples]`` or targets ``[num_examples, num_outputs]``.
             seed: Seed of the noise of the inner problem.
-
-        Returns:
-            The posterior of the task; ``update`` takes in more examples later.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
@@ -295,7 +274,7 @@ class MetaLearner(Estimator):
             MemoryError: If the support set is too large for the memory at hand.
 
         Cost:
-            ``num_steps + 1`` gradients of the inner solver.
+            That of the algorithm's ``adapt``.
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)
 
@@ -312,19 +291,13 @@ class MetaLearner(Estimator):
         fitted = self.fitted_model
         like = algorithm.init(fitted.model.adapted, fitted.model.shared, generator=torch.Generator())
         meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
-        other = copy.copy(self)
-        other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
         # How often it errs was counted of the other one.
-        other._fitted = dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None)
+        other = self.with_fitted(dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None))
+        other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
         return other
 
     def with_fitted(self, fitted: FittedModel, splits: SplitSettings | None = None) -> "MetaLearner":
-        """Returns the learner with a model that was fitted in another way than by ``fit``.
-
-        Args:
-            fitted: The model, of the learner's network, likelihood and algorithm.
-            splits: How tasks are split. None: as before.
-        """
+        """Returns the learner with a model that was fitted in another way than by ``fit``, and other splits if any."""
         other = copy.copy(self)
         other._fitted, other._splits = fitted, self._splits if splits is None else splits
         return other
@@ -349,11 +322,10 @@ class MetaLearner(Estimator):
             ValueError: If a task does not fit.
         """
         fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
-        held_out = self._evaluate(fitted, validation_tasks, num_tasks=num_tasks, seed=seed)
-        temperature = fit_temperature(held_out.predictions, held_out.query_targets)
-        held_out = tempered(fitted.model.likelihood, held_out, temperature)
-        abstention = fit_abstention(held_out.predictions, held_out.query_targets)
-        self._fitted = dataclasses.replace(fitted, temperature=temperature, abstention=abstention)
+        held_out = evaluate_held_out(
+            fitted, validation_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed
+        )
+        self._fitted = calibrated(fitted, held_out)
         return self
 
     def evaluate(
@@ -396,37 +368,28 @@ class MetaLearner(Estimator):
         """Like ``evaluate``; returns the scores of each task and the predictions as well.
 
         Args:
-            test_tasks: As in ``evaluate``.
-            num_tasks: As in ``evaluate``.
-            seed: As in ``evaluate``.
-            out_of_task: As in ``evaluate``.
+            test_tasks: As in ``evaluate``, and so are those up to ``out_of_task``.
+            num_tasks: Number of drawn tasks.
+            seed: Seed of the tasks.
+            out_of_task: Whether foreign queries are predicted as well.
             on_progress: Called with the number of finished tasks.
             processes: The processes that share the tasks.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
-            TypeError: If the tasks are of no accepted form.
-            ValueError: As in ``evaluate``.
+            ValueError, TypeError: As in ``evaluate``.
             FloatingPointError: If predictions are not finite, naming the task.
         """
-        return self._evaluate(
-            self.fitted_model,
-            test_tasks,
-            num_tasks=num_tasks,
-            seed=seed,
-            out_of_task=out_of_task,
-            on_progress=on_progress,
-            processes=processes,
+        how: dict[str, Any] = {"out_of_task": out_of_task, "on_progress": on_progress, "processes": processes}
+        return evaluate_held_out(
+            self.fitted_model, test_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed, **how
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Saves the fitted learner as a folder of safetensors and JSON, readable without running code.
+        """Saves the fitted learner as a folder of safetensors and JSON, readable without running code; returns it.
 
         Args:
             folder: Created if absent.
-
-        Returns:
-            The folder, for ``MetaLearner.load``.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
@@ -468,18 +431,6 @@ class MetaLearner(Estimator):
             freeze=as_patterns(self.freeze_patterns),
             classes=self.classes,
         )
-
-    def _evaluate(self, fitted: FittedModel, tasks: Any, *, num_tasks: int, seed: int, **how: Any) -> Evaluation:
-        held_out = held_out_tasks(fitted, tasks, self._splits, seed=seed)
-        of_classes = fitted.model.likelihood.target_kind == "classes"
-        has_own = self.classes == "per_task" or hasattr(held_out, "sample_classes")
-        if how.get("out_of_task") and of_classes and not has_own:
-            raise ValueError(
-                "out_of_task needs tasks with classes of their own, but labels mean the same in all tasks: build the "
-                "learner with classes='per_task' if they do not."
-            )
-        count = None if isinstance(held_out, Sequence) else num_tasks
-        return evaluate(fitted, held_out, num_tasks=count, seed=seed, **how)
 
     def _write(self, folder: Path, fitted: FittedModel) -> Path:
         # By name: requires_grad=False freezes as well, which no pattern would tell.

@@ -34,6 +34,7 @@ from ibaml.train.checkpoint import (
 from ibaml.train.draw import check_targets, draw_step
 from ibaml.train.evaluate import evaluate, tempered
 from ibaml.train.log import TrainingBar, TrainingLog
+from ibaml.train.optimizer import parameter_groups
 from ibaml.train.processes import Processes, ProcessLostError, placed
 from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, TrainingResult
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
@@ -102,7 +103,7 @@ class Trainer:
             programs=None if settings.num_steps >= NUM_CALLS_THAT_PAY else False,
             **{name: getattr(settings, name) for name in ONLY_HOW},
         )
-        self._optimizer = torch.optim.Adam(self._parameter_groups())
+        self._optimizer = torch.optim.Adam(parameter_groups(self._meta, algorithm, model.likelihood, settings))
         self._step = 0
         self._seconds = 0.0
         self._chosen = Chosen(self._snapshot())
@@ -285,18 +286,6 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        rate = self.settings.learning_rate
-        places, widths = self.algorithm.parameter_groups(self._meta.prior)
-        # The likelihood's own parameters are logarithms, as of a noise variance.
-        of_likelihood = self.model.likelihood.initial_parameters().keys()
-        for name, value in self._meta.shared.items():
-            (widths if name in of_likelihood else places).append(value)
-        groups = [_group(places, rate)]
-        if widths:
-            groups.append(_group(widths, self.settings.log_var_learning_rate or rate))
-        return groups
-
     def _validate(self, tasks: TaskSampler, log: TrainingLog) -> str:
         try:
             result = evaluate(
@@ -453,7 +442,3 @@ class Trainer:
         self._step, self._seconds, self._chosen = state.step, state.seconds, state.chosen
         if self.console is not None:
             self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")
-
-
-def _group(parameters: list[Tensor], learning_rate: float) -> dict[str, Any]:
-    return {"params": parameters, "lr": learning_rate, "initial_lr": learning_rate}
