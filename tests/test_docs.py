@@ -15,7 +15,7 @@ import pytest
 import ibaml
 from ibaml import MetaLearner
 from ibaml.cli import main
-from ibaml.learner import defaults, learner
+from ibaml.learner import defaults, held_out
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -46,7 +46,7 @@ NUM_TASKS = 5
 @pytest.fixture
 def few_steps(monkeypatch):
     """Three meta-steps, two tasks to validate on, the first five tasks of an evaluation, five steps of Adam."""
-    fit, evaluate, table_algorithm = MetaLearner.fit, learner.evaluate, defaults.table_algorithm
+    fit, evaluate, convex_algorithm = MetaLearner.fit, held_out.evaluate, defaults.convex_algorithm
 
     def short_fit(self, *tasks, settings=None, **how):
         if settings is not None:
@@ -57,14 +57,14 @@ def few_steps(monkeypatch):
         return evaluate(fitted, tasks, num_tasks=min(num_tasks or len(tasks), NUM_TASKS), **how)
 
     def short_algorithm(*arguments, **settings):
-        algorithm = table_algorithm(*arguments, **settings)
+        algorithm = convex_algorithm(*arguments, **settings)
         if hasattr(algorithm, "inner"):
             algorithm = dataclasses.replace(algorithm, inner=dataclasses.replace(algorithm.inner, num_steps=5))
         return algorithm
 
     monkeypatch.setattr(MetaLearner, "fit", short_fit)
-    monkeypatch.setattr(learner, "evaluate", short_evaluate)
-    monkeypatch.setattr(defaults, "table_algorithm", short_algorithm)
+    monkeypatch.setattr(held_out, "evaluate", short_evaluate)
+    monkeypatch.setattr(defaults, "convex_algorithm", short_algorithm)
     monkeypatch.setattr(defaults, "TABLE_TRAINER", dataclasses.replace(defaults.TABLE_TRAINER, num_validation_tasks=2))
 
 
