@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: help demo test test-slow test-cuda bench check static format docs clean
 
 help:
-	@echo "make demo    train iBaML and MAML on rendered characters, evaluate and compare them (no download of data)"
+	@echo "make demo    learn rendered characters, beside prototypes and MAML trained for as long (no download of data)"
 	@echo "make test    run the test suite"
 	@echo "make test-slow  run the few full-size tests that make test leaves out, having small ones of the same properties"
 	@echo "make test-cuda  everything that a user does, on a CUDA device against the CPU's numbers (three minutes)"
@@ -63,11 +63,9 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	@touch $(VENV)/.runtime $(VENV)/.test $@
 
 demo: $(VENV)/.runtime
-	$(BIN)/ibaml train glyphs_5way_5shot_ibaml --run-folder $(RUNS)/demo_ibaml
-	$(BIN)/ibaml train glyphs_5way_5shot_maml --run-folder $(RUNS)/demo_maml
-	$(BIN)/ibaml evaluate $(RUNS)/demo_ibaml
-	$(BIN)/ibaml evaluate $(RUNS)/demo_maml
-	$(BIN)/ibaml compare $(RUNS)/demo_ibaml $(RUNS)/demo_maml
+	$(BIN)/ibaml train glyphs_5way_5shot --run-folder $(RUNS)/demo
+	$(BIN)/ibaml evaluate $(RUNS)/demo
+	$(BIN)/ibaml compare $(RUNS)/demo --baselines prototypes maml
 
 # One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much. Each worker
 # starts with a row of neighbours, which share fixtures, and takes over tests of slower ones when it is done.

@@ -12,7 +12,6 @@ from torch import nn
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.episodes import EpisodeSampler
-from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import is_raw, prepare
 from ibaml.learner import MetaLearner, defaults
 from ibaml.learner.held_out import columns_of
@@ -214,10 +213,7 @@ def pose(
     )
     assert source.validation is not None
     if settings is None:
-        suited = defaults.trainer_settings(learner.algorithm, source.train, is_data=preprocessing is not None)
-        settings = dataclasses.replace(suited, seed=learner.seed)
-        if isinstance(source.train, FixedEpisodes) and not source.train.has_equal_sizes:
-            settings = dataclasses.replace(settings, tasks_per_step=1)
+        settings = defaults.trainer_settings(learner.algorithm, source, seed=learner.seed)
     return Problem(learner=learner, train=source.train, validation=source.validation, settings=settings, say=say)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.algorithms.heads.gaussian import solves
+from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4, NormPolicy
@@ -75,6 +76,8 @@ def trainer_settings(algorithm: Algorithm, source: Source, *, seed: int) -> Trai
         settings = IMAGE_TRAINER if algorithm.uses_features else settings
     elif source.preprocessing is not None or algorithm.uses_features:
         settings = TABLE_TRAINER
+    if isinstance(source.train, FixedEpisodes) and not source.train.has_equal_sizes:
+        settings = dataclasses.replace(settings, tasks_per_step=1)
     return dataclasses.replace(settings, seed=seed)
 
 
