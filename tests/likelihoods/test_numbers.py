@@ -130,9 +130,7 @@ def test_moments(kind):
     torch.testing.assert_close(prediction.standard_deviation, total.sqrt(), **ALGEBRA)
     torch.testing.assert_close(prediction.aleatoric + prediction.epistemic, total, **ALGEBRA)
     if kind == "analytic":
-        with pytest.raises(
-            ValueError, match="holds the moments of its posterior and no samples: get"
-        ):
+        with pytest.raises(ValueError, match="holds the moments of its posterior and no samples: get"):
             prediction.samples()
         drawn = dataclasses.replace(prediction, draw=lambda: mean + 1)
         torch.testing.assert_close(drawn.samples(), mean + 1, **ALGEBRA)
