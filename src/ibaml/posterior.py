@@ -18,7 +18,7 @@ from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
 from ibaml.seeds import noise_generator
-from ibaml.types import Batch, Episode, Params, Tensor
+from ibaml.types import Batch, Params, Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,10 +76,8 @@ class FittedModel:
                 raise ValueError("the support is empty; expected at least one example of the task.")
             targets = self.preprocessing.encode_targets("y_support", y, labels, dtype=dtype)
         support = Batch(inputs, targets.to(self.device))
-        self.model.check_task(
-            Episode(support, support),
-            task="the task's",
-            any_number_of_classes=self.algorithm.serves_any_number_of_outputs,
+        self.model.check_batch(
+            "the task's support", support, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
         )
         return support
 

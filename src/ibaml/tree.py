@@ -4,7 +4,7 @@ Every solver is written with these, so that it works on a tensor, a parameter di
 the only module that imports ``torch.utils._pytree``; what torch may rename is renamed here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils import _pytree
@@ -15,6 +15,12 @@ from ibaml.types import PyTree, Tensor
 def leaves(tree: PyTree) -> list[Tensor]:
     """Lists the tensors of a pytree in its fixed flattening order."""
     return _pytree.tree_leaves(tree)
+
+
+def flatten(tree: PyTree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], PyTree]]:
+    """Returns the tensors of a pytree and the function that makes such a tree of others."""
+    found, structure = _pytree.tree_flatten(tree)
+    return found, lambda others: _pytree.tree_unflatten(list(others), structure)
 
 
 def named_leaves(tree: PyTree) -> dict[str, Tensor]:

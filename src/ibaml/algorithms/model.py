@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ibaml.algorithms.nll import PlainNll
-from ibaml.algorithms.tail import FEATURES, Tail, find_tail, keeps_statistics
+from ibaml.algorithms.tail import FEATURES, Lookup, Tail, find_tail, keeps_statistics
 from ibaml.likelihoods import Likelihood
 from ibaml.types import Batch, Episode, Params, Tensor
 
@@ -88,6 +88,8 @@ class Model(PlainNll):
                 f"the adapted parameters ({', '.join(self.adapted)}) are not the last layers of the network "
                 f"({type(self.network).__name__}): adapt its last linear layer alone, such as adapt='head.*'."
             )
+        if isinstance(self.tail.body, Lookup):
+            return shared[FEATURES][x]
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}}
         with second_derivative_kernels(self.network):
             return torch.func.functional_call(self.tail.body, own, (x,))
@@ -244,32 +246,51 @@ class Model(PlainNll):
         Raises:
             ValueError: Naming the argument, what came and what was expected.
         """
-        num_outputs = 0
-        for part, batch in (("support", episode.support), ("query", episode.query)):
-            self.check_inputs(f"{task} {part}.x", batch.x)
-            if batch.x.shape[0] == 0 or batch.x.shape[0] != batch.y.shape[0]:
-                raise ValueError(
-                    f"{task} {part} has {batch.x.shape[0]} inputs and {batch.y.shape[0]} targets; expected as many of "
-                    "the one as of the other, and at least one."
-                )
-            try:
-                with torch.no_grad():
-                    outputs = self.outputs(self.adapted, self.shared, batch.x)
-            except (RuntimeError, ValueError, TypeError) as error:
-                raise ValueError(
-                    f"the network ({type(self.network).__name__}) cannot process {task} {part}.x of shape "
-                    f"{tuple(batch.x.shape)} and dtype {batch.x.dtype}: {error}"
-                ) from error
-            if outputs.ndim != 2:
-                raise ValueError(
-                    f"the network returned shape {tuple(outputs.shape)} for {task} {part}.x of shape "
-                    f"{tuple(batch.x.shape)}; expected [num_examples, num_outputs]."
-                )
-            num_outputs = max(num_outputs, outputs.shape[-1])
-            if any_number_of_classes and not batch.y.is_floating_point():
-                num_outputs = max(num_outputs, 1 + int(batch.y.max()))
-            self.likelihood.check_targets(f"{task} {part}.y", batch.y, num_outputs)
+        return max(
+            self.check_batch(f"{task} {part}", batch, any_number_of_classes=any_number_of_classes)
+            for part, batch in (("support", episode.support), ("query", episode.query))
+        )
+
+    def check_batch(self, argument: str, batch: Batch, *, any_number_of_classes: bool = False) -> int:
+        """Does what ``check_task`` does for one set of examples."""
+        self.check_inputs(f"{argument}.x", batch.x)
+        if batch.x.shape[0] == 0 or batch.x.shape[0] != batch.y.shape[0]:
+            raise ValueError(
+                f"{argument} has {batch.x.shape[0]} inputs and {batch.y.shape[0]} targets; expected as many of "
+                "the one as of the other, and at least one."
+            )
+        num_outputs = self._num_outputs_at(argument, batch.x)
+        if any_number_of_classes and not batch.y.is_floating_point():
+            num_outputs = max(num_outputs, 1 + int(batch.y.max()))
+        self.likelihood.check_targets(f"{argument}.y", batch.y, num_outputs)
         return num_outputs
+
+    def _num_outputs_at(self, argument: str, x: Tensor) -> int:
+        """Returns how many outputs the network gives at some inputs, by a pass of the first of their shape."""
+        # Of integers, such as indices of tokens, each value may be refused.
+        key = (x.shape, x.dtype, x.device) if x.is_floating_point() else None
+        if key in self._seen:
+            return self._seen[key]
+        try:
+            with torch.no_grad():
+                outputs = self.outputs(self.adapted, self.shared, x)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the network ({type(self.network).__name__}) cannot process {argument}.x of shape "
+                f"{tuple(x.shape)} and dtype {x.dtype}: {error}"
+            ) from error
+        if outputs.ndim != 2:
+            raise ValueError(
+                f"the network returned shape {tuple(outputs.shape)} for {argument}.x of shape "
+                f"{tuple(x.shape)}; expected [num_examples, num_outputs]."
+            )
+        if key is not None:
+            self._seen[key] = outputs.shape[-1]
+        return outputs.shape[-1]
+
+    @functools.cached_property
+    def _seen(self) -> dict[Any, int]:
+        return {}
 
     def check_inputs(self, argument: str, x: Tensor) -> None:
         """Refuses inputs with NaN or infinities.

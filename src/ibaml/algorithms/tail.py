@@ -51,7 +51,7 @@ class OnFeatures(nn.Module):
         return found
 
 
-class _Lookup(nn.Module):
+class Lookup(nn.Module):
     """The body of ``OnFeatures``: finds the features of examples."""
 
     def __init__(self) -> None:
@@ -59,6 +59,7 @@ class _Lookup(nn.Module):
         self.register_buffer(FEATURES, torch.empty(0))
 
     def forward(self, positions: Tensor) -> Tensor:
+        """Returns the features of the examples at some positions, int64 ``[num_examples]``."""
         return getattr(self, FEATURES)[positions]
 
 
@@ -90,7 +91,7 @@ class Tail:
 
     def on_features(self) -> "Tail":
         """Returns the tail of the tail: itself, with a body that finds features."""
-        return Tail(_Lookup(), self.network, is_exact=True)
+        return Tail(Lookup(), self.network, is_exact=True)
 
 
 def find_tail(network: nn.Module, adapted: Iterable[str]) -> Tail | None:

@@ -167,8 +167,8 @@ class TaskSplits(RaggedTasks):
         """Smallest support that holds every class, int64, ``[num_tasks]``; 1 for regression."""
         return self._smallest
 
-    def restricted(self, indices: Sequence[int], *, num_support: int, num_query: int) -> "TaskSplits":
-        """Returns a sampler over some of the tasks with fixed sizes."""
+    def restricted(self, indices: Sequence[int], *, num_support: int | None, num_query: int) -> "TaskSplits":
+        """Returns a sampler over some of the tasks, with sizes as in the constructor."""
         return TaskSplits(
             [self.tasks[index] for index in indices],
             num_outputs=self.num_outputs,

@@ -2,7 +2,8 @@
 
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
 or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
-is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4.
+is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
+with Gaussian noise there are four candidates, among which held-out tasks choose (``ibaml.learner.choice``).
 
 Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -20,11 +21,13 @@ from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.algorithms.heads.gaussian import solves
+from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source
+from ibaml.data.ragged import TaskSplits
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4, NormPolicy
-from ibaml.priors import DiagonalColumnPrior, DiagonalPrior
+from ibaml.priors import DiagonalColumnPrior, DiagonalPrior, FullColumnPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train import TrainerSettings
 from ibaml.types import ClassScope, TaskSampler, Tensor
@@ -35,7 +38,13 @@ HEAD = "head"
 HEAD_PATTERN = "head.*"
 """Parameters that a task adapts in a default network."""
 
+LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
+PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
+"""Names of the candidates for numbers."""
+
 _NUM_FEATURES = 16
+_MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
+_MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
@@ -49,6 +58,9 @@ TABLE_TRAINER = TrainerSettings(
     checkpoint_every=50,
 )
 """Outer loop for tables. Sixteen such small tasks cost hardly more time than one."""
+
+SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=3e-2, log_var_learning_rate=0.1)
+"""Outer loop for few parameters, and to tell candidates apart."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
@@ -94,12 +106,14 @@ class Suited(NamedTuple):
         algorithm: What adapts.
         likelihood: The likelihood, with initial values near those of the targets.
         adapt: Name patterns of the parameters that each task adapts.
+        trainer: Outer loop, if not the usual one.
     """
 
     network: nn.Module
     algorithm: Algorithm
     likelihood: Likelihood
     adapt: str | Sequence[str]
+    trainer: TrainerSettings | None = None
 
 
 def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: ClassScope) -> Algorithm:
@@ -127,8 +141,8 @@ def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: Cl
     )
 
 
-def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm) -> Suited:
-    """Returns the network that suits tasks, and what else a learner leaves open.
+def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm) -> Mapping[str, Suited]:
+    """Returns what suits tasks where a learner leaves it open, by name; simplest first if held-out tasks are to choose.
 
     Args:
         tasks: The training tasks.
@@ -151,7 +165,36 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     num_outputs = likelihood.num_outputs(tasks.num_outputs)
     norm = "running" if algorithm.uses_features else "group"
     network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
-    return Suited(network, algorithm, likelihood, adapt)
+    both = Suited(network, algorithm, likelihood, adapt)
+    is_numbers = parameters["algorithm"] == HEAD and algorithm.uses_features and likelihood.target_kind != "classes"
+    if is_image or not is_numbers or not isinstance(tasks, TaskSplits):
+        return {BOTH: both}
+    return _candidates_for_numbers(tasks, both)
+
+
+def _candidates_for_numbers(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
+    """Returns lines in the inputs, features beside the inputs, and a process on the inputs, simplest first.
+
+    All maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their queries.
+    """
+    num_inputs = math.prod(tasks.input_shape)
+    is_narrow = num_inputs <= _MOST_CORRELATED
+
+    def on_inputs(algorithm: Algorithm) -> Suited:
+        network = MLP(
+            num_outputs_of(both.network), input_shape=tuple(tasks.input_shape), hidden_sizes=(), zero_head=True
+        )
+        return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER)
+
+    independent = make_algorithm("linear_gaussian", outer="marginal")
+    correlated = make_algorithm("linear_gaussian", outer="marginal", prior=FullColumnPrior())
+    found = {LINE: on_inputs(independent)}
+    if is_narrow:
+        found[CORRELATED] = on_inputs(correlated)
+    if is_narrow and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
+        found[PROCESS] = on_inputs(make_algorithm("gp", outer="marginal"))
+    found[BOTH] = both._replace(algorithm=correlated if is_narrow else independent)
+    return found
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:

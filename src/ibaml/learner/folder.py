@@ -24,6 +24,7 @@ from ibaml.algorithms.model import Model
 from ibaml.atomic import write_text
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
+from ibaml.learner.choice import Choice
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
 from ibaml.metrics import AbstentionCurve
@@ -64,6 +65,7 @@ class StoredModel(NamedTuple):
         temperature: Calibration temperature.
         abstention: How often confident predictions of held-out tasks were wrong; None if that is not stored.
         step: Meta-step of the state; None for a model that was not stored by training.
+        choice: How the learner chose among candidates, if it did.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class StoredModel(NamedTuple):
     temperature: float
     abstention: AbstentionCurve | None
     step: int | None
+    choice: Choice | None
 
     def build_network(self) -> nn.Module:
         """Builds the network that the settings name.
@@ -118,6 +121,7 @@ def write_model(
     settings: LearnerSettings,
     seed: int,
     splits: SplitSettings,
+    choice: Choice | None = None,
 ) -> Path:
     """Writes a model and returns its folder, for ``read_model``.
 
@@ -127,6 +131,7 @@ def write_model(
         settings: Settings of its learner.
         seed: Seed of its learner.
         splits: How tasks were split.
+        choice: How its learner chose among candidates, if it did.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -151,6 +156,7 @@ def write_model(
         "splits": records.to_json(splits),
         "preprocessing": None if preprocessing is None else preprocessing.settings(),
         "calibration_temperature": fitted.temperature,
+        "choice": None if choice is None else choice._asdict(),
         "tensors_sha256": digest(plain),
     }
     save_tensors(folder / MODEL, plain, metadata)
@@ -184,6 +190,7 @@ def read_model(folder: Path) -> StoredModel:
         # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
         abstention=AbstentionCurve(**abstention) if abstention else None,
         step=metadata["step"],
+        choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
     )
 
 

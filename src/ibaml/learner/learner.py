@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
-from ibaml.data.prepare import SplitSettings, prepare
+from ibaml.data.prepare import Source, SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, Preprocessing
 from ibaml.learner import defaults
+from ibaml.learner.choice import Choice, choose
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
@@ -33,6 +35,9 @@ from ibaml.types import ClassScope
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_logger = logging.getLogger(__name__)
 
 
 class MetaLearner(Estimator):
@@ -60,6 +65,10 @@ class MetaLearner(Estimator):
             task has classes of its own, as new classes of images are. Image folders are always the latter.
         device: Where to compute.
         seed: Seed of training, of the initial log-variances, of a default network, and of held-out tasks.
+
+    Attributes:
+        choice: Which of several default heads held-out tasks chose, with the scores of all, if any did; in one line
+            by ``str``.
 
     Raises:
         ValueError: If a name is unknown or a pattern matches nothing.
@@ -100,6 +109,7 @@ class MetaLearner(Estimator):
         self.device = torch.device(device)
         self.seed = seed
         self.training_result: TrainingResult | None = None
+        self.choice: Choice | None = None
         self._splits = SplitSettings()
         self._model: Model | None = None
         self._fitted: FittedModel | None = None
@@ -235,11 +245,20 @@ class MetaLearner(Estimator):
         )
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
+        suited: defaults.Suited | None = None
         if self._parameters["network"] is None:
-            suited = defaults.suited_to(source.train, self._parameters, self.algorithm)
-            self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
-            self._build(suited.network)
-        settings = settings or defaults.trainer_settings(self.algorithm, source, seed=self.seed)
+            candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
+            trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
+            if num_steps is not None:
+                trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
+            how = {"splits": splits, "device": self.device, "processes": processes or Processes()}
+            self.choice = self._choose(candidates, source, trial, max_minutes=max_minutes, **how)
+            suited = next(iter(candidates.values())) if self.choice is None else candidates[self.choice.name]
+            self._become(suited)
+        if settings is None:
+            usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
+            of_candidate = None if suited is None else suited.trainer
+            settings = usual if of_candidate is None else dataclasses.replace(of_candidate, seed=self.seed)
         if num_steps is not None:
             settings = dataclasses.replace(settings, num_steps=num_steps)
         self._splits = splits
@@ -416,7 +435,7 @@ class MetaLearner(Estimator):
         if network is None:
             network = stored.build_network()
         learner = cls.from_settings(stored.settings, network=network, device=device, seed=stored.seed)
-        learner._splits = stored.splits
+        learner._splits, learner.choice = stored.splits, stored.choice
         learner._fitted = stored.restore(learner.model, learner.algorithm, learner.device)
         return learner
 
@@ -435,7 +454,25 @@ class MetaLearner(Estimator):
     def _write(self, folder: Path, fitted: FittedModel) -> Path:
         # By name: requires_grad=False freezes as well, which no pattern would tell.
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
-        return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits)
+        return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits, choice=self.choice)
+
+    def _choose(
+        self, candidates: Mapping[str, defaults.Suited], source: Source, settings: TrainerSettings, **how: Any
+    ) -> Choice | None:
+        if len(candidates) == 1:
+            return None
+        built: dict[str, tuple[Model, Algorithm]] = {}
+        for name, candidate in candidates.items():
+            self._become(candidate)
+            built[name] = self.model, self.algorithm
+        choice = choose(built, source, settings, **how)
+        if choice is not None:
+            _logger.info("%s", choice)
+        return choice
+
+    def _become(self, suited: defaults.Suited) -> None:
+        self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
+        self._build(suited.network)
 
     def _build(self, network: nn.Module) -> None:
         likelihood = self.likelihood.with_outputs(num_outputs_of(network))

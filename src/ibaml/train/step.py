@@ -21,6 +21,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.heads.base import Head, solved_exactly
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.algorithms.tail import FEATURES
@@ -259,6 +260,8 @@ class _Tasks:
             own: Further shared parameters, likewise.
             with_scores: Whether to compute the scores.
         """
+        if isinstance(self._algorithm, Head) and self._tasks_per_chunk is None:
+            return self._of_head(self._algorithm, meta, episodes, own, with_scores=with_scores)
         meta, noises = self._flat(meta), self._flat_task_noise(noises)
 
         def of_task(
@@ -282,6 +285,29 @@ class _Tasks:
             prior = self._algorithm.map_weights(lambda flat: unflatten(flat, self._model.adapted), total.prior)
             total = MetaParameters(prior, total.shared)
         return TaskHypergradients(total, info, scores, {}), of_own
+
+    def _of_head(
+        self, head: Head, meta: MetaParameters, episodes: Episode, own: Params, *, with_scores: bool
+    ) -> tuple[TaskHypergradients, Params]:
+        """Does what ``compute`` does by one derivative of the sum over tasks: a gradient for each is never needed."""
+        leaf: Callable[[Tensor], Tensor] = lambda value: value.detach().clone().requires_grad_()  # noqa: E731
+        meta, own = tree.map(leaf, (meta, own))
+
+        def of_task(episode: Episode, own: Params) -> tuple[Tensor, Tensor, Tensor]:
+            shared = {**meta.shared, **own}
+            loss, (posterior, residual) = head.objective(self._nll, MetaParameters(meta.prior, shared), episode)
+            score = torch.full_like(loss, math.nan)
+            if with_scores:
+                found = head.mean_outputs(self, shared, tree.detach(posterior), episode.query.x)
+                score = self._model.likelihood.step_score(found, episode.query.y)
+            return loss, residual, score
+
+        with torch.enable_grad():
+            losses, residuals, scores = torch.func.vmap(of_task)(episodes, own)
+        leaves, of_leaves = tree.flatten((meta, own))
+        total, of_own = of_leaves(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True))
+        info = solved_exactly(losses.detach(), residuals, {})
+        return TaskHypergradients(total, info, scores.detach(), {}), of_own
 
     def features(self, shared: Params, x: Tensor) -> Tensor:
         """See ``ibaml.algorithms.base.Network``."""

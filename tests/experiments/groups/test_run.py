@@ -11,6 +11,7 @@ from ibaml.experiments.groups.report import GROUPS, rows, summary, verdict
 from ibaml.experiments.groups.run import GroupsSettings, Scores
 from ibaml.experiments.groups.tables import DATASETS, folds, load, orthogonalise
 from ibaml.experiments.report import Place, run_experiment
+from ibaml.learner import defaults, learner
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def result():
     patch.setattr(groups, "load", lambda dataset: table)
     calls = []
     found = groups.run(
-        GroupsSettings(datasets=("oxboys",), num_folds=2, num_draws=2, num_steps=100),
+        GroupsSettings(datasets=("oxboys",), methods=groups.METHODS[1:], num_folds=2, num_draws=2, num_steps=60),
         on_progress=lambda done, total: calls.append((done, total)),
     )
     patch.undo()
@@ -52,13 +53,24 @@ def test_sharing_between_groups_and_adapting_to_them_both_help(result):
 
 def test_report_tables_and_figure_hold_the_numbers(result):
     table = rows(result)
-    assert [row["method"] for row in table] == list(groups.METHODS)
+    assert [row["method"] for row in table] == list(groups.METHODS[1:])
     assert table[0]["nll"] == pytest.approx(float(result.scores["oxboys"]["ibaml_linear"].nll.mean()))
     assert table[2]["nll_minus_mixed_effects"] == 0
     text = summary(result)
     assert "## oxboys: height (cm) over age, by boy" in text and "40 groups, 400 rows" in text
     assert text.count("| mixed effects |") == 1 and "- iBaML, linear: coverage within 85-95% on" in text
     assert len(groups_figure(result).axes) == 2
+
+
+def test_the_default_chooses_by_training_groups(monkeypatch):
+    for name in ("SHORT_TRAINER", "TABLE_TRAINER"):
+        monkeypatch.setattr(defaults, name, dataclasses.replace(getattr(defaults, name), num_steps=2))
+    chosen = []
+    choose = learner.choose
+    monkeypatch.setattr(learner, "choose", lambda *given, **how: chosen.append(choose(*given, **how)) or chosen[-1])
+    result = groups.run(GroupsSettings(datasets=("oxboys",), methods=("ibaml",), num_folds=2, num_draws=1))
+    assert [choice.num_tasks for choice in chosen] == [3, 3]
+    assert result.scores["oxboys"]["ibaml"].nll.isfinite().all()
 
 
 def test_the_command_leaves_tables_and_a_picture(tmp_path):
@@ -102,7 +114,7 @@ def test_every_table_has_groups_large_enough_and_independent_features(name):
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="datasets names iris; there are sleepstudy,"):
         GroupsSettings(datasets=("iris",))
-    with pytest.raises(ValueError, match="methods is empty; there are ibaml_linear,"):
+    with pytest.raises(ValueError, match="methods is empty; there are ibaml, ibaml_linear,"):
         GroupsSettings(methods=())
     for field in ("num_support", "num_folds", "num_draws", "num_steps", "num_hidden"):
         with pytest.raises(ValueError, match=f"{field} must be at least [12], but is 0"):

@@ -189,18 +189,28 @@ class Head(abc.ABC):
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss, exact by implicit differentiation; see ``Algorithm``."""
         del noise
-        support, query = episode
 
         def objective(theta: MetaParameters) -> tuple[Tensor, tuple[HeadPosterior[Any], Tensor]]:
-            features = nll.features(theta.shared, support.x)
-            posterior, residual = self._posterior(theta, features, support.y, nll.num_outputs)
-            inputs = _inputs(nll.features(theta.shared, query.x), posterior.centre)
-            return self.outer_loss(posterior.solution, theta.shared, Batch(inputs, query.y)), (posterior, residual)
+            return self.objective(nll, theta, episode)
 
         gradient, (loss, (posterior, residual)) = torch.func.grad_and_value(objective, has_aux=True)(tree.detach(meta))
-        solved = torch.ones_like(residual, dtype=torch.bool)
-        nothing = torch.zeros_like(residual)
-        return gradient, HypergradientInfo(loss, residual, nothing, solved, tree.detach(posterior))
+        return gradient, solved_exactly(loss, residual, tree.detach(posterior))
+
+    def objective(
+        self, nll: Nll, meta: MetaParameters, episode: Episode
+    ) -> tuple[Tensor, tuple[HeadPosterior[Any], Tensor]]:
+        """Returns the outer loss at the solution, whose derivative is the hypergradient, the solution and its residual.
+
+        Args:
+            nll: Gives the features.
+            meta: Meta-parameters.
+            episode: A task.
+        """
+        support, query = episode
+        features = nll.features(meta.shared, support.x)
+        posterior, residual = self._posterior(meta, features, support.y, nll.num_outputs)
+        inputs = _inputs(nll.features(meta.shared, query.x), posterior.centre)
+        return self.outer_loss(posterior.solution, meta.shared, Batch(inputs, query.y)), (posterior, residual)
 
     def outputs(
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, noise: Params
@@ -227,6 +237,12 @@ class Head(abc.ABC):
         inputs = Batch(_inputs(features, centre), targets)
         solution, residual = self.solve(meta.prior, meta.shared, inputs, num_outputs)
         return HeadPosterior(centre, solution), residual.detach()
+
+
+def solved_exactly(loss: Tensor, residual: Tensor, posterior: Any) -> HypergradientInfo:
+    """Returns the diagnostics of a task, or of several, whose inner problem leaves nothing to a linear solver."""
+    solved = torch.ones_like(residual, dtype=torch.bool)
+    return HypergradientInfo(loss, residual, torch.zeros_like(residual), solved, posterior)
 
 
 def _inputs(features: Tensor, centre: Tensor) -> Tensor:

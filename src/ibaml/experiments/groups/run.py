@@ -1,8 +1,9 @@
 """Hierarchical regression on grouped tables: schools, growth curves, reaction times, drug concentrations.
 
 Groups are left out fold by fold. All methods learn from the other groups; then a left-out group shows a few of its rows
-at random and the rest is predicted. A linear-Gaussian head on the features alone is a mixed-effects model whose random
-effects are independent before any row is seen; with hidden units it learns further features.
+at random and the rest is predicted. A linear-Gaussian head on the features alone is a mixed-effects model in which
+every feature has a random slope; with hidden units it learns further features. The default, ``MetaLearner`` without a
+network, chooses among such heads by training groups that it holds out.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ibaml.algorithms import make_algorithm
 from ibaml.data import GroupedTasks
+from ibaml.data.prepare import SplitSettings
 from ibaml.experiments.groups.baselines import (
     Array,
     Predictor,
@@ -27,14 +30,17 @@ from ibaml.experiments.groups.baselines import (
 from ibaml.experiments.groups.tables import DATASETS, Dataset, folds, load, orthogonalise
 from ibaml.experiments.report import require_at_least
 from ibaml.learner import MetaLearner
+from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP
+from ibaml.priors import FullColumnPrior
 from ibaml.seeds import task_generator
 from ibaml.train import TrainerSettings
 
-METHODS = ("ibaml_linear", "ibaml_mlp", "mixed_effects", "ridge", "pooled")
+METHODS = ("ibaml", "ibaml_linear", "ibaml_mlp", "mixed_effects", "ridge", "pooled")
 """All methods."""
 
 DISPLAY_NAMES: Mapping[str, str] = {
+    "ibaml": "iBaML, default",
     "ibaml_linear": "iBaML, linear",
     "ibaml_mlp": "iBaML, MLP",
     "mixed_effects": "mixed effects",
@@ -42,6 +48,7 @@ DISPLAY_NAMES: Mapping[str, str] = {
     "pooled": "pooled",
 }
 _NORMAL_95 = 1.6448536269514722
+_NUM_QUERY = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,7 @@ class GroupsSettings:
         num_support: Rows that a new group shows.
         num_folds: Folds of groups; each is left out once.
         num_draws: Random support sets per left-out group.
-        num_steps: Meta-steps of an iBaML run.
+        num_steps: Meta-steps of ``ibaml_linear`` and ``ibaml_mlp``; ``ibaml`` has its own.
         num_hidden: Hidden units of ``ibaml_mlp``.
         seed: Seed of folds, support sets and training.
     """
@@ -64,7 +71,7 @@ class GroupsSettings:
     num_support: int = 3
     num_folds: int = 5
     num_draws: int = 5
-    num_steps: int = 150
+    num_steps: int = 100
     num_hidden: int = 8
     seed: int = 0
 
@@ -163,12 +170,28 @@ def _learn(method: str, train: Rows, dataset: Dataset, settings: GroupsSettings)
         return per_group_ridge(train, num_support=settings.num_support, seed=settings.seed)
     if method == "pooled":
         return pooled(train)
+    if method == "ibaml":
+        return _default(train, settings)
     learner = _fit(train, num_hidden=0 if method == "ibaml_linear" else settings.num_hidden, settings=settings)
 
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
         posterior = learner.adapt(torch.from_numpy(x_support), torch.from_numpy(y_support)[:, None])
         prediction: Any = posterior.predict(torch.from_numpy(x_query))
         return prediction.mean[:, 0].numpy(), prediction.total_uncertainty[:, 0].numpy()
+
+    return predict
+
+
+def _default(train: Rows, settings: GroupsSettings) -> Predictor:
+    groups = np.asarray(train.groups)
+    tasks = {str(name): (train.x[groups == name], train.y[groups == name]) for name in np.unique(groups)}
+    large = {name: task for name, task in tasks.items() if len(task[1]) > settings.num_support}
+    splits = SplitSettings(num_support=settings.num_support, num_query=_NUM_QUERY, group_duplicates=False)
+    learner = MetaLearner(likelihood="gaussian", seed=settings.seed).fit(large, splits=splits)
+
+    def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
+        prediction: Any = learner.adapt(x_support, y_support).predict(x_query)
+        return prediction.mean, prediction.total_uncertainty
 
     return predict
 
@@ -184,12 +207,14 @@ def _fit(train: Rows, *, num_hidden: int, settings: GroupsSettings) -> MetaLearn
         skip_inputs=num_hidden > 0,
         generator=torch.Generator().manual_seed(settings.seed),
     )
-    # The head alone belongs to a group, in float64 as the tables are.
-    learner = MetaLearner(network.double(), "linear_gaussian", "gaussian", "head.*", seed=settings.seed)
+    # As mixed models do: correlated effects, and the marginal likelihood of whole groups. In float64 as the tables are.
+    head = make_algorithm("linear_gaussian", prior=FullColumnPrior(), outer="marginal")
+    noise = Gaussian(initial_noise_variance=0.1)
+    learner = MetaLearner(network.double(), head, noise, "head.*", seed=settings.seed)
     outer_loop = TrainerSettings(
         num_steps=settings.num_steps, tasks_per_step=16, learning_rate=0.1, schedule="cosine", seed=settings.seed
     )
-    tasks = GroupedTasks(x, y, train.groups, num_support=settings.num_support, num_queries=20)
+    tasks = GroupedTasks(x, y, train.groups, num_support=settings.num_support, num_queries=_NUM_QUERY)
     return learner.fit(tasks, settings=outer_loop)
 
 

@@ -1,0 +1,130 @@
+"""Which of several heads a table gets: the simplest one that held-out tasks do not speak against.
+
+Each candidate is trained on some of the training tasks and predicts the others, with supports of the sizes that
+training draws. The lowest mean nll wins, unless a simpler candidate is within one standard error of it, paired over
+tasks (the rule of Breiman et al. 1984). With few tasks that error is large, so features that a dozen groups seem to
+show are not believed. The winner is then trained anew on all tasks.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ibaml import tree
+from ibaml.algorithms import Algorithm
+from ibaml.algorithms.model import Model
+from ibaml.data.prepare import Source, SplitSettings
+from ibaml.data.ragged import TaskSplits
+from ibaml.posterior import FittedModel
+from ibaml.seeds import task_generator
+from ibaml.train import Trainer, TrainerSettings
+from ibaml.train.evaluate import evaluate
+from ibaml.train.processes import Processes
+from ibaml.types import Episode, Tensor
+
+LEAST_TASKS = 10
+"""With fewer tasks nothing is held out: the first candidate is taken."""
+
+_SHARE_HELD_OUT, _MOST_HELD_OUT = 4, 40
+_NUM_DRAWS = 3
+
+
+class Choice(NamedTuple):
+    """What was chosen and why.
+
+    Attributes:
+        name: The candidate.
+        nll: Mean nll of each candidate's predictions on the held-out tasks, simplest candidate first.
+        num_tasks: Number of held-out tasks.
+    """
+
+    name: str
+    nll: Mapping[str, float]
+    num_tasks: int
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{name} {nll:.3f}" for name, nll in self.nll.items())
+        return f"{self.name}, by the nll of {self.num_tasks} held-out tasks (the simplest within one error): {scores}"
+
+
+def choose(
+    candidates: Mapping[str, tuple[Model, Algorithm]],
+    source: Source,
+    settings: TrainerSettings,
+    *,
+    splits: SplitSettings,
+    device: torch.device,
+    max_minutes: float | None,
+    processes: Processes,
+) -> Choice | None:
+    """Trains all candidates on a part of the tasks and compares them on the rest.
+
+    Args:
+        candidates: Models and what adapts them by name, simplest first.
+        source: The training tasks.
+        settings: Settings of the outer loop.
+        splits: How tasks are split.
+        device: Where to compute.
+        max_minutes: Time limit of all trainings together.
+        processes: The processes that share each step's tasks.
+
+    Returns:
+        The choice; None if there are too few tasks, or they are no data, so that none can be held out.
+
+    Raises:
+        TrainingDivergedError: If a loss or gradient is not finite.
+    """
+    tasks = source.train
+    if not isinstance(tasks, TaskSplits) or len(tasks) < LEAST_TASKS:
+        return None
+    order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    num_held_out = min(_MOST_HELD_OUT, len(tasks) // _SHARE_HELD_OUT)
+    rest = _some(tasks, sorted(order[num_held_out:]), splits)
+    episodes = [
+        _episode(_some(tasks, [index], splits), task_generator(settings.seed, _NUM_DRAWS * place + draw))
+        for place, index in enumerate(order[:num_held_out])
+        for draw in range(_NUM_DRAWS)
+    ]
+
+    def losses(model: Model, algorithm: Algorithm) -> Tensor:
+        trainer = Trainer(model, algorithm, settings, device=device, processes=processes)
+        chosen = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates)).chosen
+        fitted = FittedModel(
+            model=model, algorithm=algorithm, meta=chosen.meta, preprocessing=source.preprocessing, device=device
+        )
+        found = evaluate(fitted, episodes, seed=settings.seed, processes=processes)
+        return found.per_task["nll"].reshape(num_held_out, _NUM_DRAWS).mean(1)
+
+    found = {name: losses(*candidate) for name, candidate in candidates.items()}
+    return Choice(simplest_good(found), {name: float(value.mean()) for name, value in found.items()}, num_held_out)
+
+
+def simplest_good(losses: Mapping[str, Tensor]) -> str:
+    """Returns the first name whose mean loss is within one standard error of the lowest, paired over tasks.
+
+    Args:
+        losses: Loss of each task by name, simplest first; each ``[num_tasks]``.
+
+    Examples:
+        >>> losses = {"line": torch.tensor([1.0, 2.0, 3.0]), "curve": torch.tensor([0.9, 2.1, 2.9])}
+        >>> simplest_good(losses), simplest_good({**losses, "spline": torch.tensor([0.1, 1.0, 2.1])})
+        ('line', 'spline')
+    """
+    best = min(losses.values(), key=lambda each: float(each.mean()))
+
+    def is_good(each: Tensor) -> bool:
+        difference = each - best
+        error = float(difference.std()) / math.sqrt(len(difference))
+        return float(difference.mean()) <= error
+
+    return next(name for name, each in losses.items() if each is best or is_good(each))
+
+
+def _some(tasks: TaskSplits, indices: list[int], splits: SplitSettings) -> TaskSplits:
+    return tasks.restricted(indices, num_support=splits.num_support, num_query=splits.num_query)
+
+
+def _episode(task: TaskSplits, generator: torch.Generator) -> Episode:
+    return tree.map(lambda leaf: leaf[0], task.sample(1, generator=generator))

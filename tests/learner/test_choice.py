@@ -1,0 +1,71 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ibaml import MetaLearner
+from ibaml.learner import defaults
+from ibaml.learner.choice import Choice, simplest_good
+from ibaml.learner.folder import SETTINGS
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    for name in ("SHORT_TRAINER", "TABLE_TRAINER"):
+        few = dataclasses.replace(getattr(defaults, name), num_steps=40, learning_rate=0.05, log_var_learning_rate=0.1)
+        monkeypatch.setattr(defaults, name, few)
+
+
+def tasks(curve, num_tasks=24):
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(num_tasks):
+        x, level, scale = rng.uniform(-3, 3, (12, 1)), rng.normal(), rng.normal()
+        found.append((x, level + scale * curve(x[:, 0]) + 0.05 * rng.normal(size=12)))
+    return found
+
+
+def test_held_out_tasks_choose_a_bend_and_the_scores_are_kept(tmp_path):
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(lambda x: np.sin(2 * x)))
+    choice = learner.choice
+    assert choice.name in (defaults.BOTH, defaults.PROCESS)
+    assert list(choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.PROCESS, defaults.BOTH]
+    assert choice.num_tasks == 6 and choice.nll[choice.name] < choice.nll[defaults.LINE] - 0.5
+    assert str(choice).startswith(f"{choice.name}, by the nll of 6 held-out tasks")
+    learner.save(tmp_path)
+    assert json.loads((tmp_path / SETTINGS).read_text())["choice"]["nll"] == choice.nll
+    loaded = MetaLearner.load(tmp_path)
+    assert loaded.choice == choice
+    (x, y), *_ = tasks(np.sin)
+    first, second = (one.adapt(x[:5], y[:5]).predict(x) for one in (learner, loaded))
+    np.testing.assert_array_equal(first.mean, second.mean)
+
+
+def test_with_few_tasks_nothing_is_held_out_and_the_simplest_is_taken():
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin, 9), num_steps=1)
+    assert learner.choice is None and learner.network.constructor_arguments["hidden_sizes"] == ()
+
+
+def test_a_network_of_ones_own_or_an_algorithm_by_name_leaves_nothing_to_choose():
+    assert (
+        MetaLearner(algorithm="linear_gaussian", likelihood="gaussian").fit(tasks(np.sin), num_steps=1).choice is None
+    )
+
+
+def test_wide_inputs_have_independent_weights():
+    rng = np.random.default_rng(0)
+    wide = [(rng.normal(size=(6, 30)), rng.normal(size=6)) for _ in range(12)]
+    learner = MetaLearner(likelihood="gaussian").fit(wide, num_steps=1)
+    assert list(learner.choice.nll) == [defaults.LINE, defaults.BOTH]
+
+
+def test_a_difference_within_its_error_does_not_count():
+    simple = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    noisy = simple - torch.tensor([0.5, -0.5, 0.6, -0.5])
+    clear = simple - torch.tensor([0.5, 0.4, 0.6, 0.5])
+    assert simplest_good({"simple": simple, "noisy": noisy}) == "simple"
+    assert simplest_good({"simple": simple, "noisy": noisy, "clear": clear}) == "clear"
+    assert simplest_good({"simple": simple}) == "simple"
+    assert "simple 1.000" in str(Choice("simple", {"simple": 1.0}, 4))
