@@ -6,23 +6,26 @@ tasks (the rule of Breiman et al. 1984). With few tasks that error is large, so 
 show are not believed. The winner is then trained anew on all tasks.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.data.ragged import TaskSplits
+from ibaml.learner.defaults import Suited
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
 from ibaml.train import Trainer, TrainerSettings
 from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
 from ibaml.types import Episode, Tensor
+
+_logger = logging.getLogger(__name__)
 
 LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken."""
@@ -50,7 +53,8 @@ class Choice(NamedTuple):
 
 
 def choose(
-    candidates: Mapping[str, tuple[Model, Algorithm]],
+    candidates: Mapping[str, Suited],
+    build: Callable[[Suited], Model],
     source: Source,
     settings: TrainerSettings,
     *,
@@ -58,11 +62,12 @@ def choose(
     device: torch.device,
     max_minutes: float | None,
     processes: Processes,
-) -> Choice | None:
+) -> tuple[Suited, Choice | None]:
     """Trains all candidates on a part of the tasks and compares them on the rest.
 
     Args:
-        candidates: Models and what adapts them by name, simplest first.
+        candidates: What suits the tasks by name, simplest first.
+        build: Makes a model of one.
         source: The training tasks.
         settings: Settings of the outer loop.
         splits: How tasks are split.
@@ -71,14 +76,15 @@ def choose(
         processes: The processes that share each step's tasks.
 
     Returns:
-        The choice; None if there are too few tasks, or they are no data, so that none can be held out.
+        The chosen one, and why; of a single candidate, and if there are too few tasks to hold some out, the first, and
+        None.
 
     Raises:
         TrainingDivergedError: If a loss or gradient is not finite.
     """
     tasks = source.train
-    if not isinstance(tasks, TaskSplits) or len(tasks) < LEAST_TASKS:
-        return None
+    if len(candidates) == 1 or not isinstance(tasks, TaskSplits) or len(tasks) < LEAST_TASKS:
+        return next(iter(candidates.values())), None
     order = torch.randperm(len(tasks), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     num_held_out = min(_MOST_HELD_OUT, len(tasks) // _SHARE_HELD_OUT)
     rest = _some(tasks, sorted(order[num_held_out:]), splits)
@@ -88,7 +94,8 @@ def choose(
         for draw in range(_NUM_DRAWS)
     ]
 
-    def losses(model: Model, algorithm: Algorithm) -> Tensor:
+    def losses(candidate: Suited) -> Tensor:
+        model, algorithm = build(candidate), candidate.algorithm
         trainer = Trainer(model, algorithm, settings, device=device, processes=processes)
         chosen = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates)).chosen
         fitted = FittedModel(
@@ -97,8 +104,10 @@ def choose(
         found = evaluate(fitted, episodes, seed=settings.seed, processes=processes)
         return found.per_task["nll"].reshape(num_held_out, _NUM_DRAWS).mean(1)
 
-    found = {name: losses(*candidate) for name, candidate in candidates.items()}
-    return Choice(simplest_good(found), {name: float(value.mean()) for name, value in found.items()}, num_held_out)
+    found = {name: losses(candidate) for name, candidate in candidates.items()}
+    choice = Choice(simplest_good(found), {name: float(value.mean()) for name, value in found.items()}, num_held_out)
+    _logger.info("%s", choice)
+    return candidates[choice.name], choice
 
 
 def simplest_good(losses: Mapping[str, Tensor]) -> str:

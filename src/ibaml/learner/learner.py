@@ -2,8 +2,7 @@
 
 import copy
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
-from ibaml.data.prepare import Source, SplitSettings, prepare
+from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES, Preprocessing
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-_logger = logging.getLogger(__name__)
-
-
 class MetaLearner(Estimator):
     """Learns from many small tasks how to learn a new one, and how sure to be of it.
 
@@ -47,19 +43,17 @@ class MetaLearner(Estimator):
     learner with the same settings.
 
     Args:
-        network: Any ``nn.Module`` without running statistics whose forward takes a batch of inputs. None: one that
+        network: Any ``nn.Module`` whose forward takes a batch of inputs. None: one that
             suits the data that ``fit`` gets (``ibaml.learner.defaults``).
         algorithm: ``"head"``: implicit Bayesian meta-learning of a prior over the last linear layer on shared
-            features, solved exactly by the head that suits the likelihood (``softmax`` for classes,
-            ``linear_gaussian`` for numbers). Or another name of ``ibaml.algorithms.ALGORITHMS`` (``"ibaml"``: the
-            paper's, on all weights; ``"maml"``, ...), or an ``Algorithm`` with settings of its own. A name stands for
-            the settings of the publication, or, for a default network on tables, for those of
-            ``ibaml.learner.defaults``.
+            features, solved exactly by the head that suits the likelihood. Or another name of ``ALGORITHMS``
+            (``"ibaml"``: the paper's, on all weights; ``"maml"``, ...) with the settings of its publication or, for a
+            default network on tables, of ``ibaml.learner.defaults``; or an ``Algorithm`` with settings of its own.
         likelihood: Name of a likelihood (``"categorical"``, ``"gaussian"``, ``"student_t"``, ``"poisson"``,
             ``"unit_gaussian"``) or one of ``ibaml.likelihoods`` with settings of its own. With a default network, the
             parameters of one that is named start at values that suit the data.
-        adapt: Name patterns of the parameters that each task adapts; the others are meta-learned directly. ``"*"``
-            stands for the last linear layer where the algorithm is a head, or the network the default one for tables.
+        adapt: Name patterns of the parameters that each task adapts, others being meta-learned directly; ``"*"`` is the
+            last linear layer where the algorithm is a head, or the network the default one for tables.
         freeze: Name patterns of parameters that never change.
         classes: Labels of data: ``"shared"`` means the same in all tasks (active and inactive); ``"per_task"``: each
             task has classes of its own, as new classes of images are. Image folders are always the latter.
@@ -201,7 +195,7 @@ class MetaLearner(Estimator):
         progress: "bool | Console" = False,
         processes: Processes | None = None,
     ) -> "MetaLearner":
-        """Meta-trains on tasks.
+        """Meta-trains on tasks and returns the learner itself.
 
         Args:
             train_tasks: A sequence of ``(X, y)`` pairs or a mapping from names to such pairs, of unequal sizes if need
@@ -221,9 +215,6 @@ class MetaLearner(Estimator):
             max_minutes: Time limit of this call.
             progress: Show progress, on stderr or on a console of one's own.
             processes: The processes that share each step's tasks, as ``ibaml.train.processes.connect`` gives them.
-
-        Returns:
-            The learner itself.
 
         Raises:
             TypeError: If tasks are of no accepted form, or values of the wrong kind.
@@ -245,20 +236,17 @@ class MetaLearner(Estimator):
         )
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
-        suited: defaults.Suited | None = None
+        usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
         if self._parameters["network"] is None:
             candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
                 trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
             how = {"splits": splits, "device": self.device, "processes": processes or Processes()}
-            self.choice = self._choose(candidates, source, trial, max_minutes=max_minutes, **how)
-            suited = next(iter(candidates.values())) if self.choice is None else candidates[self.choice.name]
+            suited, self.choice = choose(candidates, self._become, source, trial, max_minutes=max_minutes, **how)
             self._become(suited)
-        if settings is None:
-            usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
-            of_candidate = None if suited is None else suited.trainer
-            settings = usual if of_candidate is None else dataclasses.replace(of_candidate, seed=self.seed)
+            usual = usual if suited.trainer is None else dataclasses.replace(suited.trainer, seed=self.seed)
+        settings = settings or usual
         if num_steps is not None:
             settings = dataclasses.replace(settings, num_steps=num_steps)
         self._splits = splits
@@ -291,9 +279,6 @@ class MetaLearner(Estimator):
             TypeError: If values are of the wrong kind.
             ValueError: If the examples do not fit the network or the likelihood.
             MemoryError: If the support set is too large for the memory at hand.
-
-        Cost:
-            That of the algorithm's ``adapt``.
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)
 
@@ -322,19 +307,15 @@ class MetaLearner(Estimator):
         return other
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
-        """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure.
+        """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure; returns itself.
 
-        For classes it divides the logits of the averaged probabilities; for regression it multiplies all standard
-        deviations. For classes it is then counted how often predictions of each confidence are wrong, from which
-        ``predict(max_error=...)`` knows when to abstain.
+        For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
+        ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
 
         Args:
             validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
             num_tasks: Number of tasks to draw from a sampler or an image folder; others are used once each.
             seed: Seed of the splits.
-
-        Returns:
-            The learner itself, with ``calibration_temperature`` set.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
@@ -361,11 +342,9 @@ class MetaLearner(Estimator):
                 predicted as well; see ``ibaml.train.evaluate.draw_foreign``. It nearly doubles the cost of queries.
 
         Returns:
-            For classes ``accuracy``, ``nll``, ``brier``, ``ece``, ``mce``, ``selective_area``, of the examples of all
-            tasks together ``ece_pooled`` and ``mce_pooled``, and with ``out_of_task`` the probability
-            ``out_of_task_auroc`` that a foreign query has a larger score than one of the task. For regression ``mse``
-            and ``nll`` in the targets' units, ``coverage_90`` of the exact 90% interval, and
-            ``quantile_calibration_error``.
+            The scores of the likelihood's predictions (``ClassPrediction.scores``, ``MixturePrediction.scores``) in the
+            units of the data; for classes ``ece_pooled`` and ``mce_pooled`` of all tasks together, and with
+            ``out_of_task`` the probability ``out_of_task_auroc`` that a foreign query has the larger score.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
@@ -387,10 +366,10 @@ class MetaLearner(Estimator):
         """Like ``evaluate``; returns the scores of each task and the predictions as well.
 
         Args:
-            test_tasks: As in ``evaluate``, and so are those up to ``out_of_task``.
-            num_tasks: Number of drawn tasks.
-            seed: Seed of the tasks.
-            out_of_task: Whether foreign queries are predicted as well.
+            test_tasks: As in ``evaluate``.
+            num_tasks: As there.
+            seed: As there.
+            out_of_task: As there.
             on_progress: Called with the number of finished tasks.
             processes: The processes that share the tasks.
 
@@ -456,23 +435,10 @@ class MetaLearner(Estimator):
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits, choice=self.choice)
 
-    def _choose(
-        self, candidates: Mapping[str, defaults.Suited], source: Source, settings: TrainerSettings, **how: Any
-    ) -> Choice | None:
-        if len(candidates) == 1:
-            return None
-        built: dict[str, tuple[Model, Algorithm]] = {}
-        for name, candidate in candidates.items():
-            self._become(candidate)
-            built[name] = self.model, self.algorithm
-        choice = choose(built, source, settings, **how)
-        if choice is not None:
-            _logger.info("%s", choice)
-        return choice
-
-    def _become(self, suited: defaults.Suited) -> None:
+    def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
         self._build(suited.network)
+        return self.model
 
     def _build(self, network: nn.Module) -> None:
         likelihood = self.likelihood.with_outputs(num_outputs_of(network))
