@@ -242,7 +242,7 @@ class MetaLearner(Estimator):
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
                 trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
-            how = {"splits": splits, "device": self.device, "processes": processes or Processes()}
+            how: dict[str, Any] = {"splits": splits, "device": self.device, "processes": processes or Processes()}
             suited, self.choice = choose(candidates, self._become, source, trial, max_minutes=max_minutes, **how)
             self._become(suited)
             usual = usual if suited.trainer is None else dataclasses.replace(suited.trainer, seed=self.seed)
@@ -307,7 +307,7 @@ class MetaLearner(Estimator):
         return other
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
-        """Fits one temperature on held-out tasks, by which all later predictions are made more or less sure; returns itself.
+        """Fits one temperature on held-out tasks, by which all later predictions are made surer or less sure. Returns itself.
 
         For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
         ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
