@@ -307,7 +307,7 @@ class MetaLearner(Estimator):
         return other
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
-        """Fits one temperature on held-out tasks, by which all later predictions are made surer or less sure. Returns itself.
+        """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.
 
         For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
         ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
