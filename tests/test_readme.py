@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_readme_blocks_run_as_written(tmp_path, monkeypatch, glyph_cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IBAML_DATA", str(glyph_cache))
-    full = recipes.get_recipe("glyphs_5way_5shot_ibaml")
+    full = recipes.get_recipe("glyphs_5way_5shot")
     short = dataclasses.replace(full.trainer, num_steps=1, num_validation_tasks=2)
     monkeypatch.setattr(recipes, "get_recipe", lambda name: dataclasses.replace(full, trainer=short))
     monkeypatch.setattr(ibaml.MetaLearner, "evaluate", partialmethod(ibaml.MetaLearner.evaluate, num_tasks=2))
@@ -36,7 +36,7 @@ def test_readme_blocks_run_as_written(tmp_path, monkeypatch, glyph_cache):
     rng = np.random.default_rng(0)
     tasks = [(x := rng.normal(size=(size, 2)), np.where(x[:, 0] > 0, "a", "b")) for size in (12, 9, 15)]
     (x, y), *_ = tasks
-    data = {"train_tasks": tasks, "held_out_tasks": tasks, "x_support": x[:5], "y_support": y[:5], "x_query": x[5:]}
+    data = {"train_tasks": tasks, "x_support": x[:5], "y_support": y[:5], "x_query": x[5:]}
     fit = ibaml.MetaLearner.fit
     monkeypatch.setattr(ibaml.MetaLearner, "fit", lambda self, *a, **k: fit(self, *a, **{**k, "num_steps": 2}))
     exec(blocks[0], data)
