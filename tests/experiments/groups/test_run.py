@@ -69,7 +69,7 @@ def test_the_default_chooses_by_training_groups(monkeypatch):
     choose = learner.choose
     monkeypatch.setattr(learner, "choose", lambda *given, **how: chosen.append(choose(*given, **how)) or chosen[-1])
     result = groups.run(GroupsSettings(datasets=("oxboys",), methods=("ibaml",), num_folds=2, num_draws=1))
-    assert [choice.num_tasks for choice in chosen] == [3, 3]
+    assert [choice.num_tasks for _, choice in chosen] == [3, 3]
     assert result.scores["oxboys"]["ibaml"].nll.isfinite().all()
 
 

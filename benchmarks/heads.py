@@ -1,0 +1,139 @@
+"""What a recipe of a head reaches on its test tasks, seed by seed, and what it costs beside plain passes.
+
+    python -m benchmarks.heads glyphs_5way_5shot --seeds 0 1 2 3 4
+    python -m benchmarks.heads glyphs_5way_5shot --cost
+
+The first prints a table of scores; seconds are those of training, validations included. The second prints ratios of
+medians, measured in turns in one process: a training step beside a forward and backward pass of the same network on the
+same images, adaptation on given features, and adaptation with prediction beside the bare forward passes.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ibaml import tree
+from ibaml.recipes import Recipe, get_recipe
+from ibaml.train.draw import draw_step
+from ibaml.train.step import HypergradientStep
+from ibaml.types import Batch
+
+_SCORES = ("accuracy", "nll", "ece_pooled")
+_ROUNDS = 30
+
+
+def scores(recipe: Recipe, seeds: list[int], *, data: Path | None) -> None:
+    """Trains and evaluates a recipe for some seeds and prints one row for each, and their means."""
+    samplers = {split: recipe.data.sampler(split, data=data) for split in ("train", "validation", "test")}
+    print("| seed | seconds | " + " | ".join(_SCORES) + " |\n|" + "---|" * (2 + len(_SCORES)))
+    rows: list[list[float]] = []
+    for seed in seeds:
+        seeded = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=seed))
+        learner = seeded.learner()
+        start = time.perf_counter()
+        learner.fit(samplers["train"], samplers["validation"], settings=seeded.trainer)
+        seconds = time.perf_counter() - start
+        report = learner.evaluate(samplers["test"], num_tasks=recipe.num_test_tasks)
+        print(f"| {seed} | {seconds:.0f} | " + " | ".join(f"{report[name]}" for name in _SCORES) + " |", flush=True)
+        rows.append([seconds, *(report[name].mean for name in _SCORES)])
+    means = [statistics.mean(column) for column in zip(*rows, strict=True)]
+    print(f"| mean | {means[0]:.0f} | " + " | ".join(f"{value:.4f}" for value in means[1:]) + " |")
+
+
+def cost(recipe: Recipe, *, data: Path | None) -> None:
+    """Prints what a step, an adaptation and a prediction cost beside plain passes."""
+    learner = recipe.learner()
+    tasks = recipe.data.sampler("train", data=data)
+    learner.fit(tasks, settings=dataclasses.replace(recipe.trainer, num_steps=2))
+    model, meta = learner.model, learner.meta_parameters
+    drawn = draw_step(
+        tasks,
+        learner.algorithm,
+        meta,
+        recipe.trainer,
+        range(recipe.trainer.tasks_per_step),
+        generator=torch.Generator().manual_seed(0),
+    )
+    step = HypergradientStep(model, learner.algorithm)
+    network = recipe.network.build(generator=torch.Generator().manual_seed(0)).train()
+    batches = [Batch(*(leaf.flatten(0, 1) for leaf in part)) for part in drawn.episodes]
+    images, labels = torch.cat([part.x for part in batches]), torch.cat([part.y for part in batches])
+    # As the step does: convolutions on a CPU like channels last.
+    network, images = (
+        network.to(memory_format=torch.channels_last),
+        images.contiguous(memory_format=torch.channels_last),
+    )
+    network.head = nn.Linear(network.head.in_features, int(labels.max()) + 1)
+
+    def plain() -> None:
+        loss = nn.functional.cross_entropy(network(images), labels)
+        torch.autograd.grad(loss, list(network.parameters()))
+
+    test = recipe.data.sampler("test", data=data).sample(1, generator=torch.Generator().manual_seed(0))
+    support, query = tree.map(lambda leaf: leaf[0], test)
+    fitted = learner.fitted_model
+    with torch.no_grad():
+        features = model.features(meta.shared, support.x)
+    tail, shared = model.on_features, model.with_features(meta.shared, features)
+    noise = learner.algorithm.draw_noise(meta, generator=torch.Generator())
+
+    def adapt_features() -> None:
+        positions = Batch(torch.arange(len(support.y)), support.y)
+        learner.algorithm.adapt(tail, meta._replace(shared=shared), positions, noise)
+
+    def forward() -> None:
+        with torch.no_grad():
+            fitted.model.outputs(fitted.model.adapted, meta.shared, support.x)
+            fitted.model.outputs(fitted.model.adapted, meta.shared, query.x)
+
+    timed = _medians(
+        {
+            "step": lambda: step(meta, drawn.episodes, drawn.noises, with_scores=False),
+            "plain": plain,
+            "adapt on features": adapt_features,
+            "adapt and predict": lambda: learner.adapt(*support).predict(query.x),
+            "bare passes": forward,
+        }
+    )
+    for name, seconds in timed.items():
+        print(f"{name}: {1e3 * seconds:.2f} ms")
+    print(f"step / plain: {timed['step'] / timed['plain']:.2f}")
+    print(f"adapt and predict / bare passes: {timed['adapt and predict'] / timed['bare passes']:.2f}")
+
+
+def _medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Returns the median seconds of functions that take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(_ROUNDS + 3):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if index >= 3:  # The first calls start things.
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--data", type=Path, default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = get_recipe(arguments.recipe)
+    if arguments.cost:
+        cost(recipe, data=arguments.data)
+    else:
+        scores(recipe, arguments.seeds, data=arguments.data)
+
+
+if __name__ == "__main__":
+    main()
