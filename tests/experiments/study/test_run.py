@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_finished_cells_are_read_and_missing_ones_trained(folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"cost\.json"):
         study.run(settings(factors=("support mean",)), Place(folder))
     assert trained == ["classes-support_mean-subtracted"]
+
+
+def test_a_posterior_that_training_does_not_see_needs_no_training(folder, tmp_path, monkeypatch):
+    *_, cell = (cell for cell in cells("classes", scale=1.0, seed=0) if cell.option.factor == "posterior temperature")
+    anew = cell.recipe.learner()
+    anew.fit(*(cell.recipe.data.sampler(split) for split in ("train", "validation")), settings=cell.recipe.trainer)
+    shutil.copytree(folder / "runs" / "classes-default-default", tmp_path / "runs" / "classes-default-default")
+    monkeypatch.setattr(study.MetaLearner, "fit", None)
+    result = study.run(settings(factors=("posterior temperature",)), Place(tmp_path))
+    assert len(result.judged["classes"]) == 5
+    expected = anew.evaluate_in_full(cell.recipe.data.sampler("validation"), num_tasks=4, seed=2 * 10**6)
+    assert result.judged["classes"][-1].temperature == anew.calibration_temperature
+    assert torch.equal(result.judged["classes"][-1].per_task["nll"], expected.per_task["nll"])
 
 
 def test_a_stopped_study_is_reported_from_the_cells_that_are_there(folder):

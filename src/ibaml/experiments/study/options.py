@@ -19,6 +19,8 @@ from ibaml.types import ClassScope
 DEFAULT = "default"
 """Name of the factor, and of the option, that changes nothing."""
 
+_POSTERIOR = "algorithm.posterior_temperature"
+
 
 class Option(NamedTuple):
     """One way to differ from the default.
@@ -53,11 +55,13 @@ class Cell(NamedTuple):
         data_set: Name of the data set.
         option: What differs from the default.
         recipe: The whole configuration; its name is that of the run's folder.
+        trained_as: The default, if training does not see what differs.
     """
 
     data_set: str
     option: Option
     recipe: Recipe
+    trained_as: Recipe | None = None
 
 
 def _images(name: str, **arguments: Any) -> Callable[[], Recipe]:
@@ -135,7 +139,10 @@ def cells(name: str, *, scale: float, seed: int) -> list[Cell]:
     for option in options(default):
         title = f"{name}-{option.factor}-{option.name}".replace(" ", "_")
         text = f"the study: {option.factor} {option.name} on {name}"
-        found.append(Cell(name, option, default.replace({**option.changes, "name": title, "description": text})))
+        recipe = default.replace({**option.changes, "name": title, "description": text})
+        # The outer loss at the mode knows no posterior.
+        is_unseen = {*option.changes} == {_POSTERIOR} and getattr(recipe.algorithm, "outer", None) == "map_nll"
+        found.append(Cell(name, option, recipe, found[0].recipe if is_unseen else None))
     return found
 
 
@@ -146,10 +153,7 @@ def _for_classes(default: Recipe) -> list[Option]:
         Option("head", "prototypes", {"algorithm": make_algorithm("prototypes")}),
         Option("head", "ridge", {"algorithm": make_algorithm("ridge", tied=tied)}),
         *_priors(default),
-        *(
-            Option("posterior temperature", f"{value:g}", {"algorithm.posterior_temperature": value})
-            for value in (0.0, 0.01, 0.03, 0.1, 1.0)
-        ),
+        *(Option("posterior temperature", f"{value:g}", {_POSTERIOR: value}) for value in (0.0, 0.01, 0.03, 0.1, 1.0)),
         *(Option("outer loss", value, {"algorithm.outer": value}) for value in ("map_nll", "predictive_nll")),
     ]
 

@@ -19,7 +19,7 @@ from ibaml.experiments.study.options import DATA_SETS, DEFAULT, Cell, Option, ce
 from ibaml.experiments.training import run_folder
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import read_evaluation, write_evaluation
-from ibaml.learner.folder import read_metadata
+from ibaml.learner.folder import MODEL, read_metadata
 from ibaml.metrics import Estimate
 from ibaml.recipes.runs import open_run, read_recipe
 from ibaml.train import TrainingDivergedError
@@ -197,25 +197,36 @@ def _is_done(cell: Cell, data: _Data) -> bool:
 def _train_and_judge(cell: Cell, data: _Data) -> None:
     """Trains a cell in memory, a matter of seconds, and stores it whole; one that is there is judged on other tasks."""
     folder = data.folder(cell)
-    start, reason = time.process_time(), None
     if (folder / COST).is_file():
         _judge(MetaLearner.load(folder, device=data.device), folder, data)
         return
-    train, validation = data.samplers()
+    data.samplers()
+    start, reason = time.process_time(), None
     open_run(folder, cell.recipe)
-    learner = cell.recipe.learner(device=data.device)
     try:
-        learner.fit(train, validation, settings=cell.recipe.trainer)
+        learner = _trained(cell, data)
         seconds = time.process_time() - start
-        assert learner.training_result is not None
-        if learner.training_result.stop_reason == "interrupted":
-            raise KeyboardInterrupt
         learner.save(folder)
         _judge(learner, folder, data)
     except (TrainingDivergedError, FloatingPointError) as error:
         seconds, reason = time.process_time() - start, str(error)
     # Last: what makes a cell complete.
     write_text(folder / COST, json.dumps({"cpu_seconds": seconds, "failure": reason}) + "\n")
+
+
+def _trained(cell: Cell, data: _Data) -> MetaLearner:
+    train, validation = data.samplers()
+    trainer = cell.recipe.trainer
+    trained = None if cell.trained_as is None else run_folder(cell.trained_as, data.place.folder)
+    if trained is not None and (trained / MODEL).is_file():
+        learner = MetaLearner.load(trained, device=data.device).adapting_with(cell.recipe.algorithm)
+        # The tasks on which the trainer fits the output temperature.
+        return learner.calibrate(validation, num_tasks=trainer.num_validation_tasks, seed=trainer.seed + 10**6)
+    learner = cell.recipe.learner(device=data.device).fit(train, validation, settings=trainer)
+    assert learner.training_result is not None
+    if learner.training_result.stop_reason == "interrupted":
+        raise KeyboardInterrupt
+    return learner
 
 
 def _judge(learner: MetaLearner, folder: Path, data: _Data) -> None:
