@@ -92,6 +92,7 @@ def test_the_command_leaves_a_report_a_table_and_a_picture(folder):
     with (folder / "study.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [row["option"] for row in written[:4]] == ["default", "gaussian classes", "prototypes", "ridge"]
+    assert 0 <= float(written[0]["out_of_task_auroc"]) <= 1 and written[4]["out_of_task_auroc"] == ""
     assert float(written[0]["nll_difference"]) == 0 and float(written[4]["rmse"]) > 0 and written[4]["accuracy"] == ""
     assert (folder / "study.png").is_file() and (folder / "settings.json").is_file()
 

@@ -155,6 +155,8 @@ class _Data:
         self.place, self.num_tasks = place, settings.num_tasks
         self.seed = settings.seed + _JUDGE_SEED
         self.device = resolve_device(settings.device)
+        # Examples that belong to none of a task's classes come from other tasks, where these have other classes.
+        self.out_of_task = default.recipe.classes == "per_task"
         self._source = default.recipe.data
         self._samplers: tuple[TaskSampler, TaskSampler] | None = None
 
@@ -174,7 +176,8 @@ class _Data:
     def tasks(self) -> dict[str, object]:
         """What fixes the tasks that cells are judged on."""
         data = json.loads(json.dumps(records.to_json(self._source)))
-        return {"data": data, "split": "validation", "seed": self.seed, "num_tasks": self.num_tasks}
+        found = {"data": data, "split": "validation", "seed": self.seed, "num_tasks": self.num_tasks}
+        return found | {"out_of_task": self.out_of_task}
 
 
 def _is_done(cell: Cell, data: _Data) -> bool:
@@ -230,7 +233,9 @@ def _trained(cell: Cell, data: _Data) -> MetaLearner:
 
 
 def _judge(learner: MetaLearner, folder: Path, data: _Data) -> None:
-    evaluation = learner.evaluate_in_full(data.samplers()[1], num_tasks=data.num_tasks, seed=data.seed)
+    evaluation = learner.evaluate_in_full(
+        data.samplers()[1], num_tasks=data.num_tasks, seed=data.seed, out_of_task=data.out_of_task
+    )
     algorithm = records.to_json(learner.algorithm)
     write_evaluation(folder, evaluation, tasks=data.tasks, step=learner.fitted_model.step, algorithm=algorithm)
 
