@@ -176,8 +176,13 @@ class _Data:
     def tasks(self) -> dict[str, object]:
         """What fixes the tasks that cells are judged on."""
         data = json.loads(json.dumps(records.to_json(self._source)))
-        found = {"data": data, "split": "validation", "seed": self.seed, "num_tasks": self.num_tasks}
-        return found | {"out_of_task": self.out_of_task}
+        return {
+            "data": data,
+            "split": "validation",
+            "seed": self.seed,
+            "num_tasks": self.num_tasks,
+            "out_of_task": self.out_of_task,
+        }
 
 
 def _is_done(cell: Cell, data: _Data) -> bool:
