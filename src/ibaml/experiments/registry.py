@@ -11,6 +11,7 @@ from ibaml.experiments.fsmol.report import FSMOL
 from ibaml.experiments.groups.report import GROUPS
 from ibaml.experiments.report import Experiment
 from ibaml.experiments.sinusoid.report import SINUSOID
+from ibaml.experiments.study.report import STUDY
 
 EXPERIMENTS: Mapping[str, Experiment[Any]] = {
     "fig1": FIG1,
@@ -20,6 +21,7 @@ EXPERIMENTS: Mapping[str, Experiment[Any]] = {
     "sinusoid": SINUSOID,
     "fsmol": FSMOL,
     "groups": GROUPS,
+    "study": STUDY,
 }
 """Name on the command line to experiment."""
 

@@ -13,6 +13,7 @@ from ibaml.data.sources.image_folder import ImageFolder
 from ibaml.data.sources.mini_imagenet import MiniImagenet
 from ibaml.data.sources.mixtures import Mixtures
 from ibaml.data.sources.omniglot import Omniglot
+from ibaml.data.sources.random_slopes import RandomSlopes
 from ibaml.data.sources.sinusoid import Sinusoid
 from ibaml.data.sources.tiny_imagenet import TinyImagenet
 
@@ -25,6 +26,7 @@ __all__ = [
     "MiniImagenet",
     "Mixtures",
     "Omniglot",
+    "RandomSlopes",
     "Sinusoid",
     "Split",
     "TaskSource",
@@ -39,6 +41,7 @@ SOURCES: Mapping[str, type[TaskSource]] = {
     ImageFolder.name: ImageFolder,
     Sinusoid.name: Sinusoid,
     Mixtures.name: Mixtures,
+    RandomSlopes.name: RandomSlopes,
     FSMol.name: FSMol,
 }
 """All sources by name."""
