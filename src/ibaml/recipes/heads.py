@@ -59,10 +59,10 @@ def _glyphs(num_ways: int, num_shots: int) -> Recipe:
         TrainerSettings(
             num_steps=900,
             tasks_per_step=4,
-            learning_rate=3e-3,
+            learning_rate=6e-3,
             log_var_learning_rate=1e-3,
             schedule="cosine",
-            validate_every=300,
+            validate_every=450,
             num_validation_tasks=60,
         ),
         channels=32,
