@@ -55,10 +55,14 @@ def _glyphs(num_ways: int, num_shots: int) -> Recipe:
     return _images(
         f"glyphs_{num_ways}way_{num_shots}shot",
         "rendered characters; no Georgian or Armenian is seen in training",
-        Glyphs(num_ways=num_ways, num_shots=num_shots, num_queries=5, num_test_queries=15),
+        # Tasks of more classes than those of the test are harder, and every image counts in more comparisons: on
+        # validation tasks (5 ways, 5 shots) 2 tasks of 10 classes a step gave an nll of .046, 4 tasks of 5 one of .060.
+        Glyphs(
+            num_ways=num_ways, num_train_ways=max(10, num_ways), num_shots=num_shots, num_queries=5, num_test_queries=15
+        ),
         TrainerSettings(
             num_steps=900,
-            tasks_per_step=4,
+            tasks_per_step=2 if num_ways <= 10 else 1,
             learning_rate=6e-3,
             log_var_learning_rate=1e-3,
             schedule="cosine",
@@ -75,7 +79,6 @@ def _omniglot(num_ways: int, num_shots: int) -> Recipe:
     return _images(
         f"omniglot_{num_ways}way_{num_shots}shot",
         "Omniglot, split of Vinyals et al. 2016",
-        # Tasks of more classes than those of the test are harder, and every image counts in more comparisons.
         Omniglot(num_ways=num_ways, num_train_ways=20, num_shots=num_shots, num_queries=5, num_test_queries=15),
         TrainerSettings(
             num_steps=6000,
