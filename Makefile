@@ -63,9 +63,9 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	@touch $(VENV)/.runtime $(VENV)/.test $@
 
 demo: $(VENV)/.runtime
-	$(BIN)/ibaml train glyphs_5way_5shot --run-folder $(RUNS)/demo
-	$(BIN)/ibaml evaluate $(RUNS)/demo
-	$(BIN)/ibaml compare $(RUNS)/demo --baselines prototypes maml
+	$(BIN)/ibaml train glyphs_5way_5shot --trainer.num-steps 250 --trainer.validate-every 250 --run-folder $(RUNS)/demo
+	$(BIN)/ibaml evaluate $(RUNS)/demo --tasks 100
+	$(BIN)/ibaml compare $(RUNS)/demo --baselines prototypes maml --tasks 100
 
 # One thread a worker: small tensors gain nothing from more, and workers that compete for cores lose much. Each worker
 # starts with a row of neighbours, which share fixtures, and takes over tests of slower ones when it is done.
