@@ -65,7 +65,7 @@ SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
     tasks_per_step=4,
-    learning_rate=3e-3,
+    learning_rate=6e-3,
     log_var_learning_rate=1e-3,
     schedule="cosine",
     validate_every=200,
