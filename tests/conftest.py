@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 # Shared machines are slow now and then; a deadline would make a failure of that.
-settings.register_profile("ibaml", deadline=None)
+settings.register_profile("ibaml", deadline=None, max_examples=50)
 settings.load_profile("ibaml")
 
 # Read before any test changes the environment.

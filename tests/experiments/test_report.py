@@ -63,7 +63,7 @@ def test_experiments_are_named_as_on_the_command_line(name, experiment):
 
 
 def test_settings_of_no_experiment_are_refused():
-    with pytest.raises(TypeError, match="settings must be those of one of fig1, fig2, .*, groups, got int."):
+    with pytest.raises(TypeError, match="settings must be those of one of fig1, fig2, .*, study, got int."):
         experiment_name(3)
 
 

@@ -403,6 +403,7 @@ def command(folder: Path, *arguments: object) -> list[object]:
     return ["-m", "ibaml.cli", "train", RECIPE, *options, *arguments, *SMALL]
 
 
+@pytest.mark.slow
 def test_devices_start_processes(tmp_path):
     """A float32 recipe by the command line: interrupted, resumed, and compared with one process."""
     process = start(sys.executable, *command(tmp_path / "two", "--devices", 2, "--steps", 100_000))
