@@ -206,7 +206,8 @@ def compare_with_baselines(
         FloatingPointError: If predictions of the learner itself are not finite.
 
     Cost:
-        The learner's training time for each baseline that trains, and up to two fifths of it for choosing its settings.
+        The learner's training time for each baseline that trains, and a quarter of it for each of its two to five
+        settings.
 
     Examples:
         >>> import numpy as np

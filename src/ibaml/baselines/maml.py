@@ -17,7 +17,7 @@ class ModelAgnostic:
 
     Attributes:
         num_steps: Steps of gradient descent on all weights.
-        learning_rates: Their sizes, tried in short trials; 20 steps of Adam on the last layer alone are tried as well.
+        learning_rates: Their sizes, tried in short trials; steps on the last layer alone are tried as well.
     """
 
     num_steps: int = 5
@@ -41,8 +41,13 @@ class ModelAgnostic:
             (f"{self.num_steps} inner steps of {rate:g}{how}", self._descent(rate), "*", regrouped)
             for rate in self.learning_rates
         ]
-        of_last = Adam(num_steps=20, learning_rate=0.1)
-        tried.append(("20 inner steps of Adam, 0.1, on the last layer", of_last, last_layer(network), {}))
+        of_last = {
+            f"{self.num_steps} inner steps of 0.1": self._descent(0.1),
+            "20 inner steps of Adam, 0.1": Adam(num_steps=20, learning_rate=0.1),
+        }
+        tried += [
+            (f"{described}, on the last layer", inner, last_layer(network), {}) for described, inner in of_last.items()
+        ]
         settings: list[Setting] = []
         refusals: list[ValueError] = []
         for described, inner, adapt, changes in tried:
