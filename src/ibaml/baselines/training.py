@@ -4,8 +4,9 @@ A cosine schedule has to know its number of steps, and the time that it has says
 trains for a quarter of the time: a step to get started, half of the rest at a constant rate, which tells the speed, and
 half with a falling one. (On glyphs a tenth of 30 seconds chose MAML on all weights, with an nll of 0.54 in the end; a
 quarter chose the last layer, with 0.34.) The state with the least validation nll decides for its settings, and their
-speed for the number of steps, with the time for start-up and validations left out. The training itself then starts anew. Machines do not keep their speed: the seconds
-in a result are those that were spent, and training that takes a fifth longer than it should is stopped.
+speed for the number of steps, with the time for start-up and validations left out. The training itself then starts
+anew. Machines do not keep their speed: the seconds in a result are those that were spent, and training that takes a
+fifth longer than it should is stopped.
 """
 
 import dataclasses
