@@ -282,16 +282,19 @@ def compare(
         say=_tell,
     )
     _print_comparison(comparison)
-    _tell(f"Tables and fitted baselines are in {folder}.")
+    _tell(f"Tables, picture and fitted baselines are in {folder}.")
 
 
 def _print_comparison(comparison: Comparison | BaselineComparison) -> None:
-    table = Table(*comparison.header, box=None, pad_edge=False)
-    for row in comparison.rows:
-        table.add_row(*map(_escape, row))
     output = Console()
     output.print(f"{comparison.num_tasks} paired test tasks; intervals are 95%", soft_wrap=True, markup=False)
-    output.print(table)
+    whole = [[comparison.header, *comparison.rows]]
+    for header, *rows in comparison.printed() if isinstance(comparison, BaselineComparison) else whole:
+        table = Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(_escape, row))
+        output.print(table)
+        output.print()
 
 
 def predict(

@@ -259,7 +259,7 @@ def test_refusals(call, message):
 @pytest.mark.parametrize("likelihood", [StudentT(), Poisson()])
 def test_a_variance_of_outputs_needs_a_closed_form(likelihood):
     outputs = draw(1, 3, 1)
-    with pytest.raises(NotImplementedError, match="takes samples of outputs, not their variance"):
+    with pytest.raises(ValueError, match="takes samples of outputs, not their variance"):
         likelihood.predict(outputs, likelihood.initial_parameters(), output_variance=outputs**2)
 
 

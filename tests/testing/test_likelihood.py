@@ -72,7 +72,7 @@ class Logistic(NumberLikelihood):
 
     def predict(self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None) -> Any:
         if output_variance is not None:
-            raise NotImplementedError("the logistic likelihood takes samples of outputs, not their variance.")
+            raise ValueError("output_variance: the logistic likelihood takes samples of outputs, not their variance.")
         return MixturePrediction(LogisticComponents(outputs, parameters["likelihood.log_scale"].exp()))
 
 

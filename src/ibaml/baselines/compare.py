@@ -93,6 +93,14 @@ class BaselineComparison:
         differences = [f"{metric} - {first}'s" for metric in self._paired]
         return ["method", *self.metrics, *differences, "seconds", "note"]
 
+    def printed(self) -> list[list[list[str]]]:
+        """Returns the table in parts that fit a terminal: scores, differences, and what was chosen; heads first."""
+        table = [self.header, *self.rows]
+        last_score = 1 + len(self.metrics)
+        heads = ["minus the first", *self._paired, "seconds"]
+        differences = [heads, *([row[0], *row[last_score:-1]] for row in self.rows)]
+        return [[row[:last_score] for row in table], differences, [[row[0], row[-1]] for row in table if row[-1]]]
+
     @property
     def rows(self) -> list[list[str]]:
         """Cells of the table, a row for each method."""
@@ -125,7 +133,7 @@ class BaselineComparison:
         return json.dumps({"num_tasks": self.num_tasks, "methods": methods}, indent=2) + "\n"
 
     def write(self, folder: Path) -> None:
-        """Writes ``comparison.json``, ``comparison.csv`` and ``comparison.md``.
+        """Writes ``comparison.json``, ``comparison.csv``, ``comparison.md`` and ``comparison.png``.
 
         Args:
             folder: Created if absent.
@@ -134,6 +142,11 @@ class BaselineComparison:
         write_text(folder / "comparison.json", self.to_json())
         write_text(folder / "comparison.csv", self.to_csv())
         write_text(folder / "comparison.md", self.to_markdown())
+        # Imported here: it pulls in matplotlib, which nothing else needs.
+        from ibaml import plots
+
+        drawn = {method.name: method.per_task for method in self.methods if not method.has_failed}
+        plots.save(plots.comparison(drawn, title="Comparison with baselines"), folder / "comparison.png")
 
     @property
     def _paired(self) -> tuple[str, ...]:

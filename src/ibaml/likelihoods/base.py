@@ -141,7 +141,7 @@ class Likelihood(Protocol):
                 whose outputs are known in closed form. None: there is none.
 
         Raises:
-            NotImplementedError: If a variance is given that the likelihood cannot take in.
+            ValueError: If a variance is given that the likelihood cannot take in.
         """
         ...
 

@@ -259,11 +259,11 @@ class Categorical:
         """Returns class probabilities from logits of shape ``[num_samples, num_examples, num_classes]``.
 
         Raises:
-            NotImplementedError: If a variance is given: a softmax of Gaussian logits has no closed form.
+            ValueError: If a variance is given: a softmax of Gaussian logits has no closed form.
         """
         del parameters
         if output_variance is not None:
-            raise NotImplementedError("the categorical likelihood takes samples of logits, not their variance.")
+            raise ValueError("output_variance: the categorical likelihood takes samples of logits, not their variance.")
         (outputs,) = wide(outputs)
         return ClassPrediction(torch.log_softmax(outputs, dim=-1), out_of_task_score=out_of_task_score(outputs))
 

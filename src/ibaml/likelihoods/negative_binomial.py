@@ -126,10 +126,12 @@ class NegativeBinomial(Poisson):
         """Returns a mixture of such distributions from outputs ``[num_samples, num_examples, num_targets]``.
 
         Raises:
-            NotImplementedError: If a variance is given: the mixture over a log-normal mean has no closed form.
+            ValueError: If a variance is given: the mixture over a log-normal mean has no closed form.
         """
         if output_variance is not None:
-            raise NotImplementedError("the negative_binomial likelihood takes samples of outputs, not their variance.")
+            raise ValueError(
+                "output_variance: the negative_binomial likelihood takes samples of outputs, not their variance."
+            )
         size = torch.exp(parameters[self.size_name])
         return MixturePrediction(NegativeBinomialComponents(outputs + math.log(self.initial_rate), size))
 

@@ -123,11 +123,11 @@ class Poisson(NumberLikelihood):
         """Returns a mixture of Poisson distributions from outputs ``[num_samples, num_examples, num_targets]``.
 
         Raises:
-            NotImplementedError: If a variance is given: a Poisson distribution of log-normal rate has no closed form.
+            ValueError: If a variance is given: a Poisson distribution of log-normal rate has no closed form.
         """
         del parameters
         if output_variance is not None:
-            raise NotImplementedError("the poisson likelihood takes samples of outputs, not their variance.")
+            raise ValueError("output_variance: the poisson likelihood takes samples of outputs, not their variance.")
         return MixturePrediction(PoissonComponents(outputs + math.log(self.initial_rate)))
 
     def mean(self, outputs: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ class StudentT(NumberLikelihood):
         """Returns a mixture of t distributions from means of shape ``[num_samples, num_examples, num_targets]``.
 
         Raises:
-            NotImplementedError: If a variance is given: a sum of a Gaussian and a t distribution has no closed form.
+            ValueError: If a variance is given: a sum of a Gaussian and a t distribution has no closed form.
         """
         if output_variance is not None:
-            raise NotImplementedError("the student_t likelihood takes samples of outputs, not their variance.")
+            raise ValueError("output_variance: the student_t likelihood takes samples of outputs, not their variance.")
         scale = torch.exp(parameters[self.scale_name])
         return MixturePrediction(StudentTComponents(outputs, scale, self._degrees(parameters)))
 

@@ -32,6 +32,9 @@ _PANELS = (
 )
 
 
+_VALIDATION = "validation tasks"
+
+
 def training_curves(history: Sequence[Mapping[str, float]], *, title: str = "Training") -> Figure:
     """Loss, accuracy or squared error, inner gradient norm and linear residual against the meta-iteration.
 
@@ -84,9 +87,12 @@ def training_curves(history: Sequence[Mapping[str, float]], *, title: str = "Tra
             if index + num_columns >= len(panels):
                 axes.set_xlabel("Meta-iteration")
         handles: dict[str, Any] = {}
+        tempered = any(row.get("validation_temperature", 1.0) != 1 for row in history)
         for axes in drawn:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
+                # Training losses come without the output temperature, so that the two are no measure of each other.
+                is_tempered = tempered and label == _VALIDATION
+                handles.setdefault(f"{label}, with output temperature" if is_tempered else label, handle)
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=num_columns + 1)
     return figure
 
@@ -120,7 +126,7 @@ def _draw_training(axes: Axes, panel: _Panel, training: tuple[Array, Array], val
             label = "training tasks"
         axes.plot(steps, smooth, color=BLUE, lw=2, marker="." if len(steps) < 30 else "", label=label)
     if len(validation[0]):
-        axes.plot(*validation, "D--", color=VERMILION, ms=5, lw=1, mec="white", mew=0.6, label="validation tasks")
+        axes.plot(*validation, "D--", color=VERMILION, ms=5, lw=1, mec="white", mew=0.6, label=_VALIDATION)
     axes.set_title(panel.label, loc="left", size=11)
     axes.grid(axis="y")
     if panel.logarithmic:

@@ -61,6 +61,8 @@ class EvaluatedRun(NamedTuple):
         temperature = getattr(self.learner.algorithm, "temperature", None)
         state = "" if self.step is None else f", state of step {self.step}"
         suffix = "" if temperature is None else f", temperature {temperature}"
+        if self.learner.calibration_temperature != 1:
+            suffix += f", output temperature {self.learner.calibration_temperature:.2f}"
         return f"{self.name}: {num_tasks} test tasks, seed {self.seed}{state}{suffix}"
 
 
