@@ -35,11 +35,13 @@ class Nested(nn.Module):
 
 
 class Twice(nn.Module):
-    """Something follows the head."""
+    """Something follows the head, which starts at zero."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(4, 2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * self.head(x)

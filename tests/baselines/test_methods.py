@@ -15,11 +15,12 @@ from ibaml.baselines.choosing import (
     training_rows,
     with_confidence,
     with_noise,
+    with_penalty,
 )
-from ibaml.baselines.logistic_regression import logistic_regression
+from ibaml.baselines.logistic_regression import LOGISTIC
 from ibaml.baselines.neighbours import nearest_neighbours
 from ibaml.baselines.pooled import _fixed, pooled_logistic, pooled_ridge
-from ibaml.baselines.ridge import ridge_regression
+from ibaml.baselines.ridge import RIDGE
 from ibaml.baselines.training import Setting, train
 from ibaml.data.sources import Sinusoid
 from ibaml.learner import MetaLearner
@@ -61,7 +62,7 @@ def predicted(learner: MetaLearner, task: Episode) -> Any:
 def test_logistic_regression_is_that_of_scikit_learn() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     posed = problem(classes=True)
-    learner = logistic_regression(posed, 0.7, 1e6)
+    learner = with_penalty(posed, LOGISTIC, 0.7, 1e6)
     for task in episodes(classes=True)[:3]:
         x, y = (part.numpy() for part in task.support)
         expected = linear_model.LogisticRegression(C=0.7, tol=1e-9, max_iter=5000).fit(x, y)
@@ -72,7 +73,7 @@ def test_logistic_regression_is_that_of_scikit_learn() -> None:
 
 def test_ridge_is_that_of_scikit_learn() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
-    learner = ridge_regression(problem(classes=False), 1 / 2.5, 1e8)
+    learner = with_penalty(problem(classes=False), RIDGE, 1 / 2.5, 1e8)
     task = episodes(classes=False)[0]
     expected = linear_model.Ridge(alpha=2.5).fit(*(part.numpy() for part in task.support))
     mean = predicted(learner, task).mean
@@ -122,7 +123,7 @@ def test_rows_are_those_of_the_training_tasks_each_once() -> None:
 
 def test_the_noise_is_the_likeliest() -> None:
     posed = problem(classes=False)
-    learner = ridge_regression(posed, 0.5, 100.0)
+    learner = with_penalty(posed, RIDGE, 0.5, 100.0)
     variance = residual_variance(posed.validate(learner))
     means = [posed.validate(one).mean for one in (learner, with_noise(learner, variance))]
     # The strength of the penalty is in units of the noise: predictions stay.
@@ -147,7 +148,7 @@ def test_the_choice_has_the_least_validation_nll() -> None:
     nlls = {}
     for strength in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0):
         for bias in (1.0, 100.0):
-            learner = logistic_regression(posed, strength / spread, bias)
+            learner = with_penalty(posed, LOGISTIC, strength / spread, bias)
             _, nll = tempered(learner, posed.validate(learner))
             nlls[f"C = {strength / spread:.2g}, of the constant {bias:g}"] = nll
     assert found.chosen == min(nlls, key=lambda key: nlls[key])

@@ -8,20 +8,22 @@ regression, with a prior variance in units of the noise, ``v = 1 + z^T (Z^T Z + 
 """
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ibaml.algorithms import MetaParameters
-from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
-from ibaml.baselines.base import FittedBaseline, Problem
+from ibaml.algorithms.heads import LinearGaussian, Softmax
+from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.ragged import TaskSplits
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import Gaussian
+from ibaml.priors import DiagonalColumnPrior
 from ibaml.train.evaluate import Evaluation
 from ibaml.train.temperature import fit_temperature
 from ibaml.types import Batch, TaskSampler, Tensor
@@ -30,7 +32,7 @@ _SMALLEST_NOISE = 1e-10
 _NUM_DRAWS = 400
 _MOST_ROWS = 20_000
 _MOST_NUMBERS = 2e7
-BIAS_VARIANCES = (1.0, 100.0)
+_BIAS_VARIANCES = (1.0, 100.0)
 """Prior variances of the constant's weight that are tried: of unit size, and as good as free."""
 
 
@@ -61,6 +63,45 @@ class Rows(NamedTuple):
     def spread(self) -> float:
         """Mean squared distance of an input to their mean."""
         return max(float(((self.x - self.x.mean(0)) ** 2).sum(-1).mean()), 1e-12)
+
+
+def with_penalty(
+    problem: Problem, algorithm: Softmax | LinearGaussian, variance: float, bias_variance: float
+) -> MetaLearner:
+    """Returns a linear model for each task on its support set alone, fitted by its settings.
+
+    Args:
+        problem: The tasks.
+        algorithm: The head, with a diagonal prior of mean zero.
+        variance: Prior variance of weights, whose inverse is the penalty; of numbers in units of the noise.
+        bias_variance: That of the constant's weight.
+    """
+    assert isinstance(algorithm.prior, DiagonalColumnPrior)
+    num_features = math.prod(problem.train.input_shape)
+    prior = dataclasses.replace(
+        algorithm.prior, initial_variance=variance * num_features, initial_bias_variance=bias_variance
+    )
+    learner = problem.linear(dataclasses.replace(algorithm, prior=prior))
+    return problem.with_meta_parameters(learner, initial_meta(learner))
+
+
+def choose_penalty(
+    problem: Problem,
+    algorithm: Softmax | LinearGaussian,
+    strengths: Sequence[float],
+    describe: Callable[[float, float], str],
+) -> FittedBaseline:
+    """Chooses the penalty of a linear model for each task, and whether the constant has one too.
+
+    Args:
+        problem: The tasks.
+        algorithm: The head.
+        strengths: Prior variances of an output.
+        describe: Says in words what prior variances of a weight and of the constant's are.
+    """
+    spread = training_rows(problem).spread
+    pairs = ((strength / spread, bias) for strength, bias in itertools.product(strengths, _BIAS_VARIANCES))
+    return choose(problem, (Candidate(describe(*pair), with_penalty(problem, algorithm, *pair)) for pair in pairs))
 
 
 def choose(problem: Problem, candidates: Iterable[Candidate]) -> FittedBaseline:

@@ -1,16 +1,16 @@
 """One logistic regression for each task, on its support set alone: what meta-learning has to beat."""
 
 import dataclasses
-import itertools
-import math
 from pathlib import Path
 from typing import ClassVar
 
-from ibaml.algorithms import MetaParameters, make_algorithm
-from ibaml.baselines.base import FittedBaseline, Problem, initial_meta
-from ibaml.baselines.choosing import BIAS_VARIANCES, Candidate, choose, training_rows
-from ibaml.learner import MetaLearner
+from ibaml.algorithms.heads import Softmax
+from ibaml.baselines.base import FittedBaseline, Problem
+from ibaml.baselines.choosing import choose_penalty
 from ibaml.priors import DiagonalColumnPrior
+
+LOGISTIC = Softmax(prior=DiagonalColumnPrior(tied=True, learn_mean=False), posterior_temperature=0.0)
+"""One prior of mean zero for all classes, so that there may be any number of them; the mode alone, no posterior."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,29 +33,6 @@ class LogisticRegression:
     def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
         """Chooses ``C``, and whether the constant has a penalty too; see ``Baseline``."""
         del seconds, folder
-        spread = training_rows(problem).spread
-        return choose(
-            problem,
-            (
-                Candidate(f"C = {strength / spread:.2g}, of the constant {bias:g}", learner)
-                for strength, bias in itertools.product(self.strengths, BIAS_VARIANCES)
-                for learner in [logistic_regression(problem, strength / spread, bias)]
-            ),
+        return choose_penalty(
+            problem, LOGISTIC, self.strengths, lambda weight, bias: f"C = {weight:.2g}, of the constant {bias:g}"
         )
-
-
-def logistic_regression(problem: Problem, variance: float, bias_variance: float) -> MetaLearner:
-    """Returns logistic regression for each task.
-
-    Args:
-        problem: The tasks.
-        variance: ``C``, the prior variance of weights.
-        bias_variance: That of the constant's weight.
-    """
-    # One prior of mean zero for all classes, so that there may be any number of them; the mode alone, no posterior.
-    head = make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False), posterior_temperature=0.0)
-    learner = problem.linear(head)
-    prior, shared = initial_meta(learner)
-    log_var = prior.log_var.new_full(prior.log_var.shape, math.log(variance))
-    log_var[:, -1] = math.log(bias_variance)
-    return problem.with_meta_parameters(learner, MetaParameters(prior._replace(log_var=log_var), shared))

@@ -5,13 +5,15 @@ Its inner problem is then nearly convex and solved in few steps, which is what a
 ``fsmol_maml_all_layers`` adapts everything, as MAML does elsewhere.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from ibaml.algorithms import make_algorithm
+from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.data.sources import FSMol
 from ibaml.networks import NetworkSettings
-from ibaml.priors import DiagonalPrior
+from ibaml.priors import DiagonalColumnPrior, DiagonalPrior
 from ibaml.recipes.settings import Recipe
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
@@ -47,12 +49,10 @@ _TRAINER = TrainerSettings(
 )
 
 
-def _fsmol(name: str) -> Recipe:
-    all_layers = name.endswith("_all_layers")
-    algorithm = name.removesuffix("_all_layers")
+def _fsmol(name: str, description: str, algorithm: Algorithm, trainer: TrainerSettings, *, adapt: str) -> Recipe:
     return Recipe(
-        name=f"fsmol_{name}",
-        description=f"{algorithm} on FS-Mol, {'all layers' if all_layers else 'last layer'} adapted",
+        name=name,
+        description=description,
         data=FSMol(num_queries=64, num_test_queries=64),
         network=NetworkSettings(
             name="MLP",
@@ -65,16 +65,39 @@ def _fsmol(name: str) -> Recipe:
                 "zero_head": True,
             },
         ),
-        algorithm=make_algorithm(algorithm, **_ALGORITHMS[name]),
-        trainer=_TRAINER,
-        adapt=("*",) if all_layers else ("head.*",),
+        algorithm=algorithm,
+        trainer=trainer,
+        adapt=(adapt,),
         num_test_tasks=390,
     )
 
 
-def _recipe(name: str) -> Callable[[], Recipe]:
-    return lambda: _fsmol(name)
+def _head() -> Recipe:
+    """The recipe for users: active and inactive mean the same in all assays, so that each has a prior of its own."""
+    return _fsmol(
+        "fsmol",
+        "a head solved exactly on shared features of fingerprints; FS-Mol, active or inactive molecules",
+        make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True)),
+        dataclasses.replace(_TRAINER, num_steps=3000),
+        adapt="head.*",
+    )
 
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {f"fsmol_{name}": _recipe(name) for name in _ALGORITHMS}
+def _by_steps(name: str) -> Recipe:
+    """A recipe of an algorithm that takes inner steps."""
+    all_layers = name.endswith("_all_layers")
+    algorithm = name.removesuffix("_all_layers")
+    return _fsmol(
+        f"fsmol_{name}",
+        f"{algorithm} on FS-Mol, {'all layers' if all_layers else 'last layer'} adapted",
+        make_algorithm(algorithm, **_ALGORITHMS[name]),
+        _TRAINER,
+        adapt="*" if all_layers else "head.*",
+    )
+
+
+RECIPES: Mapping[str, Callable[[], Recipe]] = {
+    "fsmol": _head,
+    **{f"fsmol_{name}": partial(_by_steps, name) for name in _ALGORITHMS},
+}
 """Recipes by name."""

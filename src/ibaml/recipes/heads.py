@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ibaml.algorithms import make_algorithm
-from ibaml.data.sources import FSMol, Glyphs, ImageSource, Omniglot, TinyImagenet
+from ibaml.data.sources import Glyphs, ImageSource, Omniglot, TinyImagenet
 from ibaml.networks import NetworkSettings
 from ibaml.priors import DiagonalColumnPrior
 from ibaml.recipes.settings import Recipe
@@ -115,39 +115,6 @@ def _tiny_imagenet(num_shots: int) -> Recipe:
     )
 
 
-def _fsmol() -> Recipe:
-    return Recipe(
-        name="fsmol",
-        description="a head solved exactly on shared features of fingerprints; FS-Mol, active or inactive molecules",
-        data=FSMol(num_queries=64, num_test_queries=64),
-        network=NetworkSettings(
-            name="MLP",
-            arguments={
-                "num_outputs": 2,
-                "input_shape": 2048,
-                "hidden_sizes": (256, 128),
-                "activation": "tanh",
-                "norm": "group",
-                "zero_head": True,
-            },
-        ),
-        algorithm=make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True)),
-        adapt=("head.*",),
-        trainer=TrainerSettings(
-            num_steps=3000,
-            tasks_per_step=8,
-            learning_rate=1e-3,
-            log_var_learning_rate=5e-3,
-            schedule="cosine",
-            validate_every=250,
-            num_validation_tasks=120,
-            checkpoint_every=100,
-            log_every=20,
-        ),
-        num_test_tasks=390,
-    )
-
-
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     **{f"glyphs_{way}way_{shot}shot": partial(_glyphs, way, shot) for way, shot in ((5, 1), (5, 5), (20, 5))},
     **{
@@ -155,6 +122,5 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
         for way, shot in ((5, 1), (5, 5), (20, 1), (20, 5))
     },
     **{f"tiny_imagenet_5way_{shot}shot": partial(_tiny_imagenet, shot) for shot in (1, 5)},
-    "fsmol": _fsmol,
 }
 """The recipes of this family by name."""

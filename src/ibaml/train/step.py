@@ -177,10 +177,9 @@ class HypergradientStep:
         with_scores: bool,
     ) -> TaskHypergradients:
         """Passes all examples through the body once, and back once, with the tail's tasks in between."""
-        meta = tree.detach(meta)
         of_tail = model.with_features(meta.shared, torch.empty(0))
         of_body = {
-            name: leaf.clone().requires_grad_()
+            name: leaf.detach().requires_grad_()
             for name, leaf in meta.shared.items()
             if name not in of_tail and name not in model.statistics
         }
@@ -290,8 +289,7 @@ class _Tasks:
         self, head: Head, meta: MetaParameters, episodes: Episode, own: Params, *, with_scores: bool
     ) -> tuple[TaskHypergradients, Params]:
         """Does what ``compute`` does by one derivative of the sum over tasks: a gradient for each is never needed."""
-        leaf: Callable[[Tensor], Tensor] = lambda value: value.detach().clone().requires_grad_()  # noqa: E731
-        meta, own = tree.map(leaf, (meta, own))
+        meta, own = tree.map(lambda leaf: leaf.detach().requires_grad_(), (meta, own))
 
         def of_task(episode: Episode, own: Params) -> tuple[Tensor, Tensor, Tensor]:
             shared = {**meta.shared, **own}
