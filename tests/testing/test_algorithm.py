@@ -24,10 +24,19 @@ class OneStep:
     name: ClassVar[str] = "one_step"
     estimator: ClassVar[Estimator] = "unrolled"
     is_bayesian: ClassVar[bool] = False
-    temperature: ClassVar[None] = None
-    num_curvature_points: ClassVar[int] = 0
     uses_features: ClassVar[bool] = False
-    serves_any_number_of_outputs: ClassVar[bool] = False
+
+    @property
+    def serves_any_number_of_outputs(self) -> bool:
+        return False
+
+    @property
+    def temperature(self) -> None:
+        return None
+
+    @property
+    def num_curvature_points(self) -> int:
+        return 0
 
     def describe(self) -> str:
         return f"one step of {self.rate}"

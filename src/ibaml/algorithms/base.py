@@ -1,7 +1,7 @@
 """What every algorithm is: initial meta-parameters, adaptation to a task, a hypergradient, and predictions."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -51,17 +51,19 @@ class Network(Protocol):
 
 
 class Algorithm(Protocol):
-    """An algorithm with its settings: a frozen dataclass, stateless. Meta-parameters and noise are arguments."""
+    """An algorithm with its settings: a frozen dataclass, stateless. Meta-parameters and noise are arguments.
 
-    @property
-    def name(self) -> str:
-        """Name for reports."""
-        ...
+    Attributes:
+        name: Name for reports.
+        uses_features: Whether a task is solved from the features before the last layer, and not by passes of weights.
+        is_bayesian: Whether adaptation gives a distribution over weights.
+        estimator: How a hypergradient is computed, and with it where it is the derivative of its outer loss.
+    """
 
-    @property
-    def uses_features(self) -> bool:
-        """Whether a task is solved from the features before the last layer, and not by passes of weights."""
-        ...
+    name: ClassVar[str]
+    uses_features: ClassVar[bool]
+    is_bayesian: ClassVar[bool]
+    estimator: ClassVar[Estimator]
 
     @property
     def serves_any_number_of_outputs(self) -> bool:
@@ -69,18 +71,8 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def is_bayesian(self) -> bool:
-        """Whether adaptation gives a distribution over weights."""
-        ...
-
-    @property
     def temperature(self) -> float | None:
         """Weight of the prior beside Bayes' rule, which is 1; None for algorithms without a posterior."""
-        ...
-
-    @property
-    def estimator(self) -> Estimator:
-        """How a hypergradient is computed, and with it where it is the derivative of its outer loss."""
         ...
 
     @property

@@ -67,7 +67,6 @@ class GradientBased(abc.ABC):
     name: ClassVar[str]
     estimator: ClassVar[Estimator]
     uses_features: ClassVar[bool] = False
-    serves_any_number_of_outputs: ClassVar[bool] = False
 
     inner: InnerSolver = GradientDescent()
 
@@ -82,6 +81,11 @@ class GradientBased(abc.ABC):
                 is_allowed, expected = choices.__contains__, f"one of {', '.join(choices)}"
             if not is_allowed(value):
                 raise ValueError(f"{field.name} must be {expected}, but is {value!r}.")
+
+    @property
+    def serves_any_number_of_outputs(self) -> bool:
+        """False: weights of a network are for its outputs."""
+        return False
 
     def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
         """Returns initial meta-parameters; see ``Algorithm``."""

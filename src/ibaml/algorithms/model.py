@@ -4,20 +4,18 @@
 ``frozen`` ones never change. Which is which follows from name patterns.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import functools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
+from ibaml.algorithms.kernels import has_attention, second_derivative_kernels
 from ibaml.algorithms.nll import PlainNll
 from ibaml.algorithms.tail import FEATURES, Lookup, Tail, find_tail, keeps_statistics
 from ibaml.likelihoods import Likelihood
@@ -322,35 +320,6 @@ class Model(PlainNll):
         )
 
 
-@contextlib.contextmanager
-def second_derivative_kernels(network: nn.Module) -> Generator[None, None, None]:
-    """Switches to kernels that can be differentiated twice: math attention, and recurrent layers without cuDNN."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if _has_attention(network):
-            stack.enter_context(_SeenByTorchFunction())
-        if torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in network.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
-
-
-class _SeenByTorchFunction(TorchFunctionMode):
-    """Changes nothing, but attention layers that see it leave their fused inference kernel, which has no derivatives.
-
-    ``torch.backends.mha.set_fastpath_enabled`` would do so for all threads of the process.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        del types
-        return func(*args, **(kwargs or {}))
-
-
-def _has_attention(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) for module in network.modules())
-
-
 def build_model(
     network: nn.Module, likelihood: Likelihood, *, adapt: str | Sequence[str] = "*", freeze: str | Sequence[str] = ()
 ) -> Model:
@@ -392,7 +361,7 @@ def build_model(
     adapted = {name: value for name, value in values.items() if name in adapted_names}
     tail = find_tail(network, adapted)
     statistics = _statistics(network, tail)
-    if _has_attention(network):
+    if has_attention(network):
         _logger.warning(
             "%s has attention layers: torch's fused attention kernels are switched off, because they have no second "
             "derivatives.",

@@ -9,7 +9,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import objectives
-from ibaml.algorithms.base import MetaParameters, TaskNoise
+from ibaml.algorithms.base import Estimator, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
 from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import regularised_implicit_hypergradient
@@ -131,7 +131,7 @@ class ABML(OnDistribution):
     """
 
     name: ClassVar[str] = "abml"
-    estimator: ClassVar[Literal["unrolled"]] = "unrolled"
+    estimator: ClassVar[Estimator] = "unrolled"
 
     hyper_prior_weight: float = 0.0
     truncation: int | None = None
@@ -155,7 +155,7 @@ class VAMPIRE(OnDistribution):
     """
 
     name: ClassVar[str] = "vampire"
-    estimator: ClassVar[Literal["unrolled"]] = "unrolled"
+    estimator: ClassVar[Estimator] = "unrolled"
 
     outer: Literal["expected_nll", "predictive_nll"] = "expected_nll"
     truncation: int | None = None
@@ -181,7 +181,7 @@ class IBAML(OnDistribution):
     """
 
     name: ClassVar[str] = "ibaml"
-    estimator: ClassVar[Literal["implicit"]] = "implicit"
+    estimator: ClassVar[Estimator] = "implicit"
 
     linear: LinearSolver = CG()
     precondition: bool = True

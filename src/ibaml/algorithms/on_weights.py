@@ -1,11 +1,11 @@
 """Algorithms that adapt plain weights: MAML, first-order MAML, iMAML."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from ibaml.algorithms.base import MetaParameters, TaskNoise
+from ibaml.algorithms.base import Estimator, MetaParameters, TaskNoise
 from ibaml.algorithms.gradient_based import GradientBased, Hypergradient, TaskProblem
 from ibaml.algorithms.nll import Nll
 from ibaml.hypergradients import implicit_hypergradient
@@ -22,7 +22,11 @@ class OnWeights(GradientBased):
 
     prior: ClassVar[PointPrior] = PointPrior()
     is_bayesian: ClassVar[bool] = False
-    temperature: ClassVar[None] = None
+
+    @property
+    def temperature(self) -> None:
+        """None: there is no posterior."""
+        return
 
     def describe(self) -> str:
         """Returns the estimator and the inner solver."""
@@ -71,7 +75,7 @@ class MAML(OnWeights):
     """
 
     name: ClassVar[str] = "maml"
-    estimator: ClassVar[Literal["unrolled"]] = "unrolled"
+    estimator: ClassVar[Estimator] = "unrolled"
 
     truncation: int | None = None
 
@@ -85,7 +89,7 @@ class FOMAML(OnWeights):
     """First-order MAML (Finn et al. 2017): the query gradient at the adapted weights."""
 
     name: ClassVar[str] = "fomaml"
-    estimator: ClassVar[Literal["first_order"]] = "first_order"
+    estimator: ClassVar[Estimator] = "first_order"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class IMAML(OnWeights):
     """
 
     name: ClassVar[str] = "imaml"
-    estimator: ClassVar[Literal["implicit"]] = "implicit"
+    estimator: ClassVar[Estimator] = "implicit"
 
     inner: InnerSolver = GradientDescent(num_steps=16)
     linear: LinearSolver = CG()

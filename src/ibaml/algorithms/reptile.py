@@ -1,12 +1,12 @@
 """Reptile: the initial weights move towards where the tasks' own training leads."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import MetaParameters
+from ibaml.algorithms.base import Estimator, MetaParameters
 from ibaml.algorithms.gradient_based import Hypergradient, TaskProblem
 from ibaml.algorithms.on_weights import OnWeights
 from ibaml.hypergradients.base import diagnostics
@@ -24,7 +24,7 @@ class Reptile(OnWeights):
     """
 
     name: ClassVar[str] = "reptile"
-    estimator: ClassVar[Literal["first_order"]] = "first_order"
+    estimator: ClassVar[Estimator] = "first_order"
 
     def _differentiate(self, problem: TaskProblem) -> Hypergradient:
         solution = self.adapt(problem.nll, problem.meta, problem.episode.support, problem.noise)

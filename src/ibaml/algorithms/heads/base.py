@@ -7,12 +7,12 @@ Theorem 2 with an error of zero). A head is a few functions of features; this cl
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.base import MetaParameters, Network, TaskNoise
+from ibaml.algorithms.base import Estimator, MetaParameters, Network, TaskNoise
 from ibaml.algorithms.nll import Nll
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 
@@ -48,11 +48,15 @@ class Head(abc.ABC):
 
     name: ClassVar[str]
     is_bayesian: ClassVar[bool] = True
-    estimator: ClassVar[Literal["implicit"]] = "implicit"
-    num_curvature_points: ClassVar[int] = 1
+    estimator: ClassVar[Estimator] = "implicit"
     uses_features: ClassVar[bool] = True
 
     centre: bool = False
+
+    @property
+    def num_curvature_points(self) -> int:
+        """One: the solution."""
+        return 1
 
     @property
     def temperature(self) -> float | None:
