@@ -330,6 +330,7 @@ def test_what_was_fitted_is_used_again(tmp_path: Path) -> None:
 
 
 def test_interrupted_training_goes_on_with_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ibaml.baselines.training._SLACK", 1e6)  # the plan's steps, however slow the machine
     learner, tasks = fitted_on_numbers()
     first = compared(learner, *tasks, baselines=["gp"], folder=tmp_path)
     record = json.loads((tmp_path / "gp" / RECORD).read_text())

@@ -106,12 +106,6 @@ def test_without_torchrun_there_is_no_group(monkeypatch):
         assert group == Processes() and not torch.distributed.is_initialized()
 
 
-def test_fabric_is_imported_for_several_processes_only():
-    code = "import sys, ibaml.cli; sys.exit('lightning_fabric' in sys.modules)"
-    process = start(sys.executable, "-c", code)
-    assert finish(process) == "" and process.returncode == 0
-
-
 def test_ranks_are_below_the_size():
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), the number of processes, but is 2\."):
         Processes(rank=2, size=2)
@@ -437,6 +431,22 @@ def test_devices_start_processes(tmp_path):
             assert difference(one[name], two[name]) < 1e-5 * max(1.0, float(one[name].abs().max())), name
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_prints_an_error_of_all(monkeypatch, capsys, rank):
+    def refuse():
+        raise ValueError("tasks_per_step is 1")
+
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, own])
+    )
+    monkeypatch.setattr(cli, "_run", lambda _: Processes(rank=rank, size=2).together(refuse))
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ("error: tasks_per_step is 1\n" if rank == 0 else "")
+
+
+@pytest.mark.slow
 def test_errors_of_several_processes_are_told_once(tmp_path):
     process = start(sys.executable, *command(tmp_path, "--devices", 2, "--steps", 2, "--data", tmp_path),
                     "--trainer.tasks-per-step", "1")  # fmt: skip

@@ -10,7 +10,7 @@ from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.identity import data_identity
-from ibaml.learner.run_folder import write_environment, write_summary
+from ibaml.learner.run_folder import draw_training, write_environment, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.processes import Processes
@@ -82,8 +82,13 @@ def fit_model(
     )
     result = trainer.fit(source.train, source.validation, max_minutes=max_minutes)
     if run_folder is not None:
-        processes.on_first(lambda: write_summary(run_folder))
+        processes.on_first(lambda: _finish(run_folder))
     return fitted(result.chosen), result
+
+
+def _finish(run_folder: Path) -> None:
+    draw_training(run_folder)
+    write_summary(run_folder)
 
 
 def _stderr() -> "Console":

@@ -70,18 +70,27 @@ def write_environment(folder: Path, *, num_processes: int) -> None:
     write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
 
 
-def write_summary(folder: Path) -> None:
-    """Writes ``README.md`` and ``training.png`` from what is in the folder, naming the files that are there.
+def draw_training(folder: Path) -> None:
+    """Draws ``training.png`` from the metrics in the folder, if there are any.
 
     Raises:
-        OSError: If a file cannot be written.
-        ValueError: If a file is damaged.
+        OSError: If the picture cannot be written.
+        ValueError: If the metrics are damaged.
     """
     # Imported here: it pulls in matplotlib, which nothing else needs.
     from ibaml import plots
 
     if (folder / METRICS).is_file() and (history := read_metrics(folder / METRICS)):
         plots.save(plots.training_curves(history, title=_title(folder)[0]), folder / TRAINING)
+
+
+def write_summary(folder: Path) -> None:
+    """Writes ``README.md`` from what is in the folder, naming the files that are there.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If a file is damaged.
+    """
     title, description = _title(folder)
     lines = [f"# {title}", "", *([f"{description}.", ""] if description else []), *_state(folder), ""]
     lines += ["| file | what |", "|---|---|"]
