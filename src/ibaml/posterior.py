@@ -123,14 +123,15 @@ class FittedModel:
             if isinstance(nll, Model):
                 nll = nll.of_task(self.algorithm, support.y)
                 nll = nll if num_outputs is None else dataclasses.replace(nll, num_outputs=num_outputs)
-            solution = self.algorithm.adapt(
-                nll,
-                MetaParameters(self.meta.prior, shared),
-                Batch(x, support.y),
-                noise,
-                start=start,
-                with_grad_norm=with_grad_norm,
-            )
+            with torch.no_grad():
+                solution = self.algorithm.adapt(
+                    nll,
+                    MetaParameters(self.meta.prior, shared),
+                    Batch(x, support.y),
+                    noise,
+                    start=start,
+                    with_grad_norm=with_grad_norm,
+                )
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
                 raise MemoryError(

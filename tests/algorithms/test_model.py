@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibaml import tree
+from ibaml.algorithms.kernels import kernels_of
 from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Categorical, Gaussian
+from ibaml.networks import Conv4
 from ibaml.solvers import curvature
 from ibaml.types import Batch, Params, Tensor
 
@@ -280,6 +282,18 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
+class OwnAttention(nn.Module):
+    """Attention by torch's function, without a layer of torch that would tell of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.scaled_dot_product_attention(*self.project(x).chunk(3, -1)).mean(1))
+
+
 FUSED_ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: Attention(False),
     "encoder": lambda: Encoder(False),
@@ -289,6 +303,7 @@ SEQUENCE_NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "attention with weights": lambda: Attention(True),
     "LSTM": lambda: Recurrent(nn.LSTM),
     "GRU": lambda: Recurrent(nn.GRU),
+    "attention of one's own": OwnAttention,
     **FUSED_ATTENTION,
 }
 SEQUENCES = Batch(draw(6, 5, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
@@ -370,3 +385,11 @@ def test_attention_changes_no_flag_of_the_process(build: Callable[[], nn.Module]
     oracle = central_difference(loss, model.adapted, direction)
     for name in oracle:
         torch.testing.assert_close(product[name], oracle[name], rtol=1e-6, atol=1e-7)
+
+
+def test_kernels_are_switched_where_a_network_may_call_them_alone() -> None:
+    assert kernels_of(Conv4(5, channels=4, image_size=8)) == (False, False, False)
+    assert kernels_of(nn.Sequential(nn.Linear(2, 3), nn.Tanh())) == (False, False, False)
+    assert kernels_of(OwnAttention()) == (True, False, False)
+    assert kernels_of(nn.Sequential(nn.MultiheadAttention(4, 2))) == (True, True, False)
+    assert kernels_of(nn.Sequential(nn.GRU(4, 5))) == (False, False, True)

@@ -196,3 +196,68 @@ def test_a_loss_may_bring_its_own_gradient() -> None:
         (hvp(double, point, mode="forward")(vector), hvp(plain, point)(vector)),
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def scaled_loss(p: Params, factor: Tensor) -> Tensor:
+    return factor * loss(p) + (factor**2 * p["bias"]).sum()
+
+
+def test_pullbacks_are_those_of_torch_func() -> None:
+    point, cotangent = parameters(3), draw(5, 2, seed=4)
+    value, pullback, aux = curvature.vjp(lambda p: (outputs(p), p["bias"].sum()), point, has_aux=True)
+    expected, expected_pullback = torch.func.vjp(outputs, point)[:2]
+    torch.testing.assert_close(
+        (value, pullback(cotangent)), (expected, expected_pullback(cotangent)), rtol=1e-12, atol=0
+    )
+    assert aux == point["bias"].sum()
+    assert not any(leaf.requires_grad for leaf in tree.leaves((value, aux, pullback(cotangent))))
+
+
+def test_arguments_that_do_not_matter_have_no_gradient() -> None:
+    point = parameters(3)
+    value, pullback = curvature.vjp(lambda p, q: 2 * p["bias"], point, point["first"])
+    assert all(bool((leaf == 0).all()) for leaf in tree.leaves(pullback(torch.zeros_like(value))))
+    constant, pullback = curvature.vjp(lambda p: torch.ones(2), point)
+    torch.testing.assert_close(pullback(constant)[0], tree.zeros_like(point))
+
+
+def test_gradients_are_differentiable_where_gradients_are_enabled() -> None:
+    """Through the point, a further argument and a tensor of the surrounding function; under ``no_grad`` not at all."""
+    point, factor = parameters(3), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+
+    def slope(derivative: Params) -> Tensor:
+        return sum((leaf**2).sum() for leaf in derivative.values())  # pyright: ignore[reportReturnType]
+
+    expected = torch.func.grad(lambda f: slope(torch.func.grad(scaled_loss)(point, f)))(factor.detach())
+    by_argument = slope(gradient(scaled_loss)(point, factor))
+    by_closure = slope(gradient(lambda p: scaled_loss(p, factor))(point))
+    for each in (by_argument, by_closure):
+        torch.testing.assert_close(torch.autograd.grad(each, factor)[0], expected, rtol=1e-12, atol=0)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in point.items()}
+    found = torch.autograd.grad(slope(gradient(loss)(leaves)), list(leaves.values()))
+    expected_leaves = torch.func.grad(lambda p: slope(torch.func.grad(loss)(p)))(point)
+    torch.testing.assert_close(found, tuple(expected_leaves.values()), rtol=1e-10, atol=1e-14)
+    with torch.no_grad():
+        assert not any(leaf.requires_grad for leaf in tree.leaves(gradient(scaled_loss)(leaves, factor)))
+
+
+def test_a_derivative_is_partial_where_two_arguments_are_one_tensor() -> None:
+    both = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    derivative = gradient(lambda x, y: (x * y**2).sum())(both, both)
+    assert derivative.item() == 4.0
+    # d/dz of y^2 at x = y = z.
+    assert torch.autograd.grad(derivative.sum(), both)[0].item() == 4.0
+
+
+def test_transforms_are_seen() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(curvature.is_transformed())
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [False, True, True, True]

@@ -63,7 +63,13 @@ class OneStep:
         return InnerSolution(value, tree.norm(gradient(value)), 1)
 
     def hypergradient(
-        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+        self,
+        nll: Nll,
+        meta: MetaParameters,
+        episode: Episode,
+        noise: TaskNoise,
+        *,
+        with_grad_norm: bool = True,
     ) -> tuple[MetaParameters, HypergradientInfo]:
         def outer(theta: MetaParameters) -> tuple[Tensor, InnerSolution]:
             solution = self.adapt(nll, theta, episode.support, noise)
@@ -109,16 +115,16 @@ def test_algorithm_of_ones_own() -> None:
 class Boasting(MAML):
     """A first-order gradient that claims to be the derivative."""
 
-    def hypergradient(self, *arguments: Any) -> Any:
-        return FOMAML(inner=self.inner).hypergradient(*arguments)
+    def hypergradient(self, *arguments: Any, **options: Any) -> Any:
+        return FOMAML(inner=self.inner).hypergradient(*arguments, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OffByAThousandth(IBAML):
     """Gives a gradient in the log-variances that is a thousandth too long."""
 
-    def hypergradient(self, *arguments: Any) -> Any:
-        gradient, info = super().hypergradient(*arguments)
+    def hypergradient(self, *arguments: Any, **options: Any) -> Any:
+        gradient, info = super().hypergradient(*arguments, **options)
         log_var = tree.scale(1.001, gradient.prior.log_var)
         return gradient._replace(prior=gradient.prior._replace(log_var=log_var)), info
 
@@ -135,8 +141,8 @@ class Unsolved(IMAML):
 class Impure(MAML):
     """Writes the adapted weights into the meta-parameters."""
 
-    def hypergradient(self, nll: Nll, meta: MetaParameters, *arguments: Any) -> Any:
-        gradient, info = super().hypergradient(nll, meta, *arguments)
+    def hypergradient(self, nll: Nll, meta: MetaParameters, *arguments: Any, **options: Any) -> Any:
+        gradient, info = super().hypergradient(nll, meta, *arguments, **options)
         for weight, adapted in zip(tree.leaves(meta.prior), tree.leaves(info.inner_params), strict=True):
             weight.copy_(adapted)
         return gradient, info
@@ -155,10 +161,10 @@ class Random(MAML):
 class Branching(MAML):
     """Asks a tensor a question that has no answer under vmap."""
 
-    def hypergradient(self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Any:
+    def hypergradient(self, nll: Nll, meta: MetaParameters, episode: Episode, *arguments: Any, **options: Any) -> Any:
         if episode.support.y.sum() > 1e9:
             raise ValueError("too large")
-        return super().hypergradient(nll, meta, episode, noise)
+        return super().hypergradient(nll, meta, episode, *arguments, **options)
 
 
 @pytest.mark.parametrize(

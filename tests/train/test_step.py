@@ -162,6 +162,7 @@ def test_scores_can_be_left_out(fast: bool) -> None:
     compute = HypergradientStep(model, algorithm, fast=fast, programs=True)
     without = compute(meta, episodes, noises, with_scores=False)
     assert without.scores.isnan().all() and without.scores.shape == (NUM_TASKS,)
+    assert without.info.inner_grad_norm.shape == (NUM_TASKS,)
     torch.testing.assert_close(without.total, compute(meta, episodes, noises).total, rtol=1e-12, atol=1e-14)
 
 

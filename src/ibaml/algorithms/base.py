@@ -124,7 +124,13 @@ class Algorithm(Protocol):
         ...
 
     def hypergradient(
-        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+        self,
+        nll: Nll,
+        meta: MetaParameters,
+        episode: Episode,
+        noise: TaskNoise,
+        *,
+        with_grad_norm: bool = True,
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss in the meta-parameters.
 
@@ -133,6 +139,7 @@ class Algorithm(Protocol):
             meta: Meta-parameters.
             episode: Support and query set.
             noise: Noise of the task.
+            with_grad_norm: False may spare the inner gradient at the solution; its norm is then NaN.
         """
         ...
 

@@ -108,26 +108,35 @@ class GradientBased(abc.ABC):
             at_fixed(inner_loss, meta), meta.prior if start is None else start, with_grad_norm=with_grad_norm
         )
 
-    def hypergradient(self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise) -> Hypergradient:
+    def hypergradient(
+        self,
+        nll: Nll,
+        meta: MetaParameters,
+        episode: Episode,
+        noise: TaskNoise,
+        *,
+        with_grad_norm: bool = True,
+    ) -> Hypergradient:
         """Returns one task's gradient of the outer loss in the meta-parameters; see ``Algorithm``."""
         # Parameters that ask for gradients would make every inner step keep its graph.
         meta = tree.detach(meta)
         weight = self._weight(len(episode.support.y))
         goes_back = self.estimator == "unrolled" and self._truncation is None
         support_nll = self._nll(nll, episode.support, noise.inner, twice=goes_back or self.estimator == "implicit")
-        return self._differentiate(
-            TaskProblem(
-                nll=nll,
-                episode=episode,
-                noise=noise,
-                meta=meta,
-                weight=weight,
-                support_nll=support_nll,
-                inner_loss=regularised(support_nll, self._family, weight),
-                outer_loss=partial(self._outer_loss, nll, episode, noise),
-                solver=self._solver(meta, weight),
-            )
+        problem = TaskProblem(
+            nll=nll,
+            episode=episode,
+            noise=noise,
+            meta=meta,
+            weight=weight,
+            support_nll=support_nll,
+            inner_loss=regularised(support_nll, self._family, weight),
+            outer_loss=partial(self._outer_loss, nll, episode, noise),
+            solver=partial(self._solver(meta, weight), with_grad_norm=with_grad_norm),
         )
+        # No derivative is kept but those that the estimator asks for.
+        with torch.no_grad():
+            return self._differentiate(problem)
 
     def outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns the outputs under each weight sample; see ``Algorithm``."""

@@ -2,24 +2,52 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_WITHOUT_ATTENTION = ("torch.nn.modules.", "ibaml.networks.")
+"""Where modules are from that call no attention, but for torch's own attention layers."""
 
-@contextlib.contextmanager
-def second_derivative_kernels(network: nn.Module) -> Generator[None, None, None]:
-    """Switches to kernels that can be differentiated twice: math attention, and recurrent layers without cuDNN."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if has_attention(network):
-            stack.enter_context(_SeenByTorchFunction())
-        if torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in network.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        yield
+
+class Kernels(NamedTuple):
+    """What a network may call that has kernels without second derivatives.
+
+    Attributes:
+        attention: Whether it may call attention: it has layers of torch for that, or modules that are not known here.
+        attention_layers: Whether it has torch's own.
+        recurrence: Whether it has recurrent layers.
+    """
+
+    attention: bool
+    attention_layers: bool
+    recurrence: bool
+
+    @contextlib.contextmanager
+    def differentiable_twice(self) -> Generator[None, None, None]:
+        """Switches to math attention and to recurrent layers without cuDNN, if the network may call them."""
+        with contextlib.ExitStack() as stack:
+            if self.attention:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.attention_layers:
+                stack.enter_context(_SeenByTorchFunction())
+            if self.recurrence and torch.backends.cudnn.is_available():
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+
+
+def kernels_of(network: nn.Module) -> Kernels:
+    """Returns what a network may call, by its modules."""
+    modules = list(network.modules())
+    layers = any(isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) for module in modules)
+    return Kernels(
+        attention=layers or not all(type(module).__module__.startswith(_WITHOUT_ATTENTION) for module in modules),
+        attention_layers=layers,
+        recurrence=any(isinstance(module, nn.RNNBase) for module in modules),
+    )
 
 
 class _SeenByTorchFunction(TorchFunctionMode):
@@ -33,8 +61,3 @@ class _SeenByTorchFunction(TorchFunctionMode):
     ) -> Any:
         del types
         return func(*args, **(kwargs or {}))
-
-
-def has_attention(network: nn.Module) -> bool:
-    """Whether a network has attention layers of torch."""
-    return any(isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer) for module in network.modules())

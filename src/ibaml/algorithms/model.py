@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ibaml.algorithms.kernels import has_attention, second_derivative_kernels
+from ibaml.algorithms.kernels import Kernels, kernels_of
 from ibaml.algorithms.nll import PlainNll
 from ibaml.algorithms.tail import FEATURES, Lookup, Tail, find_tail, keeps_statistics
 from ibaml.likelihoods import Likelihood
@@ -68,7 +68,7 @@ class Model(PlainNll):
             ``[num_examples, num_outputs]``.
         """
         own = {name: value for name, value in shared.items() if name in self.shared_names}
-        with second_derivative_kernels(self.network):
+        with self._kernels.differentiable_twice():
             return torch.func.functional_call(self.network, {**self.frozen, **own, **adapted}, (x,))
 
     def features(self, shared: Params, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Model(PlainNll):
         if isinstance(self.tail.body, Lookup):
             return shared[FEATURES][x]
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}}
-        with second_derivative_kernels(self.network):
+        with self._kernels.differentiable_twice():
             return torch.func.functional_call(self.tail.body, own, (x,))
 
     def splits(self, x: Tensor) -> bool:
@@ -175,7 +175,7 @@ class Model(PlainNll):
             if name.endswith("num_batches_tracked")
         }
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}, **moved, **counters}
-        with second_derivative_kernels(self.network):
+        with self._kernels.differentiable_twice():
             return torch.func.functional_call(self.tail.training_body, own, (x,)), moved
 
     @property
@@ -292,6 +292,10 @@ class Model(PlainNll):
         return outputs.shape[-1]
 
     @functools.cached_property
+    def _kernels(self) -> Kernels:
+        return kernels_of(self.network)
+
+    @functools.cached_property
     def _seen(self) -> dict[Any, int]:
         return {}
 
@@ -361,7 +365,7 @@ def build_model(
     adapted = {name: value for name, value in values.items() if name in adapted_names}
     tail = find_tail(network, adapted)
     statistics = _statistics(network, tail)
-    if has_attention(network):
+    if kernels_of(network).attention_layers:
         _logger.warning(
             "%s has attention layers: torch's fused attention kernels are switched off, because they have no second "
             "derivatives.",

@@ -1,15 +1,14 @@
 """Reptile: the initial weights move towards where the tasks' own training leads."""
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
-
-import torch
 
 from ibaml import tree
 from ibaml.algorithms.base import Estimator, MetaParameters
 from ibaml.algorithms.gradient_based import Hypergradient, TaskProblem
 from ibaml.algorithms.on_weights import OnWeights
-from ibaml.hypergradients.base import diagnostics
+from ibaml.hypergradients.base import diagnostics, gradients_and_value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,6 @@ class Reptile(OnWeights):
 
     def _differentiate(self, problem: TaskProblem) -> Hypergradient:
         solution = self.adapt(problem.nll, problem.meta, problem.episode.support, problem.noise)
-        of_theta, outer_loss = torch.func.grad_and_value(problem.outer_loss, argnums=1)(solution.value, problem.meta)
+        (of_theta,), outer_loss = gradients_and_value(partial(problem.outer_loss, solution.value), problem.meta)
         gradient = MetaParameters(tree.sub(problem.meta.prior, solution.value), of_theta.shared)
         return gradient, diagnostics(outer_loss, solution.grad_norm, solution.value)

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ibaml import tree
+from ibaml.solvers.curvature import vjp
 from ibaml.types import HypergradientInfo, InnerSolution, LinearSolution, PyTree, Tensor
 
 BilevelLoss: TypeAlias = Callable[[PyTree, PyTree], Tensor]
@@ -30,7 +31,7 @@ def gradients_and_value(function: Callable[..., Any], *arguments: PyTree, has_au
     Returns:
         A tuple with a gradient for each argument, the value, and what else the function returned.
     """
-    value, pullback, *aux = torch.func.vjp(function, *arguments, has_aux=has_aux)
+    value, pullback, *aux = vjp(function, *arguments, has_aux=has_aux)
     return pullback(torch.ones_like(value)), value, *aux
 
 

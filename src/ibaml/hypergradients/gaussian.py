@@ -8,12 +8,13 @@ import torch
 from ibaml import tree
 from ibaml.hypergradients.base import diagnostics, gradients_and_value
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
-from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
+from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp, vjp
 from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 
 
+@torch.no_grad()
 def gaussian_implicit_hypergradient(
     expected_nll: Callable[..., Tensor],
     outer_loss: Callable[..., Tensor],
@@ -85,6 +86,7 @@ def gaussian_implicit_hypergradient(
     )
 
 
+@torch.no_grad()
 def regularised_implicit_hypergradient(
     nll: Callable[..., Tensor],
     outer_loss: Callable[..., Tensor],
@@ -152,5 +154,5 @@ def regularised_implicit_hypergradient(
     if not tree.leaves(shared):
         return (prior_gradient, outer_shared[0]), info
     # g = dO/dshared - (d2L/dshared dv) u
-    pullback = torch.func.vjp(lambda s: gradient_of(nll)(posterior, s), shared)[1]
+    pullback = vjp(lambda s: gradient_of(nll)(posterior, s), shared)[1]
     return (prior_gradient, tree.sub(outer_shared[0], pullback(solution.value)[0])), info

@@ -4,12 +4,13 @@ import torch
 
 from ibaml import tree
 from ibaml.hypergradients.base import BilevelLoss, diagnostics, gradients_and_value
-from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp
+from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp, vjp
 from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
 from ibaml.types import HypergradientInfo, PyTree
 
 
+@torch.no_grad()
 def implicit_hypergradient(
     inner_loss: BilevelLoss,
     outer_loss: BilevelLoss,
@@ -52,6 +53,6 @@ def implicit_hypergradient(
     (outer_v, outer_meta), value = gradients_and_value(outer_loss, inner_params, meta_params)
     _, inner_gradient, curvature = value_gradient_and_hvp(at_fixed(inner_loss, meta_params), inner_params)
     solution = solver(curvature, outer_v)
-    pullback = torch.func.vjp(lambda meta: gradient_of(inner_loss)(inner_params, meta), meta_params)[1]
+    pullback = vjp(lambda meta: gradient_of(inner_loss)(inner_params, meta), meta_params)[1]
     gradient = tree.sub(outer_meta, pullback(solution.value)[0])
     return gradient, diagnostics(value, tree.norm(inner_gradient), inner_params, solution, outer_v)

@@ -6,10 +6,11 @@ import torch
 
 from ibaml import tree
 from ibaml.hypergradients.base import BilevelLoss, InnerRun, diagnostics, gradients_and_value
-from ibaml.solvers.curvature import at_fixed
+from ibaml.solvers.curvature import at_fixed, vjp
 from ibaml.types import HypergradientInfo, PyTree, Tensor
 
 
+@torch.no_grad()
 def unrolled_hypergradient(
     inner_loss: BilevelLoss,
     outer_loss: BilevelLoss,
@@ -59,6 +60,7 @@ def unrolled_hypergradient(
     return gradient, diagnostics(value, grad_norm, adapted)
 
 
+@torch.no_grad()
 def first_order_hypergradient(
     inner_loss: BilevelLoss,
     outer_loss: BilevelLoss,
@@ -77,5 +79,5 @@ def first_order_hypergradient(
     meta_params = tree.detach(meta_params)
     solution = inner_solver(at_fixed(inner_loss, meta_params), init(meta_params))
     (outer_v, outer_meta), value = gradients_and_value(outer_loss, solution.value, meta_params)
-    through_init = torch.func.vjp(init, meta_params)[1](outer_v)[0]
+    through_init = vjp(init, meta_params)[1](outer_v)[0]
     return tree.add(outer_meta, through_init), diagnostics(value, solution.grad_norm, solution.value)

@@ -30,15 +30,102 @@ class DifferentiatedLoss:
 
 
 def differentiated(function: Callable[..., Tensor]) -> DifferentiatedLoss:
-    """Returns a scalar function with the gradient in its first argument: its own, or else that of ``torch.func``."""
+    """Returns a scalar function with the gradient in its first argument: its own, or else that of autograd.
+
+    The gradient can be differentiated in turn, by a transform of ``torch.func`` around it or, outside of those, where
+    gradients are enabled; under ``torch.no_grad`` it keeps nothing.
+    """
     if isinstance(function, DifferentiatedLoss):
         return function
 
-    def value_and_gradient(*arguments: PyTree) -> tuple[Tensor, PyTree]:
-        derivative, value = torch.func.grad_and_value(function)(*arguments)
-        return value, derivative
+    def value_and_gradient(point: PyTree, *rest: PyTree) -> tuple[Tensor, PyTree]:
+        if is_transformed():
+            derivative, value = torch.func.grad_and_value(function)(point, *rest)
+            return value, derivative
+        value, pullback = vjp(lambda at: function(at, *rest), point)
+        return value, pullback(torch.ones_like(value))[0]
 
-    return DifferentiatedLoss(value_and_gradient, torch.func.grad(function), function)
+    return DifferentiatedLoss(value_and_gradient, lambda *arguments: value_and_gradient(*arguments)[1], function)
+
+
+def vjp(function: Callable[..., Any], *arguments: PyTree, has_aux: bool = False) -> tuple[Any, ...]:
+    """Does what ``torch.func.vjp`` does, outside of transforms by plain autograd, whose operations cost less.
+
+    Args:
+        function: From pytrees to a pytree, or to a pair of it and something else with ``has_aux``.
+        *arguments: Its arguments.
+        has_aux: Whether it returns more.
+
+    Returns:
+        The value, a map from cotangents to a tuple with a gradient for each argument, and what else the function
+        returned. Where gradients are enabled and the function depends on tensors that ask for some, value and gradients
+        are differentiable in turn.
+
+    Examples:
+        >>> value, pullback = vjp(lambda x: x**2, torch.tensor(3.0))
+        >>> value, pullback(torch.tensor(1.0))
+        (tensor(9.), (tensor(6.),))
+    """
+    if is_transformed():
+        return torch.func.vjp(function, *arguments, has_aux=has_aux)
+    is_enabled = torch.is_grad_enabled()
+
+    def own(leaf: Tensor) -> Tensor:
+        # A view is a tensor of its own: a derivative in it is none in whatever else depends on the leaf.
+        return leaf.view_as(leaf) if is_enabled and leaf.requires_grad else leaf.detach().requires_grad_()
+
+    inputs = tree.map(own, arguments)
+    with torch.enable_grad():
+        value, *aux = function(*inputs) if has_aux else (function(*inputs),)
+    input_leaves, of_inputs = tree.flatten(inputs)
+    value_leaves = tree.leaves(value)
+    records = is_enabled and (
+        any(leaf.requires_grad for leaf in tree.leaves(arguments)) or _depends_on_more(value_leaves, input_leaves)
+    )
+
+    def pullback(cotangent: PyTree) -> tuple[PyTree, ...]:
+        pairs = [pair for pair in zip(value_leaves, tree.leaves(cotangent), strict=True) if pair[0].requires_grad]
+        if not pairs:
+            return tree.zeros_like(arguments)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return of_inputs(
+            torch.autograd.grad(
+                outputs,
+                input_leaves,
+                cotangents,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled() and (records or any(each.requires_grad for each in cotangents)),
+                materialize_grads=True,
+            )
+        )
+
+    return value if records else tree.detach(value), pullback, *(aux if records else tree.detach(aux))
+
+
+def _depends_on_more(values: list[Tensor], inputs: list[Tensor]) -> bool:
+    """Whether the graph of some values has leaves that are none of the inputs."""
+    own = {id(leaf) for leaf in (*inputs, None)}
+    if any(leaf.requires_grad and leaf.is_leaf and id(leaf) not in own for leaf in values):
+        return True
+    nodes = [leaf.grad_fn for leaf in values if leaf.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if id(getattr(node, "variable", None)) not in own:
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        nodes.extend(new)
+    return False
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is under way, inside of which autograd's own functions fail."""
+    try:
+        torch.empty(0).requires_grad_()
+    except RuntimeError:
+        return True
+    return False
 
 
 def gradient(function: Callable[..., Tensor]) -> Callable[..., PyTree]:
@@ -85,8 +172,7 @@ def value_gradient_and_hvp(
     """
     if mode == "reverse":
         whole = differentiated(function)
-        # torch does not say that has_aux adds a third result.
-        outputs: Any = torch.func.vjp(lambda at: whole.value_and_gradient(at)[::-1], point, has_aux=True)
+        outputs: Any = vjp(lambda at: whole.value_and_gradient(at)[::-1], point, has_aux=True)
     elif mode == "forward":
         derivative, value = torch.func.grad_and_value(function)(point)
         return value, derivative, lambda vector: torch.func.jvp(torch.func.grad(function), (point,), (vector,))[1]

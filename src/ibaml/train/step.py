@@ -31,8 +31,6 @@ from ibaml.types import Batch, Episode, HypergradientInfo, Params, Tensor
 NUM_CALLS_THAT_PAY = 50
 """Steps of training, or tasks of an evaluation, from which on writing programs is worth its time."""
 
-_MOST_AT_ONCE = 2_000_000  # Weights of a network whose unrolled tasks may all be in memory.
-
 
 class TaskHypergradients(NamedTuple):
     """Hypergradients of several tasks.
@@ -119,7 +117,8 @@ class HypergradientStep:
             meta: Meta-parameters.
             episodes: Tasks, with a leading axis, on the device of the meta-parameters.
             noises: Noise of each task.
-            with_scores: False spares a pass of each query set; the scores are then NaN.
+            with_scores: False spares a pass of each query set, and the norm of the inner gradient where nothing else
+                needs that gradient; what is spared is NaN.
 
         Raises:
             DeviceLostError: If a kernel fails on a CUDA device.
@@ -237,7 +236,7 @@ class _Tasks:
             self._nll = ProgramNll(model, num_kept=num_kept, compile=compile)
         if max_examples_per_pass is not None:
             self._nll = NllInParts(self._nll, max_examples_per_pass, model.network)
-        if tasks_per_chunk is None and fast and not _tasks_at_once(model, algorithm):
+        if tasks_per_chunk is None and fast and not model.is_small:
             tasks_per_chunk = 1
         self._tasks_per_chunk = tasks_per_chunk
 
@@ -268,7 +267,7 @@ class _Tasks:
         ) -> tuple[MetaParameters, HypergradientInfo, Tensor, Params]:
             shared = {**meta.shared, **own}
             gradient, info = self._algorithm.hypergradient(
-                self._nll, MetaParameters(meta.prior, shared), episode, noise
+                self._nll, MetaParameters(meta.prior, shared), episode, noise, with_grad_norm=with_scores
             )
             score = torch.full_like(info.outer_loss, math.nan)
             if with_scores:
@@ -354,13 +353,6 @@ def _features(model: Model, shared: Params, episodes: Episode) -> tuple[Tensor, 
         return features.unflatten(0, x.shape[:2]), averages
     of_tasks = zip(episodes.support.x, episodes.query.x, strict=True)
     return torch.stack([torch.cat([model.features(shared, x) for x in of_task]) for of_task in of_tasks]), {}
-
-
-def _tasks_at_once(model: Model, algorithm: Algorithm) -> bool:
-    """Whether all tasks of a step are sooner done at once (measured on a CPU), though they hold memory at once."""
-    num_weights = sum(leaf.numel() for leaf in model.adapted.values())
-    unrolls = algorithm.estimator == "unrolled" and num_weights <= _MOST_AT_ONCE
-    return model.is_small or (unrolls and not model.is_convolutional)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import Estimator, MetaParameters, Network, TaskNoise
 from ibaml.algorithms.nll import Nll
+from ibaml.hypergradients.base import gradients_and_value
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
 
 Solution = TypeVar("Solution")
@@ -189,15 +190,22 @@ class Head(abc.ABC):
         return InnerSolution(posterior, residual, 0)
 
     def hypergradient(
-        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise
+        self,
+        nll: Nll,
+        meta: MetaParameters,
+        episode: Episode,
+        noise: TaskNoise,
+        *,
+        with_grad_norm: bool = True,
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss, exact by implicit differentiation; see ``Algorithm``."""
-        del noise
+        del noise, with_grad_norm
 
         def objective(theta: MetaParameters) -> tuple[Tensor, tuple[HeadPosterior[Any], Tensor]]:
             return self.objective(nll, theta, episode)
 
-        gradient, (loss, (posterior, residual)) = torch.func.grad_and_value(objective, has_aux=True)(tree.detach(meta))
+        with torch.no_grad():
+            (gradient,), loss, (posterior, residual) = gradients_and_value(objective, meta, has_aux=True)
         return gradient, solved_exactly(loss, residual, tree.detach(posterior))
 
     def objective(

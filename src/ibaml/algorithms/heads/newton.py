@@ -39,8 +39,8 @@ class Problem(Protocol):
         """Returns the whitened weights ``e``, ``[num_classes, rank]``."""
         ...
 
-    def inner(self, one: Tensor, other: Tensor, /) -> Tensor:
-        """Returns the inner product of the whitened weights of two unknowns, a scalar."""
+    def inner(self, one: Tensor, other: Tensor, outputs: Tensor, /) -> Tensor:
+        """Returns the inner product of the whitened weights of two unknowns, given the other's ``outputs``."""
         ...
 
     def residual(self, unknown: Tensor, errors: Tensor, /) -> Tensor:
@@ -97,8 +97,9 @@ class _OfExamples(NamedTuple):
     def whitened(self, unknown: Tensor) -> Tensor:
         return _each(self.features.mT, unknown)
 
-    def inner(self, one: Tensor, other: Tensor) -> Tensor:
-        return (one * self.outputs(other)).sum((-2, -1))
+    def inner(self, one: Tensor, other: Tensor, outputs: Tensor) -> Tensor:
+        del other
+        return (one * outputs).sum((-2, -1))
 
     def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
         return unknown - errors
@@ -152,7 +153,8 @@ class _OfWeights(NamedTuple):
     def whitened(self, unknown: Tensor) -> Tensor:
         return unknown
 
-    def inner(self, one: Tensor, other: Tensor) -> Tensor:
+    def inner(self, one: Tensor, other: Tensor, outputs: Tensor) -> Tensor:
+        del outputs
         return (one * other).sum((-2, -1))
 
     def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ def newton(
         offset: Logits at zero weights, ``[num_classes, num_examples]``, detached.
         targets: Ones and zeros, likewise.
         max_steps: Newton steps at most.
-        tolerance: Relative norm of the gradient at which one step more is the last.
+        tolerance: The step is the last whose length in the Newton matrix is at most so many roots of the inner loss.
     """
     return _Newton.apply(type(problem), max_steps, tolerance, offset, targets, *problem)
 
@@ -255,51 +257,85 @@ def _solve(
     problem: Problem, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Returns the solution and the Newton matrix of the last step."""
-    unknown, factors = problem.start(targets), ()
+    unknown, logits, factors = problem.start(targets), offset + torch.zeros_like(targets), ()
     for _ in range(max_steps):
-        logits = offset + problem.outputs(unknown)
         log_probs = torch.log_softmax(logits, -2)
-        errors = targets - log_probs.exp()
-        residual = problem.residual(unknown, errors)
+        residual = problem.residual(unknown, targets - log_probs.exp())
         factors = problem.factorize(log_probs)
         step = -problem.solve(factors, residual)
+        change = problem.outputs(step)
+        line = _Line(
+            targets=targets,
+            logits=logits,
+            change=change,
+            cross_entropy=-(targets * log_probs).sum((-2, -1)),
+            squared_norm=problem.inner(unknown, unknown, logits - offset),
+            along=problem.inner(unknown, step, change),
+            squared_step=problem.inner(step, step, change),
+            decrement=-problem.inner(residual, step, change),
+        )
         # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
-        converged = _relative_gradient(problem, unknown, residual, errors) <= tolerance
-        length = torch.where(converged, 1.0, _step_length(problem, unknown, step, residual, logits, targets))
-        unknown = unknown + length[..., None, None] * step
+        converged = line.decrement <= tolerance**2 * (line.cross_entropy + 0.5 * line.squared_norm)
+        length = line.step_length(converged)
+        unknown, logits = unknown + length[..., None, None] * step, logits + length[..., None, None] * change
         # After a step of length 0 the next would be the same.
         if tree.holds((converged | (length == 0)).all()):
             break
     return unknown, factors
 
 
-def _step_length(
-    problem: Problem, unknown: Tensor, step: Tensor, residual: Tensor, logits: Tensor, targets: Tensor
-) -> Tensor:
-    """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
-    lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=step.dtype, device=step.device)
+class _Line(NamedTuple):
+    """The inner loss ``cross entropy + |e|^2 / 2`` along a Newton step; all but the first three are scalars.
 
-    def cross_entropy(at: Tensor, targets: Tensor) -> Tensor:
-        return (torch.logsumexp(at, -2) - (targets * at).sum(-2)).sum(-1)
+    Attributes:
+        targets: Ones and zeros, ``[num_classes, num_examples]``.
+        logits: Where the step starts, likewise.
+        change: What the whole step adds to the logits, likewise.
+        cross_entropy: That of the start.
+        squared_norm: ``|e|^2`` of the start.
+        along: Inner product of start and step.
+        squared_step: That of the step with itself.
+        decrement: Minus the slope, which is the squared length of the step in the Newton matrix: twice the decrease
+            that the quadratic model of the inner loss promises.
+    """
 
-    before = cross_entropy(logits, targets).unsqueeze(-1)
-    after = cross_entropy(
-        logits.unsqueeze(-3) + lengths[:, None, None] * problem.outputs(step).unsqueeze(-3), targets.unsqueeze(-3)
-    )
-    along, squared, slope, size = problem.inner(
-        torch.stack([unknown, step, residual, unknown]), torch.stack([step, step, step, unknown])
-    ).unsqueeze(-1)
-    decrease = before - after - lengths * (along + 0.5 * lengths * squared)
-    # Near the solution a decrease is lost in rounding, and the whole step is right.
-    rounding = 32 * torch.finfo(step.dtype).eps * (1 + before + 0.5 * size)
-    enough = decrease >= -_SUFFICIENT_DECREASE * lengths * slope - rounding
-    return torch.where(enough, lengths, 0.0).amax(-1)
+    targets: Tensor
+    logits: Tensor
+    change: Tensor
+    cross_entropy: Tensor
+    squared_norm: Tensor
+    along: Tensor
+    squared_step: Tensor
+    decrement: Tensor
+
+    def step_length(self, converged: Tensor) -> Tensor:
+        """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none.
+
+        Args:
+            converged: Where it is 1 unasked.
+        """
+        lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=self.change.dtype, device=self.change.device)
+        whole = converged | self._decreases(lengths[:1]).squeeze(-1)
+        if tree.holds(whole.all()):
+            return torch.ones_like(self.decrement)
+        found = torch.where(self._decreases(lengths), lengths, 0.0).amax(-1)
+        return torch.where(converged, 1.0, found)
+
+    def _decreases(self, lengths: Tensor) -> Tensor:
+        at = self.logits.unsqueeze(-3) + lengths[:, None, None] * self.change.unsqueeze(-3)
+        own = (self.targets.unsqueeze(-3) * at).sum(-2)
+        cross_entropy = (torch.logsumexp(at, -2) - own).sum(-1)
+        before, squared_norm, along, squared_step, decrement = (each.unsqueeze(-1) for each in self[3:])
+        decrease = before - cross_entropy - lengths * (along + 0.5 * lengths * squared_step)
+        # Near the solution a decrease is lost in rounding, and the whole step is right.
+        rounding = 32 * torch.finfo(lengths.dtype).eps * (1 + before + 0.5 * squared_norm)
+        return decrease >= _SUFFICIENT_DECREASE * lengths * decrement - rounding
 
 
 def _relative_gradient(problem: Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
     """Returns the norm of the gradient ``e - (Z C)^T (y - p)`` over those of its terms, examples taken one by one."""
     both = torch.stack([residual, unknown])
-    norm, of_prior = problem.inner(both, both).clamp_min(0).sqrt()
+    norm, of_prior = problem.inner(both, both, problem.outputs(both)).clamp_min(0).sqrt()
     of_examples = (errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
     return norm / (of_prior + of_examples + torch.finfo(norm.dtype).tiny)
 

@@ -29,9 +29,10 @@ from ibaml.priors.columns import ColumnPrior, DiagonalColumnPrior
 from ibaml.types import Batch, Params, Tensor
 
 _TOLERANCE_EXPONENT = 0.6
-"""Newton's method has converged at a relative gradient norm of the rounding error of the features to this power.
+"""Newton's method has converged where the length of its step in the Newton matrix is at most the root of the inner loss
+times the rounding error of the features to this power.
 
-The step that is taken all the same squares it, and the Newton matrix is as near to that of the solution.
+The step that is taken all the same squares the error, and the Newton matrix is as near to that of the solution.
 """
 
 

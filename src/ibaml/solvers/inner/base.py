@@ -143,7 +143,8 @@ def iterate(
         if step + 1 == cut:
             value = tree.add(value, tree.sub(init, tree.detach(init)))
     if with_grad_norm:
-        grad_norm = tree.norm(tree.detach(gradient(tree.detach(value)))).detach()
+        with torch.no_grad():
+            grad_norm = tree.norm(gradient(tree.detach(value)))
     else:
         grad_norm = torch.full_like(tree.leaves(value)[0].flatten()[0], math.nan)
     return InnerSolution(value=value, grad_norm=grad_norm, num_steps=num_steps)
