@@ -1,5 +1,6 @@
 """Splits of unequal tasks: sizes, seeds, classes on the support side, and no row on both sides."""
 
+import math
 import re
 
 import pytest
@@ -59,17 +60,34 @@ def test_every_task_and_many_sizes_are_drawn():
 
 
 @given(st.integers(0, 2**31))
-def test_the_support_has_every_class_of_its_task(seed):
-    sampler = TaskSplits(classification(4, 20), num_outputs=3)
+def test_a_stratified_support_has_every_class_of_its_task(seed):
+    sampler = TaskSplits(classification(4, 20), num_outputs=3, stratify=True)
     episode = sampler.sample(2, generator=generator(seed))
     for labels in episode.support.y:
         assert labels.unique().tolist() == [0, 1, 2]
 
 
-def test_a_rare_class_is_in_every_support():
+def test_a_rare_class_is_in_every_stratified_support():
     task = Batch(torch.arange(50.0).unsqueeze(1), (torch.arange(50) == 17).long())
-    sampler = TaskSplits([task], num_outputs=2, num_support=2)
+    sampler = TaskSplits([task], num_outputs=2, num_support=2, stratify=True)
     assert all(sampler.sample(1, generator=generator(seed)).support.y.sum() == 1 for seed in range(20))
+
+
+@pytest.mark.parametrize("num_support", [1, 2, 10])
+def test_a_rare_class_is_as_rare_in_a_support_as_in_its_task(num_support):
+    task = Batch(torch.arange(50.0).unsqueeze(1), (torch.arange(50) < 5).long())
+    sampler = TaskSplits([task], num_outputs=2, num_support=num_support)
+    source = generator()
+    found = torch.cat([sampler.sample(8, generator=source).support.y for _ in range(100)])
+    # Of 800 supports without replacement; their mean share is a tenth, within five standard deviations.
+    deviation = math.sqrt(0.1 * 0.9 / num_support / 800)
+    assert abs(float(found.double().mean()) - 0.1) < 5 * deviation
+
+
+def test_a_support_may_be_smaller_than_the_number_of_classes():
+    sampler = TaskSplits(classification(9), num_outputs=3, num_support=1)
+    assert sampler.sample(2, generator=generator()).support.y.shape == (2, 1)
+    assert TaskSplits(classification(2), num_outputs=3).smallest_supports.tolist() == [1]
 
 
 @given(st.integers(0, 2**31), st.booleans())
@@ -117,7 +135,7 @@ def test_one_split_of_a_task_uses_all_of_it():
 
 
 def test_what_it_says_of_itself():
-    sampler = TaskSplits(classification(6, 9), num_outputs=3)
+    sampler = TaskSplits(classification(6, 9), num_outputs=3, stratify=True)
     assert sampler.input_shape == (2,) and sampler.num_outputs == 3 and not sampler.has_equal_sizes
     assert sampler.smallest_supports.tolist() == [3, 3]
     fixed = sampler.restricted([1], num_support=4, num_query=5)
@@ -133,11 +151,11 @@ def test_what_it_says_of_itself():
         (regression(5, 1), {}, "task '1' has 1 examples; a split needs at least 1 for the support and 1 for the query"),
         (
             classification(3),
-            {},
+            {"stratify": True},
             "task '0' has 3 examples; a split needs at least 3 for the support and 1 for the query",
         ),
         (regression(5), {"num_support": 5}, "task '0' has 5 examples; a split needs at least 5"),
-        (classification(9), {"num_support": 2}, "num_support is 2, but task '0' has 3 classes"),
+        (classification(9), {"num_support": 2, "stratify": True}, "num_support is 2, but task '0' has 3 classes"),
         (classification(9), {"num_ways": 4}, "task '0' has 3 classes, but num_ways is 4"),
         (regression(5), {"num_support": 0}, "num_support must be at least 1"),
         (regression(5), {"num_query": 0}, "num_query must be at least 1"),

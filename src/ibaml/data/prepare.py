@@ -27,6 +27,8 @@ class SplitSettings:
         num_support: Support examples of a task. None: varies from draw to draw in training (see ``TaskSplits``), half
             of the task in evaluation.
         num_query: Largest number of query examples of a draw in training.
+        stratify: Whether the support of a task holds every class that the task has, for classes that all tasks share.
+            False: rows come as they come, as they do for who adapts to a new task without choosing them.
         group_duplicates: Whether rows that agree in inputs and target stay on one side.
         num_ways: Classes of a task where each task has its own. None: the smallest number that a task has; 5 for
             images.
@@ -38,6 +40,7 @@ class SplitSettings:
 
     num_support: int | None = None
     num_query: int = 64
+    stratify: bool = False
     group_duplicates: bool = True
     num_ways: int | None = None
     num_shots: int = 5
@@ -157,6 +160,7 @@ def table_splits(
         num_ways=preprocessing.num_outputs if per_task else None,
         num_support=splits.num_support,
         num_query=splits.num_query,
+        stratify=splits.stratify,
         group_duplicates=splits.group_duplicates,
         groups=[row_groups(task) for task in encoded],
         names=[task.name for task in table.tasks],

@@ -79,7 +79,8 @@ class TaskSplits(RaggedTasks):
     draw come uniformly from those that are large enough. ``num_support`` fixes the support size instead.
 
     Splits are free of leaks: rows that agree in inputs and target are one group, and a group is never on both sides.
-    For classification the support holds every class that the task has.
+    Rows come as they come, so that a rare class is as rare in a support set as it is in its task and often absent from
+    it; with ``stratify``, and always where classes are of their task, the support holds every class that the task has.
 
     Args:
         tasks: Inputs and targets of each task: float, ``[num_examples, *input_shape]``, and class indices (int64) or
@@ -89,6 +90,8 @@ class TaskSplits(RaggedTasks):
             afresh in random order. None: class indices mean the same in all tasks, or the targets are real.
         num_support: Support examples of every draw; None lets them vary.
         num_query: Largest number of query examples of a draw.
+        stratify: Whether the support holds every class of the task, for classes that all tasks share: right only where
+            whoever adapts to a new task sees to that as well.
         group_duplicates: Whether identical rows stay on one side. False: each row by itself, for inputs of few distinct
             values, where equal rows are different measurements.
         groups: Number of each row's group, per task, from ``row_groups``; None: found in the tasks. For tensors that
@@ -115,6 +118,7 @@ class TaskSplits(RaggedTasks):
         num_ways: int | None = None,
         num_support: int | None = None,
         num_query: int = 64,
+        stratify: bool = False,
         group_duplicates: bool = True,
         groups: Sequence[Tensor] | None = None,
         names: Sequence[str] | None = None,
@@ -127,6 +131,7 @@ class TaskSplits(RaggedTasks):
         self.num_outputs = num_outputs
         self.num_ways = num_ways
         self.num_support = num_support
+        self.stratify = stratify
         self.group_duplicates = group_duplicates
         require_positive_int("num_query", num_query)
         self.names = tuple(map(str, range(len(tasks)))) if names is None else tuple(names)
@@ -164,7 +169,7 @@ class TaskSplits(RaggedTasks):
 
     @property
     def smallest_supports(self) -> Tensor:
-        """Smallest support that holds every class, int64, ``[num_tasks]``; 1 for regression."""
+        """Smallest support of a split, int64, ``[num_tasks]``: 1, or where it holds every class their number."""
         return self._smallest
 
     def restricted(self, indices: Sequence[int], *, num_support: int | None, num_query: int) -> "TaskSplits":
@@ -175,6 +180,7 @@ class TaskSplits(RaggedTasks):
             num_ways=self.num_ways,
             num_support=num_support,
             num_query=num_query,
+            stratify=self.stratify,
             group_duplicates=self.group_duplicates,
             groups=[self._groups[index] for index in indices],
             names=[self.names[index] for index in indices],
@@ -182,7 +188,7 @@ class TaskSplits(RaggedTasks):
 
     def content(self) -> PyTree:
         """Returns what decides the draws."""
-        return self.tasks, self._groups, self.num_ways, self.num_support, self.num_query
+        return self.tasks, self._groups, self.num_ways, self.num_support, self.num_query, self.stratify
 
     def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[list[int], int]:
         first = int(torch.randint(len(self.tasks), (), generator=generator))
@@ -215,7 +221,8 @@ class TaskSplits(RaggedTasks):
             position = (labels.unsqueeze(1) == chosen).to(torch.int64)
             rows = torch.nonzero(position.any(1)).flatten()
             labels = position.argmax(1)
-        order = rows[self._order(groups[rows], None if labels is None else labels[rows], generator)]
+        wanted = None if labels is None or not self._holds_every_class else labels[rows]
+        order = rows[self._order(groups[rows], wanted, generator)]
         num_support = num_support or self.num_support or max(len(order) // 2, int(self._smallest[index]))
         support, rest = order[:num_support], order[num_support:]
         query = rest[~torch.isin(groups[rest], groups[support])][:num_query]
@@ -233,8 +240,12 @@ class TaskSplits(RaggedTasks):
             key[first] = -2.0
         return order[torch.argsort(key[order], stable=True)]
 
+    @property
+    def _holds_every_class(self) -> bool:
+        return self.stratify or self.num_ways is not None
+
     def _smallest_support(self, task: Batch) -> int:
-        if task.y.is_floating_point():
+        if task.y.is_floating_point() or not self._holds_every_class:
             return 1
         return len(task.y.unique()) if self.num_ways is None else self.num_ways
 

@@ -257,40 +257,47 @@ def _solve(
     problem: Problem, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Returns the solution and the Newton matrix of the last step."""
-    unknown, logits, factors = problem.start(targets), offset + torch.zeros_like(targets), ()
+    unknown, factors = problem.start(targets), ()
+    logits = offset + torch.zeros_like(targets)
+    log_probs, cross_entropy = _log_probs_and_cross_entropy(logits, targets)
     for _ in range(max_steps):
-        log_probs = torch.log_softmax(logits, -2)
         residual = problem.residual(unknown, targets - log_probs.exp())
         factors = problem.factorize(log_probs)
         step = -problem.solve(factors, residual)
         change = problem.outputs(step)
         line = _Line(
-            targets=targets,
-            logits=logits,
-            change=change,
-            cross_entropy=-(targets * log_probs).sum((-2, -1)),
+            cross_entropy=cross_entropy,
             squared_norm=problem.inner(unknown, unknown, logits - offset),
             along=problem.inner(unknown, step, change),
             squared_step=problem.inner(step, step, change),
             decrement=-problem.inner(residual, step, change),
         )
         # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
-        converged = line.decrement <= tolerance**2 * (line.cross_entropy + 0.5 * line.squared_norm)
-        length = line.step_length(converged)
-        unknown, logits = unknown + length[..., None, None] * step, logits + length[..., None, None] * change
-        # After a step of length 0 the next would be the same.
-        if tree.holds((converged | (length == 0)).all()):
-            break
+        converged = line.decrement <= tolerance**2 * line.loss
+        if tree.holds(converged.all()):
+            return unknown + step, factors
+        log_probs, cross_entropy = _log_probs_and_cross_entropy(logits + change, targets)
+        whole = converged | line.decreases(1.0, cross_entropy)
+        if not tree.holds(whole.all()):
+            length = torch.where(converged, 1.0, _step_length(line, logits, change, targets))
+            # After a step of length 0 the next would be the same.
+            if tree.holds((converged | (length == 0)).all()):
+                return unknown + length[..., None, None] * step, factors
+            step, change = (length[..., None, None] * each for each in (step, change))
+            log_probs, cross_entropy = _log_probs_and_cross_entropy(logits + change, targets)
+        unknown, logits = unknown + step, logits + change
     return unknown, factors
 
 
+def _log_probs_and_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = torch.log_softmax(logits, -2)
+    return log_probs, -(targets * log_probs).sum((-2, -1))
+
+
 class _Line(NamedTuple):
-    """The inner loss ``cross entropy + |e|^2 / 2`` along a Newton step; all but the first three are scalars.
+    """The inner loss ``cross entropy + |e|^2 / 2`` along a Newton step; all are scalars.
 
     Attributes:
-        targets: Ones and zeros, ``[num_classes, num_examples]``.
-        logits: Where the step starts, likewise.
-        change: What the whole step adds to the logits, likewise.
         cross_entropy: That of the start.
         squared_norm: ``|e|^2`` of the start.
         along: Inner product of start and step.
@@ -299,37 +306,37 @@ class _Line(NamedTuple):
             that the quadratic model of the inner loss promises.
     """
 
-    targets: Tensor
-    logits: Tensor
-    change: Tensor
     cross_entropy: Tensor
     squared_norm: Tensor
     along: Tensor
     squared_step: Tensor
     decrement: Tensor
 
-    def step_length(self, converged: Tensor) -> Tensor:
-        """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none.
+    @property
+    def loss(self) -> Tensor:
+        """The inner loss of the start."""
+        return self.cross_entropy + 0.5 * self.squared_norm
+
+    def decreases(self, length: Tensor | float, cross_entropy: Tensor) -> Tensor:
+        """Whether a step of some length brings its share of the promised decrease.
 
         Args:
-            converged: Where it is 1 unasked.
+            length: The length.
+            cross_entropy: Where that step ends.
         """
-        lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=self.change.dtype, device=self.change.device)
-        whole = converged | self._decreases(lengths[:1]).squeeze(-1)
-        if tree.holds(whole.all()):
-            return torch.ones_like(self.decrement)
-        found = torch.where(self._decreases(lengths), lengths, 0.0).amax(-1)
-        return torch.where(converged, 1.0, found)
-
-    def _decreases(self, lengths: Tensor) -> Tensor:
-        at = self.logits.unsqueeze(-3) + lengths[:, None, None] * self.change.unsqueeze(-3)
-        own = (self.targets.unsqueeze(-3) * at).sum(-2)
-        cross_entropy = (torch.logsumexp(at, -2) - own).sum(-1)
-        before, squared_norm, along, squared_step, decrement = (each.unsqueeze(-1) for each in self[3:])
-        decrease = before - cross_entropy - lengths * (along + 0.5 * lengths * squared_step)
+        decrease = self.cross_entropy - cross_entropy - length * (self.along + 0.5 * length * self.squared_step)
         # Near the solution a decrease is lost in rounding, and the whole step is right.
-        rounding = 32 * torch.finfo(lengths.dtype).eps * (1 + before + 0.5 * squared_norm)
-        return decrease >= _SUFFICIENT_DECREASE * lengths * decrement - rounding
+        rounding = 32 * torch.finfo(decrease.dtype).eps * (1 + self.loss)
+        return decrease >= _SUFFICIENT_DECREASE * length * self.decrement - rounding
+
+
+def _step_length(line: _Line, logits: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+    """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
+    lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=change.dtype, device=change.device)
+    at = logits.unsqueeze(-3) + lengths[:, None, None] * change.unsqueeze(-3)
+    _, cross_entropy = _log_probs_and_cross_entropy(at, targets.unsqueeze(-3))
+    decreases = _Line(*(each.unsqueeze(-1) for each in line)).decreases(lengths, cross_entropy)
+    return torch.where(decreases, lengths, 0.0).amax(-1)
 
 
 def _relative_gradient(problem: Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
