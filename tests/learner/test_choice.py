@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from ibaml import MetaLearner
+from ibaml.algorithms import make_algorithm
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
+from ibaml.priors import DiagonalColumnPrior
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +71,41 @@ def test_a_difference_within_its_error_does_not_count():
     assert simplest_good({"simple": simple, "noisy": noisy, "clear": clear}) == "clear"
     assert simplest_good({"simple": simple}) == "simple"
     assert "simple 1.000" in str(Choice("simple", {"simple": 1.0}, 4))
+
+
+def of_classes(num_tasks=24, num_rows=40, log_odds=-2.0):
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(num_tasks):
+        x = rng.normal(size=(num_rows, 2))
+        logits = log_odds + 0.5 * rng.normal() + x @ (np.array([1.0, -1.0]) + 0.3 * rng.normal(size=2))
+        found.append((x, np.where(rng.random(num_rows) < 1 / (1 + np.exp(-logits)), "yes", "no")))
+    return found
+
+
+def test_lines_are_candidates_for_classes_that_all_tasks_share():
+    train = of_classes()
+    learner = MetaLearner().fit(train)
+    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.BOTH]
+    assert learner.choice.name in (defaults.LINE, defaults.CORRELATED)
+    own = MetaLearner(classes="per_task").fit(train, num_steps=1)
+    assert own.choice is None
+
+
+def test_a_rare_class_is_predicted_as_often_as_it_comes():
+    """Even from one row, which hardly ever shows it; within the quarter that so few tasks allow."""
+    learner = MetaLearner().fit(of_classes(60))
+    test = of_classes(260)[60:]
+    share = np.mean([np.mean(y == "yes") for _, y in test])
+    for num_support in (1, 8):
+        found = np.mean([learner.adapt(x[:num_support], y[:num_support]).predict(x[8:]).probs[:, 1] for x, y in test])
+        assert abs(found / share - 1) < 0.25, num_support
+
+
+def test_training_starts_from_how_frequent_classes_are():
+    train = of_classes()
+    algorithm = make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True))
+    learner = MetaLearner(algorithm=algorithm).fit(train, num_steps=1)
+    share = np.mean(np.concatenate([y for _, y in train]) == "yes")
+    mean = learner.meta_parameters.prior.mean[:, -1]
+    assert float(mean[1] - mean[0]) == pytest.approx(np.log(share / (1 - share)), abs=0.3)

@@ -3,7 +3,8 @@
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
 or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
 is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
-with Gaussian noise there are four candidates, among which held-out tasks choose (``ibaml.learner.choice``).
+with Gaussian noise, and for classes that all tasks share, there are up to four candidates, among which held-out tasks
+choose (``ibaml.learner.choice``).
 
 Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -12,6 +13,7 @@ diagonal one cannot be, and at temperature 1 its samples blur every prediction.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ HEAD_PATTERN = "head.*"
 
 LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
 PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
-"""Names of the candidates for numbers."""
+"""Names of the candidates for tables."""
 
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
@@ -160,23 +162,28 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
         name = algorithm.name if parameters["algorithm"] == HEAD else parameters["algorithm"]
         num_features = math.prod(tasks.input_shape) + _NUM_FEATURES // 4
         algorithm = convex_algorithm(name, num_features, is_regression=likelihood.target_kind != "classes")
+    targets = _some_targets(tasks, seed=seed)
     if isinstance(parameters["likelihood"], str):
-        likelihood = likelihood.suited_to(_some_targets(tasks, seed=seed))
+        likelihood = likelihood.suited_to(targets)
     num_outputs = likelihood.num_outputs(tasks.num_outputs)
     norm = "running" if algorithm.uses_features else "group"
     network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
+    if likelihood.target_kind == "classes" and getattr(tasks, "class_scope", parameters["classes"]) == "shared":
+        _start_from_base_rates(network, targets)
     both = Suited(network, algorithm, likelihood, adapt)
-    is_numbers = parameters["algorithm"] == HEAD and algorithm.uses_features and likelihood.target_kind != "classes"
-    if is_image or not is_numbers or not isinstance(tasks, TaskSplits):
+    is_open = parameters["algorithm"] == HEAD and algorithm.uses_features
+    if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
         return {BOTH: both}
-    return _candidates_for_numbers(tasks, both)
+    return _candidates(tasks, both)
 
 
-def _candidates_for_numbers(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
-    """Returns lines in the inputs, features beside the inputs, and a process on the inputs, simplest first.
+def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
+    """Returns lines in the inputs, for numbers a process on them, and features beside them, simplest first.
 
-    All maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their queries.
+    Those for numbers maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their
+    queries.
     """
+    of_classes = both.likelihood.target_kind == "classes"
     num_inputs = math.prod(tasks.input_shape)
     is_narrow = num_inputs <= _MOST_CORRELATED
 
@@ -184,17 +191,25 @@ def _candidates_for_numbers(tasks: TaskSplits, both: Suited) -> dict[str, Suited
         network = MLP(
             num_outputs_of(both.network), input_shape=tuple(tasks.input_shape), hidden_sizes=(), zero_head=True
         )
+        if of_classes:
+            network.get_parameter("head.bias").data.copy_(both.network.get_parameter("head.bias"))
         return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER)
 
-    independent = make_algorithm("linear_gaussian", outer="marginal")
-    correlated = make_algorithm("linear_gaussian", outer="marginal", prior=FullColumnPrior())
+    if of_classes:
+        # Bayes' rule as it is: few weights on given inputs, whose prior can be right.
+        line = functools.partial(make_algorithm, "softmax", posterior_temperature=1.0, outer="predictive_nll")
+        independent, correlated = (line(prior=prior(tied=False)) for prior in (DiagonalColumnPrior, FullColumnPrior))
+    else:
+        line = functools.partial(make_algorithm, "linear_gaussian", outer="marginal")
+        independent, correlated = line(), line(prior=FullColumnPrior())
     found = {LINE: on_inputs(independent)}
     if is_narrow:
         found[CORRELATED] = on_inputs(correlated)
-    if is_narrow and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
+    if is_narrow and not of_classes and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
         found[PROCESS] = on_inputs(make_algorithm("gp", outer="marginal"))
-    found[BOTH] = both._replace(algorithm=correlated if is_narrow else independent)
-    return found
+    if not of_classes:
+        both = both._replace(algorithm=correlated if is_narrow else independent)
+    return {**found, BOTH: both}
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
@@ -202,6 +217,14 @@ def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = [tasks.sample(1, generator=generator) for _ in range(_NUM_TASKS_TO_START_FROM)]
     return torch.cat([batch.y[0] for episode in drawn for batch in episode])
+
+
+def _start_from_base_rates(network: nn.Module, targets: Tensor) -> None:
+    """Sets the biases of the last layer to the logarithms of how frequent classes are, one example of each added."""
+    bias: Tensor = network.get_parameter("head.bias")
+    counts = torch.bincount(targets, minlength=len(bias)) + 1
+    with torch.no_grad():
+        bias.copy_(torch.log(counts / counts.sum()))
 
 
 def default_network(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 
 from ibaml import tree
+from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.newton import cholesky, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes
@@ -111,6 +112,20 @@ class Softmax(Head):
         """Returns how a task is solved."""
         posterior = f"Laplace posterior at temperature {self.posterior_temperature:g}"
         return f"Newton's method to convergence, {posterior if self.posterior_temperature else 'mode alone'}"
+
+    def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
+        """Returns initial meta-parameters; see ``Algorithm``.
+
+        Where each class has a mean that is learned, the constants' starts at the biases of the layer, which may be the
+        logarithms of how frequent classes are.
+        """
+        meta = super().init(adapted, shared, generator=generator)
+        biases = [value for value in adapted.values() if value.ndim == 1]
+        if not biases or len(meta.prior.mean) != len(biases[0]):
+            return meta
+        mean = meta.prior.mean.clone()
+        mean[:, -1] = biases[0] - biases[0].mean()
+        return meta._replace(prior=meta.prior._replace(mean=mean))
 
     def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> Any:
         """Returns the prior that training starts from; see ``Head``."""
