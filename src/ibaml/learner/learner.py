@@ -30,7 +30,7 @@ from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation
 from ibaml.train.processes import Processes
-from ibaml.types import ClassScope
+from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,9 +184,9 @@ class MetaLearner(Estimator):
         train_tasks: Any,
         validation_tasks: Any = None,
         *,
-        task: str | None = None,
-        target: str | Sequence[str] | None = None,
-        features: Sequence[str] | None = None,
+        task: ColumnName | None = None,
+        target: ColumnName | Sequence[ColumnName] | None = None,
+        features: Sequence[ColumnName] | None = None,
         splits: SplitSettings | None = None,
         num_steps: int | None = None,
         settings: TrainerSettings | None = None,
