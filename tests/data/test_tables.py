@@ -143,7 +143,13 @@ def test_targets_become_columns():
             table().assign(school=["a", None, "b"]),
             {"task": "school", "target": "score"},
             ValueError,
-            "column 'school' is missing in 1 rows, the first is row 1",
+            "column 'school' is missing in 1 rows, the first is row 1: every row needs a task and a target; drop those",
+        ),
+        (
+            table().assign(score=pd.array([1, 2, None], dtype="Int64")),
+            {"task": "school", "target": "score"},
+            ValueError,
+            "column 'score' is missing in 1 rows, the first is row 2: every row needs a task and a target",
         ),
         (
             [(X, [1, 2, 3]), (pd.DataFrame(X), [1, 2, 3])],

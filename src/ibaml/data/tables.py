@@ -5,17 +5,14 @@ Everything that comes in is checked here, once, and every message names the task
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ibaml.data.columns import Column, as_table, encode_columns, is_table, take
+from ibaml.data.columns import Array, Column, as_table, encode_columns, is_table, take
 from ibaml.optional import require
 from ibaml.types import Batch, ColumnName, Episode
-
-Array: TypeAlias = npt.NDArray[Any]
 
 
 class TableTask(NamedTuple):
@@ -238,6 +235,7 @@ def to_array(value: Any) -> Array:
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
+    value = as_table(value) if is_table(value) else value
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(value, pandas.Series | pandas.DataFrame | pandas.Index):
         # Nullable integers and strings become objects otherwise, missing ones pandas.NA.
@@ -280,11 +278,7 @@ def _read_long_table(
         raise ValueError(f"features names {', '.join(overlap)}, which is the task or the target: leave it out.")
     if len(table) == 0:
         raise ValueError("the table has no rows.")
-    names, *values = map(to_array, take("the table", table, [task, *targets]))
-    if missing := [index for index, name in enumerate(names.tolist()) if name is None or name != name]:
-        raise ValueError(
-            f"column {task!r} is missing in {len(missing)} rows, the first is row {missing[0]}: every row needs a task."
-        )
+    names, *values = [_complete(column) for column in take("the table", table, [task, *targets])]
     take("the table", table, chosen)
     x, y = table[chosen], values[0] if is_vector else np.stack(values, 1)
     # In the order of first appearance, whatever the type of the names.
@@ -293,6 +287,16 @@ def _read_long_table(
         rows.setdefault(name, []).append(index)
     tasks = tuple(TableTask(str(name), x.iloc[chosen_rows], y[chosen_rows]) for name, chosen_rows in rows.items())
     return TaskTable(tasks, tuple(chosen), task, targets)
+
+
+def _complete(column: Any) -> Array:
+    missing = column.isna().to_numpy()
+    if bool(missing.any()):
+        raise ValueError(
+            f"column {column.name!r} is missing in {missing.sum()} rows, the first is row {missing.argmax()}: every "
+            "row needs a task and a target; drop those that have none."
+        )
+    return to_array(column)
 
 
 def _checked(name: str, x: Array, y: Array) -> TableTask:

@@ -155,10 +155,10 @@ def _predict_tables(
         raise ValueError("the query table has no rows.")
     task = preprocessing.task_column
     by_task = task in support.columns and task in query.columns
-    if by_task and bool((missing := query[task].isna()).any()):
+    if by_task and bool((missing := query[task].isna().to_numpy()).any()):
         raise ValueError(
             f"column {task!r} of the query table is missing in {missing.sum()} rows, the first is row "
-            f"{missing.to_numpy().argmax()}: every row needs a task."
+            f"{missing.argmax()}: every row needs a task."
         )
     groups = query.groupby(task, sort=False).indices.items() if by_task else [(None, np.arange(len(query)))]
     answers: dict[str, list[Any]] = {}
@@ -175,9 +175,12 @@ def _predict_tables(
                 whole[row] = value
     if clash := sorted(set(answers) & set(query.columns)):
         raise ValueError(f"the query table has columns named {', '.join(clash)}, as the answers do: rename them.")
+    return {**{name: _as_list(query[name]) for name in query.columns}, **answers}
+
+
+def _as_list(column: Any) -> list[Any]:
     # A gap is written as nothing, not as "nan".
-    asked = {name: query[name].astype(object).where(query[name].notna(), None).tolist() for name in query.columns}
-    return {**asked, **answers}
+    return [None if is_gap else value for value, is_gap in zip(column.tolist(), column.isna(), strict=True)]
 
 
 def _predict_images(

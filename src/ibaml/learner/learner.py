@@ -199,9 +199,9 @@ class MetaLearner(Estimator):
 
         Args:
             train_tasks: A sequence of ``(X, y)`` pairs or a mapping from names to such pairs, of unequal sizes if need
-                be; a pandas DataFrame with a row per example; the path of a folder of class folders of images; a task
-                sampler, or a sequence of Episodes. Arrays and tables are scaled by their mean and standard deviation,
-                which become part of the model.
+                be; a table (pandas, polars, Arrow) with a row per example; a folder of class folders of images; a task
+                sampler, or a sequence of Episodes. Features are scaled by their mean and standard deviation; columns of
+                categories or with gaps become features as ``ibaml.data.columns`` says. All that is part of the model.
             validation_tasks: Likewise, of other tasks; the best state on them is kept. A share such as 0.2 holds out so
                 many of the training tasks. None: the last state is kept.
             task: DataFrame: column that says which task a row belongs to.
