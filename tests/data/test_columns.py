@@ -211,10 +211,10 @@ def test_a_stored_preprocessing_encodes_the_same():
         (
             animals()[:1].assign(kind="emu"),
             [1, 0, 0, 0, 0, 0, 1],
-            "column 'kind' has the value 'emu', which training has not seen: it counts as none of the categories 'ape'",
+            "column 'kind' holds 'emu', which training has not seen: it counts as none of the categories 'ape'",
         ),
-        (animals()[:1].assign(kind=None), [1, 0, 0, 0, 0, 0, 1], "column 'kind' has a missing value, which training"),
-        (animals()[:1].assign(sex="x"), [1, 0, 0, 1, 0, 0.5, 1], "column 'sex' has the value 'x', which training"),
+        (animals()[:1].assign(kind=None), [1, 0, 0, 0, 0, 0, 1], "column 'kind' holds a missing value, which training"),
+        (animals()[:1].assign(sex="x"), [1, 0, 0, 1, 0, 0.5, 1], "column 'sex' holds 'x', which training"),
         (
             animals()[:1].assign(tame=pd.array([None], dtype="boolean")),
             [1, 0, 0, 1, 0, 0, 4 / 6],
@@ -232,7 +232,7 @@ def test_what_training_has_not_seen_is_a_warning(table, features, message):
 def test_one_warning_for_all_tasks_and_values():
     columns = fit(animals())
     tables = [(name, as_table(animals().assign(kind=[name + str(i % 2) for i in range(6)]))) for name in "xyzuvw"]
-    with pytest.warns(RuntimeWarning, match=r"has the value 'x0', the value 'x1', .*'u1', \.\.\., which") as caught:
+    with pytest.warns(RuntimeWarning, match=r"holds 'x0', 'x1', .*, \.\.\. \(12 in all\), which") as caught:
         encode_columns(columns, tables)
     assert len(caught) == 1
 

@@ -57,7 +57,9 @@ def test_columns_named_by_integers():
     read = read_tasks(numbered, task=0, target=3)
     assert read.feature_names == ("1", "2") and read.task_column == "0" and read.target_columns == ("3",)
     assert read.tasks[0].y.tolist() == [0.5, 2.5]
-    chosen = read_tasks(numbered, task=0, target=[3, 2], features=[1])
+    assert read_tasks(numbered, task=np.int64(0), target=np.int64(3)).target_columns == ("3",)
+    chosen = read_tasks(numbered, task=0, target=numbered.columns[:1:-1], features=[1])
+    assert chosen.target_columns == ("3", "2")
     assert chosen.feature_names == ("1",) and chosen.tasks[0].y.shape == (2, 2)
 
 

@@ -102,7 +102,7 @@ def test_held_out_tasks_do_not_reach_the_columns():
     table = students()
     table.loc[table.school == "s3", "kind"] = "night"
     assert "night" in learner_of(table).preprocessing.columns[1].categories
-    message = "column 'kind' has the value 'night', which training has not seen"
+    message = "column 'kind' holds 'night', which training has not seen"
     with pytest.warns(RuntimeWarning, match=message) as caught:
         learner = learner_of(table[table.school != "s3"], validation_tasks=table)
     assert len(caught) == 1 and learner.preprocessing.columns[1].categories == ("boarding", "day", "evening", None)
@@ -119,7 +119,7 @@ def test_what_is_unseen_is_a_warning_everywhere(learner):
         lambda: learner.evaluate(new),
         lambda: learner_of(students()).calibrate(new),
     ):
-        with pytest.warns(RuntimeWarning, match="column 'kind' has the value 'night', which training") as caught:
+        with pytest.warns(RuntimeWarning, match="column 'kind' holds 'night', which training") as caught:
             use()
         assert len(caught) == 1
 

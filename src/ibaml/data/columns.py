@@ -237,10 +237,9 @@ def _encode_categories(column: Column, pieces: Sequence[tuple[str, Any]]) -> lis
         unseen |= dict.fromkeys(label for label in values if label not in places)
         found.append(np.array([*(places.get(label, -1) for label in labels), places.get(None, -1)])[codes])
     if unseen:
-        shown = [("a missing value" if label is None else f"the value {label!r}") for label in unseen]
         _warn(
-            f"column {column.name!r} has {', '.join(shown[:8])}{', ...' if len(shown) > 8 else ''}, which training has "
-            f"not seen: it counts as none of the categories {', '.join(map(repr, column.categories))}."
+            f"column {column.name!r} holds {_shown([*unseen])}, which training has not seen: it counts as none of the "
+            f"categories {_shown(column.categories)}."
         )
     whole = np.concatenate(found)
     if len(places) == 2:
@@ -307,6 +306,11 @@ def _label(value: Any) -> str:
     # Integers with gaps are floats in a CSV file.
     is_whole = isinstance(value, float | np.floating) and float(value).is_integer()
     return str(int(value)) if is_whole else str(value)
+
+
+def _shown(labels: Sequence[str | None]) -> str:
+    named = ["a missing value" if label is None else repr(label) for label in labels]
+    return ", ".join(named[:8]) + (f", ... ({len(named)} in all)" if len(named) > 8 else "")
 
 
 def _place(argument: str, column: Any) -> str:

@@ -4,7 +4,7 @@ Everything that comes in is checked here, once, and every message names the task
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,8 +269,8 @@ def _read_long_table(
             f"a DataFrame needs task=..., the column that names the task of a row, and target=..., the column to "
             f"predict; its columns are {', '.join(columns)}."
         )
-    task, is_vector = str(task), isinstance(target, str | int)
-    targets = (str(target),) if isinstance(target, str | int) else tuple(map(str, target))
+    task, is_vector = str(task), isinstance(target, str) or not isinstance(target, Iterable)
+    targets = tuple(map(str, target)) if isinstance(target, Iterable) and not is_vector else (str(target),)
     chosen = [name for name in columns if name not in {task, *targets}] if features is None else [*map(str, features)]
     if not chosen:
         raise ValueError(f"there is no feature column beside {task} and {', '.join(targets)}; expected at least one.")
