@@ -170,8 +170,14 @@ def test_images_of_a_saved_model_and_of_a_run(tmp_path):
         ("support.csv", "empty.csv", "out.csv", "the query table has no rows"),
         ("support.csv", "other.csv", "out.csv", "the support table has no rows of task 'other'"),
         ("support.csv", "clash.csv", "out.csv", "the query table has columns named predicted, as the answers do"),
-        ("support.csv", "text.csv", "out.csv", "column 'hours' of x_query has dtype"),
+        ("support.csv", "text.csv", "out.csv", "column 'hours' of x_query holds text, such as 'many' .row 0., but"),
         ("support.csv", "short.csv", "out.csv", "x_query has no column sleep"),
+        (
+            "support.csv",
+            "nameless.csv",
+            "out.csv",
+            "column 'school' of the query table is missing in 2 rows, the first is",
+        ),
     ],
 )
 def test_what_it_refuses(tmp_path, model, capsys, monkeypatch, support, query, out, message):
@@ -186,6 +192,7 @@ def test_what_it_refuses(tmp_path, model, capsys, monkeypatch, support, query, o
         "clash": rest.assign(predicted=0),
         "text": rest.assign(hours="many"),
         "short": rest.drop(columns="sleep"),
+        "nameless": rest.assign(school=["new", None, None, *["new"] * 4]),
     }
     for name, table in tables.items():
         table.to_csv(tmp_path / f"{name}.csv", index=False)

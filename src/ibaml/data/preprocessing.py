@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
 from ibaml.likelihoods import TargetKind
@@ -108,7 +109,7 @@ class Preprocessing:
         class_labels: Labels in the order of the network's outputs; None for regression and for classes of each task.
         num_outputs: Outputs of the network.
         is_vector: Whether regression targets came as ``[num_examples]``, and so predictions do.
-        feature_names: Columns of the inputs, if they came with names.
+        columns: How the columns of the inputs become features, if they came with names.
         task_column: Column that named the task.
         target_columns: Columns of the targets.
         image_size: Height and width to which images are resized; None for tables.
@@ -120,7 +121,7 @@ class Preprocessing:
     targets: Standardizer | None = None
     class_labels: Array | None = None
     is_vector: bool = True
-    feature_names: tuple[str, ...] | None = None
+    columns: tuple[Column, ...] | None = None
     task_column: str | None = None
     target_columns: tuple[str, ...] | None = None
     image_size: tuple[int, int] | None = None
@@ -130,28 +131,65 @@ class Preprocessing:
         """Whether targets are numbers."""
         return self.targets is not None
 
+    @property
+    def feature_names(self) -> tuple[str, ...] | None:
+        """Columns of the inputs in their order, if they came with names."""
+        return None if self.columns is None else tuple(column.name for column in self.columns)
+
     def encode_inputs(self, argument: str, x: Any, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns scaled inputs.
+        """Returns scaled inputs, ``[num_examples, *input_shape]``.
+
+        Columns of a DataFrame are found by name, and what training has not seen in them is a RuntimeWarning; see
+        ``ibaml.data.columns``. Without names, inputs are the features of training in their order.
 
         Raises:
-            TypeError: If the values are no numbers.
+            TypeError: If the values are no numbers, or a column holds something else than in training.
             ValueError: If a column is missing, the shape differs from that in training, or a value is not finite or too
                 far from those of training to be represented.
         """
-        values = read_inputs(argument, x, feature_names=self.feature_names)
+        (encoded,) = self.encode_each([(argument, as_table(x) if is_table(x) else x)], dtype=dtype)
+        return encoded
+
+    def encode_each(self, inputs: Sequence[tuple[str, Any]], *, dtype: torch.dtype) -> list[Tensor]:
+        """Returns the scaled inputs of several tasks, with one warning where ``encode_inputs`` had one for each.
+
+        Args:
+            inputs: How messages call inputs, and the inputs: those of all tasks as arrays, or all as ``as_table`` does.
+            dtype: Of the tensors.
+
+        Raises:
+            TypeError, ValueError: As of ``encode_inputs``.
+        """
+        if self.columns is not None and all(is_table(x) for _, x in inputs):
+            values = encode_columns(self.columns, inputs)
+        else:
+            values = [self._read_unnamed(argument, x) for argument, x in inputs]
+        return [self._scale(argument, x, read).to(dtype) for (argument, x), read in zip(inputs, values, strict=True)]
+
+    def _read_unnamed(self, argument: str, x: Any) -> Array:
+        if other := [column.name for column in self.columns or () if not column.is_plain]:
+            raise TypeError(
+                f"{argument} has no names of columns ({type(x).__name__}), but the model was trained on columns of "
+                f"categories or with missing values ({', '.join(other)}): pass a DataFrame."
+            )
+        values = read_inputs(argument, x)
         if values.shape[1:] != self.input_shape:
             raise ValueError(
                 f"{argument} has shape {values.shape}, but the model was trained on inputs of shape "
                 f"[num_examples, {', '.join(map(str, self.input_shape))}]: pass the same features in the same order."
             )
+        return values
+
+    def _scale(self, argument: str, x: Any, values: Array) -> Tensor:
         scaled = self.inputs.transform(values)
         if len(scaled) and not bool((np.abs(scaled) < _LARGEST).all()):
             row = int(np.argwhere(~(np.abs(scaled) < _LARGEST))[0][0])
+            row = x.index[row] if is_table(x) else row
             raise ValueError(
                 f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
                 "another scale than in training; check their units."
             )
-        return torch.from_numpy(scaled).to(dtype)
+        return torch.from_numpy(scaled)
 
     def encode_targets(
         self, argument: str, y: Any, labels: Array | None = None, *, dtype: torch.dtype = torch.float32
@@ -210,6 +248,7 @@ class Preprocessing:
             "class_labels": None if self.class_labels is None else self.class_labels.tolist(),
             "is_vector": self.is_vector,
             "feature_names": None if self.feature_names is None else list(self.feature_names),
+            "columns": {column.name: _as_json(column) for column in self.columns or ()},
             "task_column": self.task_column,
             "target_columns": None if self.target_columns is None else list(self.target_columns),
             "image_size": None if self.image_size is None else list(self.image_size),
@@ -232,7 +271,7 @@ class Preprocessing:
         def optional_tuple(name: str) -> Any:
             return None if settings[name] is None else tuple(settings[name])
 
-        labels = settings["class_labels"]
+        labels, names, columns = settings["class_labels"], settings["feature_names"], settings.get("columns", {})
         return cls(
             inputs=scale("inputs"),
             input_shape=tuple(settings["input_shape"]),
@@ -240,7 +279,8 @@ class Preprocessing:
             targets=scale("targets") if settings["is_regression"] else None,
             class_labels=None if labels is None else np.array(labels),
             is_vector=settings["is_vector"],
-            feature_names=optional_tuple("feature_names"),
+            # A model of an earlier version has names alone, of columns of numbers without gaps.
+            columns=None if names is None else tuple(_as_column(name, columns.get(name, {})) for name in names),
             task_column=settings["task_column"],
             target_columns=optional_tuple("target_columns"),
             image_size=optional_tuple("image_size"),
@@ -268,7 +308,7 @@ def image_preprocessing(image_shape: tuple[int, int, int], num_ways: int, *, inv
 def fit_preprocessing(
     table: TaskTable, *, target_kind: TargetKind, classes: ClassScope, num_ways: int | None
 ) -> Preprocessing:
-    """Fits scales and labels on meta-training tasks.
+    """Fits scales, encodings of columns and labels on meta-training tasks.
 
     Args:
         table: The tasks.
@@ -277,16 +317,19 @@ def fit_preprocessing(
         num_ways: Classes of a task, if each has its own; None: the smallest number that a task has.
 
     Raises:
-        TypeError: If labels or targets are of the wrong kind, or labels differ in kind between tasks.
-        ValueError: If all features are constant, there is a single class, or targets differ in number.
+        TypeError: If columns, labels or targets are of the wrong kind, or labels differ in kind between tasks.
+        ValueError: If all features are constant, there is a single class, targets differ in number, or a column cannot
+            be encoded.
     """
-    inputs = fit_standardizer([task.x for task in table.tasks])
+    columns = None if table.feature_names is None else fit_columns(table.feature_names, table.inputs)
+    features = [task.x for task in table.tasks] if columns is None else encode_columns(columns, table.inputs)
+    inputs = fit_standardizer(features)
     if inputs.is_constant:
         raise ValueError("every feature is constant over all training tasks: there is nothing to predict from.")
     common: dict[str, Any] = {
         "inputs": inputs,
-        "input_shape": tuple(table.tasks[0].x.shape[1:]),
-        "feature_names": table.feature_names,
+        "input_shape": tuple(features[0].shape[1:]),
+        "columns": columns,
         "task_column": table.task_column,
         "target_columns": table.target_columns,
     }
@@ -336,18 +379,32 @@ def encode_tasks(preprocessing: Preprocessing, table: TaskTable, *, dtype: torch
         ValueError: If a task does not fit what training had.
     """
     batches: list[Batch] = []
-    for task in table.tasks:
+    sizes = [len(task.y) for task in table.tasks]
+    for task, x in zip(
+        table.tasks, torch.cat(preprocessing.encode_each(table.inputs, dtype=dtype)).split(sizes), strict=True
+    ):
         argument = f"y of task {task.name!r}"
         labels = None
         if not preprocessing.is_regression and preprocessing.class_labels is None:
             labels = np.unique(read_labels(argument, task.y))
-        batches.append(
-            Batch(
-                preprocessing.encode_inputs(f"X of task {task.name!r}", task.x, dtype=dtype),
-                preprocessing.encode_targets(argument, task.y, labels, dtype=dtype),
-            )
-        )
+        batches.append(Batch(x, preprocessing.encode_targets(argument, task.y, labels, dtype=dtype)))
     return batches
+
+
+def _as_json(column: Column) -> dict[str, Any]:
+    """Returns all but the name."""
+    return {
+        "categories": None if column.categories is None else list(column.categories),
+        "mean": column.mean,
+        "has_gaps": column.has_gaps,
+    }
+
+
+def _as_column(name: str, settings: Mapping[str, Any]) -> Column:
+    """Returns what ``_as_json`` described; numbers without a mean if nothing."""
+    categories = settings.get("categories")
+    plain = Column(name, mean=settings.get("mean"), has_gaps=settings.get("has_gaps", False))
+    return plain if categories is None else plain._replace(categories=tuple(categories))
 
 
 def _to_indices(argument: str, y: Array, labels: Array) -> Tensor:

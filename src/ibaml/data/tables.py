@@ -4,16 +4,15 @@ Everything that comes in is checked here, once, and every message names the task
 """
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ibaml.types import Batch, Episode
-
-Array: TypeAlias = npt.NDArray[Any]
+from ibaml.data.columns import Array, Column, as_table, encode_columns, is_table, take
+from ibaml.optional import require
+from ibaml.types import Batch, ColumnName, Episode
 
 
 class TableTask(NamedTuple):
@@ -21,12 +20,12 @@ class TableTask(NamedTuple):
 
     Attributes:
         name: The caller's name of the task, or its position.
-        x: Finite numbers, ``[num_examples, *input_shape]``.
+        x: Finite numbers, ``[num_examples, *input_shape]``; or rows of a table, as ``ibaml.data.columns`` takes it.
         y: Labels or targets, ``[num_examples]`` or ``[num_examples, num_outputs]``.
     """
 
     name: str
-    x: Array
+    x: Any
     y: Array
 
 
@@ -34,7 +33,7 @@ class TaskTable(NamedTuple):
     """Tasks with the names of their columns.
 
     Attributes:
-        tasks: At least one, all with inputs of one shape.
+        tasks: At least one, all with inputs of one shape, or all with tables.
         feature_names: Columns of the inputs in their order, if they came with names.
         task_column: Column that names the task, in a long table.
         target_columns: Columns of the targets, in a long table.
@@ -45,33 +44,37 @@ class TaskTable(NamedTuple):
     task_column: str | None = None
     target_columns: tuple[str, ...] | None = None
 
-
-def is_table(value: object) -> bool:
-    """Tells whether a value is a pandas DataFrame, without importing pandas."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.DataFrame)
+    @property
+    def inputs(self) -> list[tuple[str, Any]]:
+        """What messages call inputs, and the inputs of all tasks: of each task, or of a long table in one piece."""
+        if self.task_column is None:
+            return [(f"X of task {task.name!r}", task.x) for task in self.tasks]
+        # Many pieces would take pandas a hundred times as long. Rows keep their numbers.
+        return [("the table", require("pandas", "pandas", "tables").concat([task.x for task in self.tasks]))]
 
 
 def read_tasks(
     tasks: Any,
     *,
-    task: str | None = None,
-    target: str | Sequence[str] | None = None,
-    features: Sequence[str] | None = None,
+    task: ColumnName | None = None,
+    target: ColumnName | Sequence[ColumnName] | None = None,
+    features: Sequence[ColumnName] | None = None,
 ) -> TaskTable:
     """Reads tasks in any of the accepted forms.
 
     Args:
-        tasks: A sequence of ``(X, y)`` pairs, a mapping from names to such pairs, or a pandas DataFrame with one row
-            per example. ``X`` is an array, tensor or DataFrame; tasks may differ in their numbers of examples.
+        tasks: A sequence of ``(X, y)`` pairs, a mapping from names to such pairs, or a DataFrame (a table of pandas,
+            polars or Arrow) with one row per example. ``X`` is an array, tensor or DataFrame; tasks may differ in their
+            numbers of examples.
         task: DataFrame only: column that says which task a row belongs to.
         target: DataFrame only: column (or columns) to predict.
         features: DataFrame only: columns of the inputs. None: all that are neither ``task`` nor ``target``.
 
     Raises:
         TypeError: If the tasks are of no accepted form.
-        ValueError: If there are none, a column is missing or not numeric, inputs and targets differ in number, numbers
-            of features differ from task to task, or a value is missing or infinite.
+        ValueError: If there are none, a column is missing, inputs and targets differ in number, numbers of features
+            differ from task to task, or a value of an array is missing or infinite. What columns hold is checked where
+            they become features (``ibaml.data.columns``).
 
     Examples:
         >>> table = read_tasks([([[1.0], [2.0]], [0, 1]), ([[3.0]], [1])])
@@ -79,7 +82,7 @@ def read_tasks(
         [(2, 1), (1, 1)]
     """
     if is_table(tasks):
-        return _read_long_table(tasks, task=task, target=target, features=features)
+        return _read_long_table(as_table(tasks), task=task, target=target, features=features)
     if task is not None or target is not None or features is not None:
         raise TypeError(
             f"task, target and features name columns of a pandas DataFrame, but tasks is a {type(tasks).__name__}: "
@@ -97,44 +100,31 @@ def read_tasks(
     if not pairs:
         raise ValueError("tasks is empty; expected at least one (X, y) pair.")
     read: list[TableTask] = []
-    names: tuple[str, ...] | None = None
-    for index, (name, pair) in enumerate(pairs):
+    for name, pair in pairs:
         if isinstance(pair, Episode) or not isinstance(pair, Batch | tuple | list) or len(pair) != 2:
             came = f"{type(pair).__name__}" + (f" of {len(pair)}" if isinstance(pair, tuple | list) else "")
             raise TypeError(f"task {name!r} must be a pair (X, y), but is a {came}.")
         x, y = pair
-        found = column_names(x)
-        if index == 0:
-            names = found
-        read.append(
-            _checked(name, read_inputs(f"X of task {name!r}", x, feature_names=names if found else None), to_array(y))
-        )
-    _require_one_shape(read)
-    return TaskTable(tuple(read), names)
+        inputs = as_table(x) if is_table(x) else read_inputs(f"X of task {name!r}", x)
+        read.append(_checked(name, inputs, to_array(y)))
+    _require_one_kind(read)
+    return TaskTable(tuple(read), tuple(read[0].x.columns) if is_table(read[0].x) else None)
 
 
-def column_names(x: object) -> tuple[str, ...] | None:
-    """Returns the column names of a DataFrame, None for anything else."""
-    return tuple(str(name) for name in x.columns) if is_table(x) else None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def read_inputs(argument: str, x: Any, *, feature_names: Sequence[str] | None = None) -> Array:
+def read_inputs(argument: str, x: Any) -> Array:
     """Returns inputs as a numeric array without missing values.
 
     Args:
         argument: How messages call it.
-        x: Array, tensor, nested lists, or a DataFrame.
-        feature_names: Columns to take from a DataFrame, in this order; others are passed over.
+        x: Array, tensor, nested lists, or a DataFrame of numbers, whose columns are taken in their order.
 
     Raises:
-        ValueError: If a column is missing or not numeric, there is no axis of features, or a value is not finite.
+        ValueError: If there is no axis of features, or a value is not finite.
         TypeError: If the values are no numbers.
     """
-    names = feature_names if is_table(x) else None
     if is_table(x):
-        names = column_names(x) if feature_names is None else tuple(feature_names)
-        assert names is not None
-        x = _columns(argument, x, names)
+        table = as_table(x)
+        return encode_columns([Column(name) for name in table.columns], [(argument, table)])[0]
     values = to_array(x)
     if values.dtype == object:
         try:
@@ -156,11 +146,11 @@ def read_inputs(argument: str, x: Any, *, feature_names: Sequence[str] | None = 
         )
     if 0 in values.shape[1:]:
         raise ValueError(f"{argument} has no features (shape {values.shape}); expected at least one.")
-    require_finite(argument, values, names)
+    require_finite(argument, values)
     return values
 
 
-def require_finite(argument: str, values: Array, names: Sequence[str] | None = None) -> None:
+def require_finite(argument: str, values: Array) -> None:
     """Refuses missing and infinite values.
 
     Raises:
@@ -172,7 +162,7 @@ def require_finite(argument: str, values: Array, names: Sequence[str] | None = N
     first = tuple(int(index) for index in bad[0])
     where = f"row {first[0]}"
     if len(first) > 1:
-        where += f", column {names[first[1]]!r}" if names is not None else f", column {', '.join(map(str, first[1:]))}"
+        where += f", column {', '.join(map(str, first[1:]))}"
     raise ValueError(
         f"{argument} has {len(bad)} missing (NaN) or infinite values, the first in {where}: drop or impute them."
     )
@@ -245,6 +235,7 @@ def to_array(value: Any) -> Array:
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()
+    value = as_table(value) if is_table(value) else value
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(value, pandas.Series | pandas.DataFrame | pandas.Index):
         # Nullable integers and strings become objects otherwise, missing ones pandas.NA.
@@ -266,57 +257,46 @@ def to_array(value: Any) -> Array:
 
 
 def _read_long_table(
-    table: Any, *, task: str | None, target: str | Sequence[str] | None, features: Sequence[str] | None
+    table: Any,
+    *,
+    task: ColumnName | None,
+    target: ColumnName | Sequence[ColumnName] | None,
+    features: Sequence[ColumnName] | None,
 ) -> TaskTable:
-    columns = [str(name) for name in table.columns]
+    columns: list[str] = list(table.columns)
     if task is None or target is None:
         raise ValueError(
             f"a DataFrame needs task=..., the column that names the task of a row, and target=..., the column to "
             f"predict; its columns are {', '.join(columns)}."
         )
-    targets = (target,) if isinstance(target, str) else tuple(target)
-    chosen = tuple(name for name in columns if name not in {task, *targets}) if features is None else tuple(features)
+    task, is_vector = str(task), isinstance(target, str) or not isinstance(target, Iterable)
+    targets = tuple(map(str, target)) if isinstance(target, Iterable) and not is_vector else (str(target),)
+    chosen = [name for name in columns if name not in {task, *targets}] if features is None else [*map(str, features)]
     if not chosen:
         raise ValueError(f"there is no feature column beside {task} and {', '.join(targets)}; expected at least one.")
     if overlap := sorted({task, *targets} & set(chosen)):
         raise ValueError(f"features names {', '.join(overlap)}, which is the task or the target: leave it out.")
     if len(table) == 0:
         raise ValueError("the table has no rows.")
-    names = to_array(_columns("the table", table, (task,), numeric=False).iloc[:, 0])
-    if missing := [index for index, name in enumerate(names.tolist()) if name is None or name != name]:
-        raise ValueError(
-            f"column {task!r} is missing in {len(missing)} rows, the first is row {missing[0]}: every row needs a task."
-        )
-    x = read_inputs("the table", table, feature_names=chosen)
-    selected = _columns("the table", table, targets, numeric=False)
-    y = to_array(selected.iloc[:, 0] if isinstance(target, str) else selected)
+    names, *values = [_complete(column) for column in take("the table", table, [task, *targets])]
+    take("the table", table, chosen)
+    x, y = table[chosen], values[0] if is_vector else np.stack(values, 1)
     # In the order of first appearance, whatever the type of the names.
     rows: dict[Any, list[int]] = {}
     for index, name in enumerate(names.tolist()):
         rows.setdefault(name, []).append(index)
-    tasks = tuple(TableTask(str(name), x[chosen_rows], y[chosen_rows]) for name, chosen_rows in rows.items())
-    return TaskTable(tasks, chosen, task, targets)
+    tasks = tuple(TableTask(str(name), x.iloc[chosen_rows], y[chosen_rows]) for name, chosen_rows in rows.items())
+    return TaskTable(tasks, tuple(chosen), task, targets)
 
 
-def _columns(argument: str, table: Any, names: Sequence[str], *, numeric: bool = True) -> Any:
-    """Returns the named columns of a DataFrame, refusing missing, repeated and non-numeric ones."""
-    present = [str(name) for name in table.columns]
-    if missing := [name for name in names if name not in present]:
-        raise ValueError(f"{argument} has no column {', '.join(missing)}; its columns are {', '.join(present)}.")
-    if repeated := sorted({name for name in names if present.count(name) > 1}):
-        raise ValueError(f"{argument} has several columns named {', '.join(repeated)}: rename all but one.")
-    selected = table.iloc[:, [present.index(name) for name in names]]
-    pandas = sys.modules["pandas"]
-    if numeric:
-        for name, kind in zip(names, selected.dtypes, strict=True):
-            if pandas.api.types.is_object_dtype(kind):
-                continue
-            if not pandas.api.types.is_numeric_dtype(kind):
-                raise TypeError(
-                    f"column {name!r} of {argument} has dtype {kind}, but expected numbers: encode text and categories "
-                    "(pandas.get_dummies) and turn dates into numbers first, or leave the column out."
-                )
-    return selected
+def _complete(column: Any) -> Array:
+    missing = column.isna().to_numpy()
+    if bool(missing.any()):
+        raise ValueError(
+            f"column {column.name!r} is missing in {missing.sum()} rows, the first is row {missing.argmax()}: every "
+            "row needs a task and a target; drop those that have none."
+        )
+    return to_array(column)
 
 
 def _checked(name: str, x: Array, y: Array) -> TableTask:
@@ -328,10 +308,16 @@ def _checked(name: str, x: Array, y: Array) -> TableTask:
     return TableTask(name, x, y)
 
 
-def _require_one_shape(tasks: Sequence[TableTask]) -> None:
+def _require_one_kind(tasks: Sequence[TableTask]) -> None:
     first = tasks[0]
     for task in tasks:
-        if task.x.shape[1:] != first.x.shape[1:]:
+        if is_table(task.x) != is_table(first.x):
+            named, other = (task, first) if is_table(task.x) else (first, task)
+            raise TypeError(
+                f"X of task {named.name!r} has columns with names, that of task {other.name!r} has not: give all tasks "
+                "as DataFrames or all as arrays."
+            )
+        if not is_table(task.x) and task.x.shape[1:] != first.x.shape[1:]:
             raise ValueError(
                 f"task {task.name!r} has inputs of shape {task.x.shape[1:]}, task {first.name!r} of "
                 f"{first.x.shape[1:]}: all tasks need the same features."

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ibaml.algorithms.model import num_outputs_of
+from ibaml.data.columns import Column, as_table
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
 from ibaml.optional import require
@@ -70,7 +71,7 @@ def predict_files(
 
 
 def read_table(path: Path) -> Any:
-    """Returns a CSV or Parquet file as a DataFrame.
+    """Returns a CSV or Parquet file as a DataFrame, as ``ibaml.data.columns.as_table`` does.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -83,7 +84,7 @@ def read_table(path: Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}.")
     pandas = require("pandas", "pandas", "tables")
     try:
-        return pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+        return as_table(pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
@@ -130,7 +131,7 @@ def _with_columns(fitted: FittedModel, support: Any) -> FittedModel:
         targets=IDENTITY if is_regression else None,
         class_labels=None if is_regression else np.arange(num_outputs),
         is_vector=num_targets == 1,
-        feature_names=columns[: shape[0]],
+        columns=tuple(Column(name) for name in columns[: shape[0]]),
         target_columns=columns[shape[0] :],
     )
     return dataclasses.replace(fitted, preprocessing=preprocessing)
@@ -154,6 +155,11 @@ def _predict_tables(
         raise ValueError("the query table has no rows.")
     task = preprocessing.task_column
     by_task = task in support.columns and task in query.columns
+    if by_task and bool((missing := query[task].isna().to_numpy()).any()):
+        raise ValueError(
+            f"column {task!r} of the query table is missing in {missing.sum()} rows, the first is row "
+            f"{missing.argmax()}: every row needs a task."
+        )
     groups = query.groupby(task, sort=False).indices.items() if by_task else [(None, np.arange(len(query)))]
     answers: dict[str, list[Any]] = {}
     for name, rows in groups:
@@ -167,9 +173,14 @@ def _predict_tables(
             whole = answers.setdefault(column, [None] * len(query))
             for row, value in zip(rows, values, strict=True):
                 whole[row] = value
-    if clash := sorted(set(answers) & set(map(str, query.columns))):
+    if clash := sorted(set(answers) & set(query.columns)):
         raise ValueError(f"the query table has columns named {', '.join(clash)}, as the answers do: rename them.")
-    return {**{str(name): query[name].tolist() for name in query.columns}, **answers}
+    return {**{name: _as_list(query[name]) for name in query.columns}, **answers}
+
+
+def _as_list(column: Any) -> list[Any]:
+    # A gap is written as nothing, not as "nan".
+    return [None if is_gap else value for value, is_gap in zip(column.tolist(), column.isna(), strict=True)]
 
 
 def _predict_images(

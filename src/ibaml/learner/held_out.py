@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ibaml import tree
+from ibaml.data.columns import is_table
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import read_tasks
@@ -93,7 +94,7 @@ def held_out_tasks(
 
 def columns_of(preprocessing: Preprocessing, tasks: Any) -> dict[str, Any]:
     """Returns ``task``, ``target`` and ``features`` of a long table as training had them; nothing for other data."""
-    if not hasattr(tasks, "columns"):
+    if not is_table(tasks):
         return {}
     target: Any = preprocessing.target_columns
     if preprocessing.is_vector and target is not None:

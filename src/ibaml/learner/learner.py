@@ -30,7 +30,7 @@ from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation
 from ibaml.train.processes import Processes
-from ibaml.types import ClassScope
+from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,9 +184,9 @@ class MetaLearner(Estimator):
         train_tasks: Any,
         validation_tasks: Any = None,
         *,
-        task: str | None = None,
-        target: str | Sequence[str] | None = None,
-        features: Sequence[str] | None = None,
+        task: ColumnName | None = None,
+        target: ColumnName | Sequence[ColumnName] | None = None,
+        features: Sequence[ColumnName] | None = None,
         splits: SplitSettings | None = None,
         num_steps: int | None = None,
         settings: TrainerSettings | None = None,
@@ -199,9 +199,9 @@ class MetaLearner(Estimator):
 
         Args:
             train_tasks: A sequence of ``(X, y)`` pairs or a mapping from names to such pairs, of unequal sizes if need
-                be; a pandas DataFrame with a row per example; the path of a folder of class folders of images; a task
-                sampler, or a sequence of Episodes. Arrays and tables are scaled by their mean and standard deviation,
-                which become part of the model.
+                be; a table (pandas, polars, Arrow) with a row per example; a folder of class folders of images; a task
+                sampler, or a sequence of Episodes. Features are scaled by their mean and standard deviation; columns of
+                categories or with gaps become features as ``ibaml.data.columns`` says. All that is part of the model.
             validation_tasks: Likewise, of other tasks; the best state on them is kept. A share such as 0.2 holds out so
                 many of the training tasks. None: the last state is kept.
             task: DataFrame: column that says which task a row belongs to.

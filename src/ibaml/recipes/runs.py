@@ -170,13 +170,19 @@ def evaluate_run(
         described, count = records.to_json(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
     else:
         raise ValueError(f"{folder} was not trained by a recipe, which would name its test tasks: give --test.")
-    evaluation = learner.evaluate_in_full(
-        tasks,
-        num_tasks=count,
-        seed=seed,
-        out_of_task=out_of_task,
-        on_progress=None if on_progress is None else lambda done: on_progress(done, count),
-    )
+    try:
+        evaluation = learner.evaluate_in_full(
+            tasks,
+            num_tasks=count,
+            seed=seed,
+            out_of_task=out_of_task,
+            on_progress=None if on_progress is None else lambda done: on_progress(done, count),
+        )
+    except TypeError as error:
+        if test is None:
+            raise
+        # What a file holds is a value, even where in a program it would be an argument's type.
+        raise ValueError(str(error)) from error
     target = write_evaluation(
         folder,
         evaluation,
@@ -185,7 +191,7 @@ def evaluate_run(
         algorithm=records.to_json(learner.algorithm),
     )
     name = folder.name if recipe is None else recipe.name
-    if hasattr(tasks, "sample"):
+    if test is None:
         draw_evaluation(target, evaluation, draw_tasks(tasks, 0, 1, seed=seed), title=name)
     write_summary(folder)
     return EvaluatedRun(name, learner, evaluation, seed, target, tasks)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
+from ibaml.data.columns import Column
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.base import Split, queries_in
 from ibaml.types import Batch, Episode, Tensor
@@ -52,7 +53,7 @@ class Sinusoid:
             input_shape=(1,),
             targets=IDENTITY,
             num_outputs=1,
-            feature_names=("x",),
+            columns=(Column("x"),),
             target_columns=("y",),
         )
 
