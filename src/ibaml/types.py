@@ -23,11 +23,11 @@ Loss: TypeAlias = Callable[[PyTree], Tensor]
 
 
 ClassScope: TypeAlias = Literal["shared", "per_task"]
+"""Whether class labels mean the same in all tasks, or each task has classes of its own. A sampler may say which by an
+attribute ``class_scope``."""
 
 ColumnName: TypeAlias = str | int
 """A column of a table, as its owner calls it."""
-"""Whether class labels mean the same in all tasks, or each task has classes of its own. A sampler may say which by an
-attribute ``class_scope``."""
 
 
 class Batch(NamedTuple):
