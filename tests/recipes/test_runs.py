@@ -5,6 +5,8 @@ import json
 import re
 from io import StringIO
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -298,3 +300,23 @@ def test_a_damaged_evaluation(tmp_path, name, change):
     message = re.escape(f"{tmp_path / 'evaluation'} is damaged (")
     with pytest.raises(ValueError, match=message + f".*run `ibaml evaluate {re.escape(str(tmp_path))}` again"):
         read_evaluation(tmp_path)
+
+
+def test_tasks_of_unequal_size_are_stored_one_after_the_other(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def table(*sizes):
+        x = rng.normal(size=(sum(sizes), 2))
+        columns = {"task": np.repeat(np.arange(len(sizes)), sizes), "a": x[:, 0], "b": x[:, 1], "y": x.sum(1)}
+        return pd.DataFrame(columns)
+
+    MetaLearner(likelihood="gaussian").fit(
+        table(6, 7, 8), task="task", target="y", num_steps=1, run_folder=tmp_path / "run"
+    )
+    table(6, 9, 7).to_csv(tmp_path / "test.csv", index=False)
+    found = runs.evaluate_run(tmp_path / "run", test=tmp_path / "test.csv")
+    tensors, _ = load_tensors(found.target / "predictions.safetensors")
+    assert tensors["num_queries"].tolist() == [3, 5, 4] and tensors["mean"].shape == (12, 1)
+    squares = ((tensors["mean"] - tensors["targets"]) ** 2).split(tensors["num_queries"].tolist())
+    stored = read_evaluation(tmp_path / "run").per_task["mse"]
+    torch.testing.assert_close(torch.stack([each.mean() for each in squares]), stored, rtol=1e-9, atol=0)

@@ -40,6 +40,9 @@ def write_evaluation(
 ) -> Path:
     """Writes an evaluation into the folder of its model and returns its subfolder.
 
+    ``predictions.safetensors`` has leading axes ``[num_tasks, num_queries]`` where all tasks have as many queries; else
+    the queries of all tasks follow one another, and ``num_queries`` says how many each task has.
+
     Args:
         folder: The folder of the model.
         evaluation: The results.
@@ -62,9 +65,18 @@ def write_evaluation(
         writer.writerow(["task", *evaluation.per_task])
         for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
             writer.writerow([index, *row])
-    predictions = {"targets": evaluation.targets, **evaluation.tensors()}
-    save_tensors(target / "predictions.safetensors", predictions, {"tasks": tasks})
+    save_tensors(target / "predictions.safetensors", _predictions(evaluation), {"tasks": tasks})
     return target
+
+
+def _predictions(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Returns targets and predictions by task; of tasks of unequal size in one row, with the size of each."""
+    sizes = torch.tensor([len(of_task) for of_task in evaluation.query_targets])
+    if len(sizes.unique()) == 1:
+        return {"targets": evaluation.targets, **evaluation.tensors()}
+    of_tasks = [prediction.tensors() for prediction in evaluation.predictions]
+    joined = {name: torch.cat([one[name] for one in of_tasks]) for name in of_tasks[0]}
+    return {"targets": torch.cat(list(evaluation.query_targets)), **joined, "num_queries": sizes}
 
 
 def read_evaluation(folder: Path) -> StoredEvaluation:
