@@ -313,7 +313,8 @@ class MixturePrediction:
         return self.components.cdf(values).mean(0)
 
     def _values(self, targets: Any) -> Tensor:
-        values = torch.as_tensor(targets if isinstance(targets, torch.Tensor) else np.asarray(targets))
+        # A copy: a column of a DataFrame is read-only, which torch warns of.
+        values = targets if isinstance(targets, torch.Tensor) else torch.from_numpy(np.array(targets))
         expected = self._mean.shape[:-1] if self.is_vector else self._mean.shape
         if values.shape != expected:
             raise ValueError(f"targets has shape {tuple(values.shape)}; expected {tuple(expected)}, as mean has.")
