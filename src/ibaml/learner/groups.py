@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ibaml.algorithms import MetaParameters
 from ibaml.data.preprocessing import Preprocessing
@@ -249,23 +250,25 @@ def _solved_at_once(
 
     of_size: dict[tuple[int, int], list[int]] = {}
     for index, group in enumerate(groups):
-        of_size.setdefault((len(group.known), len(group.asked)), []).append(index)
+        # Up to the next power of two: the fewer sizes there are, the more groups are solved at once.
+        of_size.setdefault((len(group.known), 2 ** (len(group.asked) - 1).bit_length()), []).append(index)
     for (num_known, num_asked), members in of_size.items():
         most = max(1, min(_MOST_AT_ONCE, _MOST_PRODUCTS // (num_known + num_asked) ** 2))
         for chunk in (members[start : start + most] for start in range(0, len(members), most)):
             first = torch.from_numpy(starts[chunk]).unsqueeze(-1)
             positions = (first + torch.arange(num_known)).to(x.device)
-            asked = torch.stack([groups[index].asked for index in chunk])
+            # A row is predicted by itself: those that fill up, which are the last row, change nothing.
+            asked = pad_sequence([groups[index].asked for index in chunk], batch_first=True, padding_value=-1)
+            kept = torch.nonzero(asked.flatten() >= 0).flatten()
             with torch.no_grad():
                 found = torch.func.vmap(answer)(positions, support.y[positions], asked.to(x.device))
-            # The axis of the groups goes beside that of the examples.
-            yield (
-                asked.flatten(),
-                {
-                    name: values.movedim(0, _axis(name)).flatten(_axis(name), _axis(name) + 1)
-                    for name, values in found.items()
-                },
-            )
+            yield asked.flatten()[kept], {name: _in_a_row(name, value, kept) for name, value in found.items()}
+
+
+def _in_a_row(name: str, values: Tensor, kept: Tensor) -> Tensor:
+    """Returns outputs that are stacked by group with the groups one after the other along the axis of the examples."""
+    axis = _axis(name)
+    return values.movedim(0, axis).flatten(axis, axis + 1).index_select(axis, kept.to(values.device))
 
 
 def _draw(fitted: FittedModel, support: Batch, x: Tensor, groups: Sequence[_Group]) -> Callable[[], Tensor]:
