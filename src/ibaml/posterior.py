@@ -403,6 +403,8 @@ class TaskPosterior:
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.
 
+        Without examples it is this one.
+
         By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
         is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
         which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from ibaml import MetaLearner, SplitSettings
+from ibaml.algorithms.heads import GaussianClasses
+from ibaml.data import SinusoidTasks
+from ibaml.data.sources import Mixtures
 from ibaml.learner import groups
 from ibaml.networks import MLP
 
@@ -255,3 +258,31 @@ def test_abstaining():
     expected = learner.predict_new(known, asked)
     least = learner.fitted_model.min_confidence(0.99)
     assert found.abstains.tolist() == (expected.confidence < least).tolist()
+
+
+def test_nothing_in_tensors_of_a_learner_of_tensors():
+    network = MLP(1, input_shape=1, hidden_sizes=(3,), generator=torch.Generator().manual_seed(0))
+    learner = MetaLearner(network, "linear_gaussian", "gaussian").fit(
+        SinusoidTasks(num_shots=3, num_queries=3), num_steps=1
+    )
+    x = torch.rand(5, 1)
+    prior = learner.adapt(torch.empty(0, 1), torch.empty(0, 1))
+    assert prior.predict(x).mean.shape == (5, 1)
+    learned = prior.update(x, x).predict(x).mean
+    torch.testing.assert_close(learned, learner.adapt(x, x).predict(x).mean, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the task's support has 0 inputs and 5 targets"):
+        learner.adapt(torch.empty(0, 1), x)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_classes_of_tensors_are_known_if_each_has_a_prior(tied):
+    head = GaussianClasses(tied=tied)
+    network = MLP(3, input_shape=4, hidden_sizes=(3,), generator=torch.Generator().manual_seed(0))
+    tasks = Mixtures(num_ways=3, num_features=4, num_informative=2, num_queries=3).sampler("train")
+    learner = MetaLearner(network, head).fit(tasks, num_steps=1)
+    x, y = torch.empty(0, 4), torch.empty(0, dtype=torch.int64)
+    if tied:
+        with pytest.raises(ValueError, match="nothing else says which they are: give at least one example of each"):
+            learner.adapt(x, y)
+    else:
+        assert learner.adapt(x, y).predict(torch.rand(5, 4)).probs.shape == (5, 3)

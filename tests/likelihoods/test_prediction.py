@@ -302,11 +302,11 @@ def test_predictions_show_themselves_in_a_line():
     assert repr(numbers) == repr(numbers.in_terms_of(labels=None, is_vector=True, as_numpy=True))
     logits = torch.tensor([[[0.0, 0.0, 3.0], [0.0, 0.0, 4.0], [5.0, 0.0, 0.0]]], dtype=torch.float64)
     three = ClassPrediction(torch.log_softmax(logits, -1))
-    assert repr(three) == "ClassPrediction(3 rows: 1 0, 2 2; confidence 0.909 to 0.987)"
+    assert repr(three) == "ClassPrediction(3 rows: 1 x 0, 2 x 2; confidence 0.909 to 0.987)"
     named = three.in_terms_of(labels=np.array(["a", "b", "c"]), is_vector=False, as_numpy=True)
-    assert repr(named) == "ClassPrediction(3 rows: 1 a, 2 c; confidence 0.909 to 0.987)"
+    assert repr(named) == "ClassPrediction(3 rows: 1 x a, 2 x c; confidence 0.909 to 0.987)"
     many = ClassPrediction(torch.log_softmax(9 * torch.eye(9)[None], -1))
-    assert "1 5, ...; confidence 0.999)" in repr(many)
+    assert "1 x 5, ...; confidence 0.999)" in repr(many)
     assert repr(ClassPrediction(torch.zeros(1, 0, 2))) == "ClassPrediction(0 rows)"
     assert repr(gaussians(torch.zeros(1, 0, 1), torch.ones(1))) == "MixturePrediction(0 rows)"
 

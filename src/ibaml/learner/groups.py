@@ -114,7 +114,7 @@ def predict_groups(
 def _groups(known: Any, asked: Any, task: str | None, names: tuple[str, str]) -> dict[Any, _Group]:
     """Returns the groups of the asked rows by their names."""
     if task is None:
-        return {"": _Group(torch.arange(len(known)), torch.arange(len(asked)))}
+        return {None: _Group(torch.arange(len(known)), torch.arange(len(asked)))}
     of_known, of_asked = (_rows(table, task, name) for table, name in zip((known, asked), names, strict=True))
     are_text = [{isinstance(group, str) for group in rows} for rows in (of_known, of_asked)]
     if all(are_text) and not are_text[0] & are_text[1]:
@@ -148,9 +148,9 @@ def _require_priors(fitted: FittedModel, groups: Mapping[Any, _Group], names: tu
     try:
         fitted.require_prior()
     except ValueError as error:
-        raise ValueError(
-            f"{names[0]} has no rows of {len(unknown)} groups of {names[1]}, such as {unknown[0]!r}: {error}"
-        ) from error
+        # Tables of one group have no name for it.
+        which = "" if unknown == [None] else f" of {len(unknown)} groups of {names[1]}, such as {unknown[0]!r}"
+        raise ValueError(f"{names[0]} has no rows{which}: {error}") from error
 
 
 def _of_own_classes(

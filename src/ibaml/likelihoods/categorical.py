@@ -43,7 +43,7 @@ class ClassPrediction:
             return "ClassPrediction(0 rows)"
         index, counts = self._log_probs.argmax(-1).unique(return_counts=True)
         names = index.tolist() if self.classes is None else self.classes[index.cpu().numpy()].tolist()
-        found = [f"{count} {name}" for name, count in zip(names, counts.tolist(), strict=True)]
+        found = [f"{count} x {name}" for name, count in zip(names, counts.tolist(), strict=True)]
         found = [*found[:_MOST_SHOWN], "..."] if len(found) > _MOST_SHOWN else found
         return f"ClassPrediction({num_rows} rows: {', '.join(found)}; confidence {shown_range(self._confidence)})"
 
