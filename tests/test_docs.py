@@ -100,6 +100,10 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     np.testing.assert_allclose(written.predicted, names["prediction"].mean)
     np.testing.assert_allclose(written.lower_90, names["lower"])
     assert len(written) == 15
+    by_school = names["several"].groupby("school")
+    assert len(names["asked"]) == len(names["several"]) - 5 * len(by_school)
+    assert (names["unknown"].epistemic > names["predicted"].epistemic).all()
+    assert names["curve"].num_support == (0, 1, 2, 5) and (tmp_path / "how_many.png").is_file()
 
 
 def test_how_to_regression(tmp_path, monkeypatch, few_steps):

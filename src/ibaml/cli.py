@@ -312,7 +312,8 @@ def predict(
 
     Args:
         run: Folder of a trained model.
-        support: Labelled examples: a CSV or Parquet table, or a folder of class folders of images.
+        support: Labelled examples: a CSV or Parquet table, or a folder of class folders of images. A task of the query
+            that a table has no examples of gets the prediction of the prior.
         query: Examples to predict: a table, or a folder of images.
         out: CSV or Parquet file for the predictions.
         level: Probability that a regression interval holds the target.

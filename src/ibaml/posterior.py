@@ -10,6 +10,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.base import TaskNoise
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
@@ -54,32 +55,85 @@ class FittedModel:
             TypeError: If the inputs are no numbers.
             ValueError: If they are not finite or of the wrong shape.
         """
-        dtype = tree.leaves(self.model.adapted)[0].dtype
         if self.preprocessing is not None:
-            return self.preprocessing.encode_inputs(argument, x, dtype=dtype).to(self.device)
+            return self.preprocessing.encode_inputs(argument, x, dtype=self.dtype).to(self.device)
         x = _require_array(argument, x)
-        return x.to(device=self.device, dtype=dtype if x.is_floating_point() else None)
+        return x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)
 
-    def encode_support(self, x: Any, y: Any, labels: Array | None) -> Batch:
-        """Returns the support set as tensors, checked.
+    def require_prior(self) -> None:
+        """Refuses a task without examples where nothing says what is likely of it beforehand.
+
+        Where the classes are known and the algorithm has a prior, the posterior of no examples is the prior.
+
+        Raises:
+            ValueError: Saying why, and what to do.
+        """
+        if not self.algorithm.is_bayesian:
+            raise ValueError(
+                f"the support is empty, and algorithm {self.algorithm.name!r} has no prior that says what is likely of "
+                "a task without examples: give at least one, or use an algorithm with a prior, such as "
+                "algorithm='head'."
+            )
+        has_labels = self.preprocessing is not None and self.preprocessing.class_labels is not None
+        # Of tensors, priors that each belong to a class say that classes mean the same in all tasks.
+        of_tensors = self.preprocessing is None and not self.algorithm.serves_any_number_of_outputs
+        if self.model.likelihood.target_kind == "classes" and not has_labels and not of_tensors:
+            raise ValueError(
+                "the support is empty, and where each task has classes of its own nothing else says which they are: "
+                "give at least one example of each class, or fit with classes='shared' if labels mean the same in all "
+                "tasks."
+            )
+
+    def encode_support(
+        self, x: Any, y: Any, labels: Array | None, *, names: tuple[str, str] = ("x_support", "y_support")
+    ) -> Batch:
+        """Returns the support set as tensors, checked; it may be empty.
+
+        Args:
+            x: Inputs.
+            y: Labels or targets.
+            labels: Label of each class, where there are any.
+            names: How messages call inputs and targets.
 
         Raises:
             TypeError: If values are of the wrong kind.
             ValueError: If the examples do not fit the model.
         """
-        inputs = self.encode("x_support", x)
+        inputs = self.encode(names[0], x)
+        if len(inputs) == 0 and _is_empty(y):
+            return Batch(inputs, self._no_targets(inputs))
         if self.preprocessing is None:
-            targets = _require_array("y_support", y)
+            targets = _require_array(names[1], y)
         else:
-            dtype = tree.leaves(self.model.adapted)[0].dtype
-            if len(inputs) == 0:
-                raise ValueError("the support is empty; expected at least one example of the task.")
-            targets = self.preprocessing.encode_targets("y_support", y, labels, dtype=dtype)
+            targets = self.preprocessing.encode_targets(names[1], y, labels, dtype=self.dtype)
         support = Batch(inputs, targets.to(self.device))
         self.model.check_batch(
             "the task's support", support, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
         )
         return support
+
+    def _no_targets(self, inputs: Tensor) -> Tensor:
+        likelihood, num_outputs = self.model.likelihood, self.model.num_outputs
+        if likelihood.target_kind == "classes":
+            return inputs.new_zeros(0, dtype=torch.int64)
+        return inputs.new_zeros(0, num_outputs // likelihood.num_outputs(1), dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return tree.leaves(self.model.adapted)[0].dtype
+
+    def num_outputs(self, num_outputs: int, *targets: Tensor) -> int:
+        """Returns how many classes a task has where the algorithm serves any number, else the number of outputs.
+
+        Args:
+            num_outputs: Outputs of the network.
+            *targets: Class indices of the task, which tell if no labels are known.
+        """
+        labels = None if self.preprocessing is None else self.preprocessing.class_labels
+        if labels is not None and self.algorithm.serves_any_number_of_outputs:
+            return len(labels)
+        return self.model.most_outputs(self.algorithm, num_outputs, *targets)
 
     def labels_of(self, y: Any) -> Array | None:
         """Returns the class labels of a task; None for regression and for tensors."""
@@ -90,6 +144,8 @@ class FittedModel:
 
     def adapt(self, x: Any, y: Any, *, seed: int) -> "TaskPosterior":
         """Adapts to one task; see ``MetaLearner.adapt``."""
+        if _is_empty(x) and _is_empty(y):
+            self.require_prior()
         labels = self.labels_of(y)
         return self.solve(self.encode_support(x, y, labels), labels, seed=seed)
 
@@ -111,18 +167,18 @@ class FittedModel:
             seed: Seed of the noise of the inner problem.
             start: Where the inner solver starts. None: at the prior.
             with_grad_norm: False spares the gradient at the solution; its norm is then NaN.
-            num_outputs: Classes of the task where any number is served. None: those of the support set.
+            num_outputs: Classes of the task where any number is served. None: those that are known, or of the support.
 
         Raises:
             MemoryError: If the support set does not fit into memory.
         """
-        noise = self.algorithm.draw_noise(self.meta, generator=noise_generator("inner", seed))
-        noise = tree.map(lambda leaf: leaf.to(self.device), noise)
+        noise = self.inner_noise(seed=seed)
         try:
             nll, shared, x = self._view(support.x)
             if isinstance(nll, Model):
-                nll = nll.of_task(self.algorithm, support.y)
-                nll = nll if num_outputs is None else dataclasses.replace(nll, num_outputs=num_outputs)
+                if num_outputs is None:
+                    num_outputs = self.num_outputs(nll.num_outputs, support.y)
+                nll = dataclasses.replace(nll, num_outputs=num_outputs)
             with torch.no_grad():
                 solution = self.algorithm.adapt(
                     nll,
@@ -147,15 +203,32 @@ class FittedModel:
         Where the network's body is not adapted, its features are computed here, once.
         """
         if self.model.splits(x):
-            return self._on_features(x)
+            return self.on_features(x)
         if self.max_examples_per_pass is None:
             return self.model, self.meta.shared, x
         return NllInParts(self.model, self.max_examples_per_pass, self.model.network), self.meta.shared, x
 
-    def _on_features(self, x: Tensor) -> tuple[Model, Params, Tensor]:
-        size = len(x) if self.max_examples_per_pass is None else self.max_examples_per_pass
+    def inner_noise(self, *, seed: int) -> TaskNoise:
+        """Returns the noise of the inner problem that a seed names, on the device."""
+        noise = self.algorithm.draw_noise(self.meta, generator=noise_generator("inner", seed))
+        return tree.map(lambda leaf: leaf.to(self.device), noise)
+
+    def evaluation_noise(self, *, seed: int) -> Params:
+        """Returns the noise of the weight samples that a seed names, on the device."""
+        noise = self.algorithm.draw_evaluation_noise(self.meta, generator=noise_generator("prediction", seed))
+        return tree.map(lambda leaf: leaf.to(self.device), noise)
+
+    def on_features(self, x: Tensor) -> tuple[Model, Params, Tensor]:
+        """Returns the adapted part of the network, shared parameters with the features of inputs, and their positions.
+
+        Args:
+            x: Inputs on the device, of a network that splits into a body and its last layer.
+        """
+        # A network need not take an empty batch, nor one that has no variance.
+        rows = x if len(x) else x.new_zeros(2, *x.shape[1:])
+        size = len(rows) if self.max_examples_per_pass is None else self.max_examples_per_pass
         with torch.no_grad():
-            features = torch.cat([self.model.features(self.meta.shared, part) for part in x.split(max(size, 1))])
+            features = torch.cat([self.model.features(self.meta.shared, part) for part in rows.split(size)])[: len(x)]
         shared = self.model.with_features(self.meta.shared, features)
         return self.model.on_features, shared, torch.arange(len(x), device=x.device)
 
@@ -167,11 +240,10 @@ class FittedModel:
             x: Inputs on the device.
             seed: Seed of the weight samples.
         """
-        noise = self.algorithm.draw_evaluation_noise(self.meta, generator=noise_generator("prediction", seed))
-        noise = tree.map(lambda leaf: leaf.to(self.device), noise)
+        noise = self.evaluation_noise(seed=seed)
         network, shared = self.model, self.meta.shared
         if len(x) and self.model.splits(x):
-            network, shared, x = self._on_features(x)
+            network, shared, x = self.on_features(x)
         with torch.no_grad():
             return self.algorithm.outputs(network, shared, posterior, x, noise)
 
@@ -192,20 +264,28 @@ class FittedModel:
 
     def predict(self, posterior: Any, x: Tensor, *, seed: int) -> Prediction:
         """Predicts at encoded inputs; numbers in the targets' units, whose samples can be drawn."""
-        prediction = self.prediction(self.outputs(posterior, x, seed=seed))
-        if not isinstance(prediction, MixturePrediction) or not self.algorithm.uses_features:
+        outputs = self.outputs(posterior, x, seed=seed)
+        prediction = self.prediction(outputs)
+        if not isinstance(prediction, MixturePrediction) or "output_variance" not in outputs:
             return prediction
+        return dataclasses.replace(
+            prediction, draw=lambda: self.draw(posterior, x, generator=noise_generator("prediction", seed))
+        )
 
-        def draw() -> Tensor:
-            network, shared, inputs = self._on_features(x)
-            generator = noise_generator("prediction", seed)
-            drawn = self.algorithm.draw_outputs(network, shared, posterior, inputs, generator=generator)
-            assert drawn is not None, f"{self.algorithm.name} gives moments and no draws"
-            sampled = self.prediction({"outputs": drawn})
-            assert isinstance(sampled, MixturePrediction)
-            return sampled.components.mean
+    def draw(self, posterior: Any, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Returns means of functions drawn from a posterior in closed form, ``[num_draws, num_examples, num_targets]``.
 
-        return dataclasses.replace(prediction, draw=draw)
+        Args:
+            posterior: What the algorithm's ``adapt`` returned.
+            x: Inputs on the device.
+            generator: Source of randomness.
+        """
+        network, shared, inputs = self.on_features(x)
+        drawn = self.algorithm.draw_outputs(network, shared, posterior, inputs, generator=generator)
+        assert drawn is not None, f"{self.algorithm.name} gives moments and no draws"
+        sampled = self.prediction({"outputs": drawn})
+        assert isinstance(sampled, MixturePrediction)
+        return sampled.components.mean
 
     def min_confidence(self, max_error: float) -> float:
         """Returns the least confidence from which predictions are wrong no more often than a share; infinite for none.
@@ -323,6 +403,8 @@ class TaskPosterior:
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.
 
+        Without examples it is this one.
+
         By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
         is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
         which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer
@@ -342,8 +424,14 @@ class TaskPosterior:
             The inner solver's ``num_steps + 1`` gradients over all examples so far.
         """
         more = self._fitted.encode_support(x_more, y_more, self._labels)
+        if not len(more.y):
+            return self
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
         return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
+
+
+def _is_empty(values: Any) -> bool:
+    return hasattr(values, "__len__") and len(values) == 0
 
 
 def _require_array(argument: str, value: object) -> Tensor:

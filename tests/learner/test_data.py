@@ -586,7 +586,7 @@ def test_columns_belong_to_tables():
 
 
 ADAPT = [
-    ("no examples", X[:0], Y[:0], "the support is empty; expected at least one example"),
+    ("labels without inputs", X[:0], ["active"] * 8, "the task's support has 0 inputs and 8 targets"),
     ("NaN", X * np.nan, Y, "x_support has 16 missing (NaN) or infinite values"),
     ("another number of features", X[:, :1], Y, "x_support has shape (8, 1), but the model was trained on inputs of"),
     ("an unknown label", X, ["z"] * 8, "y_support has the label 'z' (row 0), but the classes are 'active', 'inactive'"),

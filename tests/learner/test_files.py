@@ -93,6 +93,17 @@ def test_several_tasks_are_told_apart_by_their_column(tmp_path, model):
         np.testing.assert_allclose(written.predicted[rows], expected, rtol=1e-5)
 
 
+def test_a_task_without_support_is_answered_from_the_prior(tmp_path, model):
+    new = students(2, seed=6)
+    new[:12].to_csv(tmp_path / "support.csv", index=False)
+    new[10:].to_csv(tmp_path / "query.csv", index=False)
+    predict_files(load_fitted(model, device=CPU), *(tmp_path / f"{name}.csv" for name in ("support", "query", "out")))
+    expected = MetaLearner.load(model).adapt(new[:0], new.score[:0]).predict(new[12:])
+    written = read_table(tmp_path / "out.csv")[2:]
+    np.testing.assert_allclose(written.predicted, expected.mean)
+    np.testing.assert_allclose(written.epistemic_std**2, expected.epistemic)
+
+
 def test_classes(tmp_path, classifier):
     new = students(1, seed=5).assign(passed=["yes", "no"] * 6)
     new[:6].to_csv(tmp_path / "support.csv", index=False)
@@ -168,10 +179,14 @@ def test_images_of_a_saved_model_and_of_a_run(tmp_path):
         ("broken.parquet", "query.csv", "out.csv", "broken.parquet cannot be read as a table"),
         ("query.csv", "query.csv", "out.csv", "the support table has no column 'score', the target"),
         ("support.csv", "empty.csv", "out.csv", "the query table has no rows"),
-        ("support.csv", "other.csv", "out.csv", "the support table has no rows of task 'other'"),
         ("support.csv", "clash.csv", "out.csv", "the query table has columns named predicted, as the answers do"),
-        ("support.csv", "text.csv", "out.csv", "column 'hours' of x_query holds text, such as 'many' .row 0., but"),
-        ("support.csv", "short.csv", "out.csv", "x_query has no column sleep"),
+        (
+            "support.csv",
+            "text.csv",
+            "out.csv",
+            "column 'hours' of the query table holds text, such as 'many' .row 0., but",
+        ),
+        ("support.csv", "short.csv", "out.csv", "the query table has no column sleep"),
         (
             "support.csv",
             "nameless.csv",
@@ -188,7 +203,6 @@ def test_what_it_refuses(tmp_path, model, capsys, monkeypatch, support, query, o
         "support": new[:5],
         "query": rest,
         "empty": rest[:0],
-        "other": rest.assign(school="other"),
         "clash": rest.assign(predicted=0),
         "text": rest.assign(hours="many"),
         "short": rest.drop(columns="sleep"),

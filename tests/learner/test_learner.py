@@ -461,7 +461,7 @@ def test_fit_refuses_tasks_that_do_not_fit():
             ValueError,
             r"cannot process the task's support\.x of shape \(6, 2\)",
         ),
-        (TASK.support.x[:0], TASK.support.y[:0], ValueError, "the task's support has 0 inputs and 0 targets"),
+        (TASK.support.x[:0], TASK.support.y[:0], ValueError, "the support is empty, and algorithm 'maml' has no prior"),
         (TASK.support.x, TASK.support.y[:2], ValueError, "the task's support has 6 inputs and 2 targets"),
         (TASK.support.x, TASK.support.y + 1, ValueError, r"the task's support\.y has labels from 1 to 3"),
         (TASK.support.x, TASK.support.y.float(), ValueError, r"the task's support\.y has dtype torch\.float32"),

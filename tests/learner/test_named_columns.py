@@ -183,7 +183,9 @@ def test_files_with_text_gaps_and_dates(tmp_path, capsys):
     # A column of numbers that a file fills with text.
     (bad,) = files(tmp_path, bad=asked.assign(hours="many"))
     assert run("predict", tmp_path / "model", "--support", support, "--query", bad, "--out", out) == 2
-    assert "column 'hours' of x_query holds text, such as 'many' (row 0)" in " ".join(capsys.readouterr().err.split())
+    assert "column 'hours' of the query table holds text, such as 'many' (row 0)" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_table_of_test_tasks_on_the_command_line(tmp_path, learner, capsys):

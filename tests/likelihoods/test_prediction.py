@@ -5,6 +5,7 @@ import math
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.stats
@@ -263,3 +264,66 @@ def test_abstaining_leaves_labels_as_they_are():
     assert named.labels[~named.abstains].tolist() == ["no", "yes"]
     assert named.columns(level=0.9, names=())["abstains"] == [False, False, True]
     assert dataclasses.replace(prediction, min_confidence=math.inf).abstains.all()
+
+
+def test_log_prob_is_minus_the_nll_in_the_terms_of_the_data():
+    labels = np.array(["a", "b", "c"])
+    named = classes().in_terms_of(labels=labels, is_vector=False, as_numpy=True)
+    np.testing.assert_allclose(named.log_prob(["c", "a", "b", "b"]), named.log_probs[range(4), [2, 0, 1, 1]])
+    single = regression(num_samples=1, num_outputs=1).in_terms_of(labels=None, is_vector=True, as_numpy=True)
+    y = np.array([0.5, -1.0, 2.0, 0.0])
+    expected = scipy.stats.norm(single.mean, single.standard_deviation).logpdf(y)
+    np.testing.assert_allclose(single.log_prob(y), expected, rtol=1e-12)
+    np.testing.assert_allclose(single.log_prob(pd.Series(y, index=list("wxyz"))), expected, rtol=1e-12)
+
+
+def test_frames_have_the_columns_of_files():
+    single = regression(num_outputs=1).in_terms_of(labels=None, is_vector=True, as_numpy=True)
+    frame = single.to_frame(level=0.8, index=list("wxyz"))
+    assert list(frame) == ["predicted", "lower_80", "upper_80", "noise_std", "epistemic_std"]
+    assert frame.index.tolist() == list("wxyz")
+    np.testing.assert_array_equal(frame.predicted, single.mean)
+    np.testing.assert_array_equal(frame[["lower_80", "upper_80"]].T, single.interval(0.8))
+    np.testing.assert_allclose(frame.noise_std**2 + frame.epistemic_std**2, single.total_uncertainty)
+    two = regression()
+    assert list(two.to_frame(names=["height", "weight"]))[:2] == ["predicted_height", "lower_90_height"]
+    np.testing.assert_array_equal(two.to_frame()["predicted_1"], two.mean[:, 1])
+    named = classes().in_terms_of(labels=np.array(["a", "b", "c"]), is_vector=False, as_numpy=True)
+    frame = named.to_frame()
+    assert list(frame) == ["predicted", *(f"probability_{name}" for name in "abc"), "entropy", "epistemic"]
+    assert frame.predicted.tolist() == named.labels.tolist()
+    np.testing.assert_array_equal(frame.epistemic, named.epistemic)
+
+
+def test_predictions_show_themselves_in_a_line():
+    means = torch.tensor([[[1.0], [250.0]]], dtype=torch.float64)
+    numbers = gaussians(means, torch.ones(1, dtype=torch.float64))
+    assert repr(numbers) == "MixturePrediction(2 rows: mean 1 to 250; 90% intervals 3.29 wide)"
+    assert repr(numbers) == repr(numbers.in_terms_of(labels=None, is_vector=True, as_numpy=True))
+    logits = torch.tensor([[[0.0, 0.0, 3.0], [0.0, 0.0, 4.0], [5.0, 0.0, 0.0]]], dtype=torch.float64)
+    three = ClassPrediction(torch.log_softmax(logits, -1))
+    assert repr(three) == "ClassPrediction(3 rows: 1 x 0, 2 x 2; confidence 0.909 to 0.987)"
+    named = three.in_terms_of(labels=np.array(["a", "b", "c"]), is_vector=False, as_numpy=True)
+    assert repr(named) == "ClassPrediction(3 rows: 1 x a, 2 x c; confidence 0.909 to 0.987)"
+    many = ClassPrediction(torch.log_softmax(9 * torch.eye(9)[None], -1))
+    assert "1 x 5, ...; confidence 0.999)" in repr(many)
+    assert repr(ClassPrediction(torch.zeros(1, 0, 2))) == "ClassPrediction(0 rows)"
+    assert repr(gaussians(torch.zeros(1, 0, 1), torch.ones(1))) == "MixturePrediction(0 rows)"
+
+
+def test_predictions_of_tasks_with_classes_of_their_own_are_joined():
+    parts = [
+        classes(num_classes=number, num_examples=2, seed=number).in_terms_of(
+            labels=np.array(list(labels)), is_vector=False, as_numpy=True
+        )
+        for number, labels in ((2, "ca"), (3, "bde"))
+    ]
+    whole = ClassPrediction.joined(parts, [torch.tensor([3, 0]), torch.tensor([1, 2])])
+    assert whole.classes.tolist() == list("abcde")
+    expected = np.zeros((4, 5))
+    expected[np.ix_([3, 0], [2, 0])], expected[np.ix_([1, 2], [1, 3, 4])] = (part.probs for part in parts)
+    np.testing.assert_allclose(whole.probs, expected, rtol=1e-12)
+    np.testing.assert_allclose(whole.epistemic[[3, 0]], parts[0].epistemic, rtol=1e-10)
+    other = dataclasses.replace(parts[0], sample_log_probs=parts[0].sample_log_probs[:3])
+    with pytest.raises(ValueError, match="tasks have predictions of 3 and 5 samples, which cannot be joined: set num"):
+        ClassPrediction.joined([other, parts[1]], [torch.tensor([0, 1]), torch.tensor([2, 3])])

@@ -8,7 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from ibaml import plots
-from ibaml.metrics import ReliabilityCurve, quantile_curve, selective_curve
+from ibaml.metrics import Estimate, LearningCurve, ReliabilityCurve, quantile_curve, selective_curve
 from ibaml.types import Batch, Episode, Tensor
 
 
@@ -26,6 +26,9 @@ def test_every_figure_is_drawn_without_pyplot_and_without_touching_the_settings(
         "regression": plots.example_regression(Episode(line, line), torch.zeros(7, 1), torch.ones(7, 1)),
         "training": plots.training_curves([{"step": i, "loss": 1.0, "inner_grad_norm": 0.3} for i in range(200)]),
         "loss": plots.training_curves([{"step": i, "loss": 1.0, "validation_nll": 2.0} for i in range(200)]),
+        "learning": plots.learning_curve(
+            LearningCurve(num_support=(0, 5), scores={"nll": (Estimate(1, 0.1, 9),) * 2}, num_tasks=9, num_left_out=0)
+        ),
         "comparison": plots.comparison(per_task()),
         "selective": plots.selective_curves(
             {"a": selective_curve(torch.linspace(0, 1, 9)[None], torch.arange(9)[None] < 5)}

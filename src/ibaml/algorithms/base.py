@@ -113,7 +113,7 @@ class Algorithm(Protocol):
         Args:
             nll: Nll of the examples of a task.
             meta: Meta-parameters.
-            support: Support set.
+            support: Support set. If ``is_bayesian`` it may be empty: the posterior is then the prior.
             noise: Noise of the task.
             start: Where the inner solver starts; the problem itself stays the same. None: at the prior.
             with_grad_norm: False spares the gradient at the solution; its norm is then NaN.

@@ -93,7 +93,7 @@ class Model(PlainNll):
             return torch.func.functional_call(self.tail.body, own, (x,))
 
     def splits(self, x: Tensor) -> bool:
-        """Whether the network is its adapted tail on the features of its body, seen at some inputs once.
+        """Whether the network is its adapted tail on the features of its body, seen at the first inputs there are.
 
         Args:
             x: Inputs, ``[num_examples, *input_shape]``.
@@ -101,6 +101,8 @@ class Model(PlainNll):
         if self.tail is None:
             return False
         if self.tail.is_exact is None:
+            if not len(x):
+                return True  # Of nothing all features are right.
             # At weights of no special kind: a layer that starts at zero gives zeros, whatever comes before or after.
             weights = {
                 name: value + torch.cos(torch.arange(value.numel()).to(value)).view_as(value)
@@ -197,7 +199,7 @@ class Model(PlainNll):
         """
         if not algorithm.serves_any_number_of_outputs or any(each.is_floating_point() for each in targets):
             return num_outputs
-        return 1 + max(int(each.max()) for each in targets)
+        return 1 + max(int(each.max()) for each in targets if len(each))
 
     def of_task(self, algorithm: "Algorithm", *targets: Tensor) -> "Model":
         """Returns the model with the number of classes of a task, where the algorithm serves any number.
@@ -235,13 +237,16 @@ class Model(PlainNll):
                 f"{algorithm.name!r} expects [num_examples, num_features]."
             )
 
-    def check_task(self, episode: Episode, *, task: str = "task", any_number_of_classes: bool = False) -> int:
+    def check_task(
+        self, episode: Episode, *, task: str = "task", any_number_of_classes: bool = False, needs_support: bool = True
+    ) -> int:
         """Runs one task through the network and refuses what it cannot process; for the boundary, before long work.
 
         Args:
             episode: A single task, without a task axis.
             task: How messages call it.
             any_number_of_classes: Whether there may be more classes than the network has outputs.
+            needs_support: Whether an empty support set is refused.
 
         Returns:
             The number of network outputs, or of classes if there are more.
@@ -252,6 +257,7 @@ class Model(PlainNll):
         return max(
             self.check_batch(f"{task} {part}", batch, any_number_of_classes=any_number_of_classes)
             for part, batch in (("support", episode.support), ("query", episode.query))
+            if part == "query" or needs_support or len(batch.y)
         )
 
     def check_batch(self, argument: str, batch: Batch, *, any_number_of_classes: bool = False) -> int:

@@ -12,6 +12,7 @@ from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.columns import Column, as_table
 from ibaml.data.preprocessing import IDENTITY, Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
+from ibaml.learner.groups import predict_groups
 from ibaml.optional import require
 from ibaml.posterior import FittedModel
 
@@ -30,9 +31,9 @@ def predict_files(
     """Adapts to a support file, predicts for a query file and writes the answers.
 
     Tables (CSV or Parquet) have the columns of the training table; with its task column, each task of the query is
-    answered from its own support. For a model that was fitted on tensors of vectors, the columns of the support table
-    are the inputs, in order, and after them the targets or class indices. Images are a folder of class folders
-    (support) and a folder of images (query).
+    answered from its own support, or from the prior if it has none. For a model that was fitted on tensors of vectors,
+    the columns of the support table are the inputs, in order, and after them the targets or class indices. Images are a
+    folder of class folders (support) and a folder of images (query).
 
     Args:
         fitted: The fitted model.
@@ -145,34 +146,13 @@ def _predict_tables(
     level: float,
     max_error: float | None,
 ) -> dict[str, list[Any]]:
-    targets = preprocessing.target_columns
-    if targets is None:
-        raise ValueError("the model was fitted on arrays, so the target has no column name: fit it on a DataFrame.")
-    for name in targets:
-        if name not in support.columns:
-            raise ValueError(f"the support table has no column {name!r}, the target.")
-    if len(query) == 0:
-        raise ValueError("the query table has no rows.")
     task = preprocessing.task_column
     by_task = task in support.columns and task in query.columns
-    if by_task and bool((missing := query[task].isna().to_numpy()).any()):
-        raise ValueError(
-            f"column {task!r} of the query table is missing in {missing.sum()} rows, the first is row "
-            f"{missing.argmax()}: every row needs a task."
-        )
-    groups = query.groupby(task, sort=False).indices.items() if by_task else [(None, np.arange(len(query)))]
-    answers: dict[str, list[Any]] = {}
-    for name, rows in groups:
-        own = support[support[task] == name] if by_task else support
-        if len(own) == 0:
-            raise ValueError(f"the support table has no rows of task {name!r}, which the query asks for.")
-        y = own[list(targets)] if not preprocessing.is_vector else own[targets[0]]
-        posterior = fitted.adapt(own, y, seed=0)
-        prediction = posterior.predict(query.iloc[rows], max_error=max_error)
-        for column, values in prediction.columns(level=level, names=targets).items():
-            whole = answers.setdefault(column, [None] * len(query))
-            for row, value in zip(rows, values, strict=True):
-                whole[row] = value
+    names = ("the support table", "the query table")
+    prediction = predict_groups(
+        fitted, support, query, task=task if by_task else None, max_error=max_error, names=names
+    )
+    answers = prediction.columns(level=level, names=preprocessing.target_columns or ())
     if clash := sorted(set(answers) & set(query.columns)):
         raise ValueError(f"the query table has columns named {', '.join(clash)}, as the answers do: rename them.")
     return {**{name: _as_list(query[name]) for name in query.columns}, **answers}

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +10,22 @@ import torch
 from torch import nn
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
 from ibaml.data.prepare import SplitSettings, prepare
-from ibaml.data.preprocessing import CLASS_SCOPES, Preprocessing
+from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
-from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.fitting import fit_model
 from ibaml.learner.folder import read_model, write_model
-from ibaml.learner.held_out import calibrated, evaluate_held_out
+from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.likelihoods import Likelihood, find_likelihood
-from ibaml.metrics import Estimate
 from ibaml.networks import network_settings
-from ibaml.posterior import FittedModel, TaskPosterior
+from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
-from ibaml.train.evaluate import Evaluation
 from ibaml.train.processes import Processes
 from ibaml.types import ClassScope, ColumnName
 
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-class MetaLearner(Estimator):
+class MetaLearner(Predictor):
     """Learns from many small tasks how to learn a new one, and how sure to be of it.
 
     The constructor's arguments are kept as given (``get_params``), so that ``sklearn.base.clone`` gives an unfitted
@@ -146,39 +143,6 @@ class MetaLearner(Estimator):
         """
         return self._model if self._model is not None else self.fitted_model.model
 
-    @property
-    def fitted_model(self) -> FittedModel:
-        """What adaptation and prediction need, as one immutable value.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-        """
-        if self._fitted is None:
-            raise NotFittedError(
-                "this MetaLearner has not been fitted: call fit(train_tasks) or MetaLearner.load first."
-            )
-        return self._fitted
-
-    @property
-    def meta_parameters(self) -> MetaParameters:
-        """The learned prior and shared parameters; errors as of ``fitted_model``."""
-        return self.fitted_model.meta
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How data become tensors; None before ``fit``, and if they came as tensors."""
-        return None if self._fitted is None else self._fitted.preprocessing
-
-    @property
-    def splits(self) -> SplitSettings:
-        """How tasks are split, as ``fit`` was told."""
-        return self._splits
-
-    @property
-    def calibration_temperature(self) -> float:
-        """Factor by which predictions are made less sure, from validation tasks or ``calibrate``; 1 without any."""
-        return 1.0 if self._fitted is None else self._fitted.temperature
-
     def fit(
         self,
         train_tasks: Any,
@@ -265,23 +229,6 @@ class MetaLearner(Estimator):
         )
         return self
 
-    def adapt(self, x_support: Any, y_support: Any, *, seed: int = 0) -> TaskPosterior:
-        """Adapts to one task; the posterior's ``update`` takes in more examples later.
-
-        Args:
-            x_support: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
-            y_support: Labels or targets as in training; for a learner fitted on tensors class indices
-                ``[num_examples]`` or targets ``[num_examples, num_outputs]``.
-            seed: Seed of the noise of the inner problem.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-            TypeError: If values are of the wrong kind.
-            ValueError: If the examples do not fit the network or the likelihood.
-            MemoryError: If the support set is too large for the memory at hand.
-        """
-        return self.fitted_model.adapt(x_support, y_support, seed=seed)
-
     def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":
         """Returns a fitted learner that adapts with other settings, such as more inner steps than in training.
 
@@ -305,83 +252,6 @@ class MetaLearner(Estimator):
         other = copy.copy(self)
         other._fitted, other._splits = fitted, self._splits if splits is None else splits
         return other
-
-    def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> "MetaLearner":
-        """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.
-
-        For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
-        ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
-
-        Args:
-            validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
-            num_tasks: Number of tasks to draw from a sampler or an image folder; others are used once each.
-            seed: Seed of the splits.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If a task does not fit.
-        """
-        fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
-        held_out = evaluate_held_out(
-            fitted, validation_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed
-        )
-        self._fitted = calibrated(fitted, held_out)
-        return self
-
-    def evaluate(
-        self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0, out_of_task: bool = False
-    ) -> dict[str, Estimate]:
-        """Adapts to test tasks and reports metrics with 95% intervals over tasks.
-
-        Args:
-            test_tasks: Tasks in the form that ``fit`` took. Data, and sequences of Episodes, are used once each, data
-                with half of a task as support unless the ``splits`` of ``fit`` said otherwise.
-            num_tasks: Number of tasks to draw from a sampler or an image folder.
-            seed: Names the fixed set of tasks, or the splits.
-            out_of_task: Where each task has classes of its own: whether queries of the next task, foreign to it, are
-                predicted as well; see ``ibaml.train.evaluate.draw_foreign``. It nearly doubles the cost of queries.
-
-        Returns:
-            The scores of the likelihood's predictions (``ClassPrediction.scores``, ``MixturePrediction.scores``) in the
-            units of the data; for classes ``ece_pooled`` and ``mce_pooled`` of all tasks together, and with
-            ``out_of_task`` the probability ``out_of_task_auroc`` that a foreign query has the larger score.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If a task does not fit, or has no classes of its own and ``out_of_task`` is asked for.
-        """
-        found = self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed, out_of_task=out_of_task)
-        return dict(found.report)
-
-    def evaluate_in_full(
-        self,
-        test_tasks: Any,
-        *,
-        num_tasks: int = 600,
-        seed: int = 0,
-        out_of_task: bool = False,
-        on_progress: Callable[[int], None] | None = None,
-        processes: Processes | None = None,
-    ) -> Evaluation:
-        """Like ``evaluate``; returns the scores of each task and the predictions as well.
-
-        Args:
-            test_tasks: As in ``evaluate``.
-            num_tasks: As there.
-            seed: As there.
-            out_of_task: As there.
-            on_progress: Called with the number of finished tasks.
-            processes: The processes that share the tasks.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-            ValueError, TypeError: As in ``evaluate``.
-            FloatingPointError: If predictions are not finite, naming the task.
-        """
-        how: dict[str, Any] = {"out_of_task": out_of_task, "on_progress": on_progress, "processes": processes}
-        return evaluate_held_out(
-            self.fitted_model, test_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed, **how
-        )
 
     def save(self, folder: str | Path) -> Path:
         """Saves the fitted learner as a folder of safetensors and JSON, readable without running code; returns it.

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from ibaml.metrics import Estimate
+from ibaml.optional import require
 from ibaml.types import Params, Tensor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -44,6 +45,10 @@ class Prediction(Protocol):
 
     def nll(self, targets: Any) -> Any:
         """Returns ``-log p(target)`` per example in nats."""
+        ...
+
+    def log_prob(self, targets: Any) -> Any:
+        """Returns ``log p(target)`` per example in nats, ``-nll``."""
         ...
 
     def tempered(self, temperature: float) -> "Prediction":
@@ -86,6 +91,19 @@ class Prediction(Protocol):
         Args:
             level: Probability of the intervals of numbers.
             names: Names of the targets, used where there are several.
+        """
+        ...
+
+    def to_frame(self, *, level: float = 0.9, names: Sequence[str] | None = None, index: Any = None) -> Any:
+        """Returns ``columns`` as a pandas DataFrame.
+
+        Args:
+            level: As there.
+            names: As there. None: 0, 1, ...
+            index: Labels of its rows, such as ``asked.index``. None: 0, 1, ...
+
+        Raises:
+            ImportError: If pandas is not installed.
         """
         ...
 
@@ -166,6 +184,21 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
 def shown(value: Tensor, *, as_numpy: bool) -> Any:
     """Returns a tensor, or the numpy array with its values."""
     return np.asarray(value.cpu().numpy()) if as_numpy else value
+
+
+def as_frame(columns: Mapping[str, Sequence[Any]], index: Any) -> Any:
+    """Returns columns as a pandas DataFrame.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    return require("pandas", "pandas", "tables").DataFrame(dict(columns), index=index)
+
+
+def shown_range(values: Tensor) -> str:
+    """Returns the least and the largest of some values in three digits, for messages."""
+    low, high = (f"{float(end):.3g}" for end in values.double().aminmax())
+    return low if low == high else f"{low} to {high}"
 
 
 def check_numbers(argument: str, targets: Tensor, num_targets: int) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from ibaml import metrics
-from ibaml.likelihoods.base import Array, Prediction, TargetKind, shown, wide
+from ibaml.likelihoods.base import Array, Prediction, TargetKind, as_frame, shown, shown_range, wide
 from ibaml.metrics import Estimate
 from ibaml.types import Params, Tensor
+
+_MOST_SHOWN = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +35,17 @@ class ClassPrediction:
     as_numpy: bool = False
     out_of_task_score: Tensor | None = None
     min_confidence: float | None = None
+
+    def __repr__(self) -> str:
+        """Shows how many rows there are, the classes that are predicted, and how sure."""
+        num_rows = self.sample_log_probs.shape[1]
+        if not num_rows:
+            return "ClassPrediction(0 rows)"
+        index, counts = self._log_probs.argmax(-1).unique(return_counts=True)
+        names = index.tolist() if self.classes is None else self.classes[index.cpu().numpy()].tolist()
+        found = [f"{count} x {name}" for name, count in zip(names, counts.tolist(), strict=True)]
+        found = [*found[:_MOST_SHOWN], "..."] if len(found) > _MOST_SHOWN else found
+        return f"ClassPrediction({num_rows} rows: {', '.join(found)}; confidence {shown_range(self._confidence)})"
 
     @property
     def log_probs(self) -> Any:
@@ -118,6 +131,10 @@ class ClassPrediction:
         index = index.to(self.sample_log_probs.device)
         return self._shown(-self._log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1))
 
+    def log_prob(self, targets: Any) -> Any:
+        """Returns ``log p(target)`` per example in nats; arguments and errors as of ``nll``."""
+        return -self.nll(targets)
+
     def tempered(self, temperature: float) -> "ClassPrediction":
         """Returns the prediction with the logits of its probabilities divided by a temperature (Guo et al. 2017).
 
@@ -144,6 +161,42 @@ class ClassPrediction:
         del is_vector
         labels = np.arange(self.sample_log_probs.shape[-1]) if labels is None else labels
         return dataclasses.replace(self, classes=labels, as_numpy=as_numpy)
+
+    @classmethod
+    def joined(cls, predictions: Sequence["ClassPrediction"], rows: Sequence[Tensor]) -> "ClassPrediction":
+        """Returns the predictions of tasks with classes of their own as one of the classes of all.
+
+        A class that a task does not have has the probability zero there. Other settings are those of the first.
+
+        Args:
+            predictions: Predictions with labels.
+            rows: Where the examples of each go in the whole; together they are ``0, 1, ...`` in some order.
+
+        Raises:
+            ValueError: If they differ in their number of samples.
+        """
+        labels = [cast(Array, one.classes) for one in predictions]
+        classes = np.unique(np.concatenate(labels))
+        numbers = sorted({len(one.sample_log_probs) for one in predictions})
+        if len(numbers) > 1:
+            raise ValueError(
+                f"tasks have predictions of {' and '.join(map(str, numbers))} samples, which cannot be joined: set "
+                "num_evaluation_samples to at least four for each class of the largest task."
+            )
+        parts: list[Tensor] = []
+        for one, own in zip(predictions, labels, strict=True):
+            values = one.sample_log_probs
+            whole = values.new_full((*values.shape[:-1], len(classes)), -math.inf)
+            whole[..., torch.from_numpy(np.searchsorted(classes, own)).to(values.device)] = values
+            parts.append(whole)
+        scores = [one.out_of_task_score for one in predictions if one.out_of_task_score is not None]
+        order = torch.cat(list(rows)).argsort().to(parts[0].device)
+        return dataclasses.replace(
+            predictions[0],
+            sample_log_probs=torch.cat(parts, 1)[:, order],
+            classes=classes,
+            out_of_task_score=torch.cat(scores)[order] if scores else None,
+        )
 
     def scores(self, targets: Tensor) -> dict[str, Tensor]:
         """Returns the scores of one task by name; ``ibaml.metrics`` defines them."""
@@ -182,6 +235,10 @@ class ClassPrediction:
         if prediction.min_confidence is not None:
             parts["abstains"] = prediction.abstains
         return {name: value.tolist() for name, value in {"predicted": prediction.labels, **probs, **parts}.items()}
+
+    def to_frame(self, *, level: float = 0.9, names: Sequence[str] | None = None, index: Any = None) -> Any:
+        """Returns ``columns`` as a pandas DataFrame; see ``Prediction``."""
+        return as_frame(self.columns(level=level, names=names or ()), index)
 
     @property
     def _log_probs(self) -> Tensor:

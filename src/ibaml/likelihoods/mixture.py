@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ibaml import metrics
-from ibaml.likelihoods.base import Array, Prediction, TargetKind, check_numbers, shown
+from ibaml.likelihoods.base import Array, Prediction, TargetKind, as_frame, check_numbers, shown, shown_range
 from ibaml.metrics import Estimate
 from ibaml.types import Tensor
 
@@ -80,6 +80,15 @@ class MixturePrediction:
     as_numpy: bool = False
     draw: Callable[[], Tensor] | None = None
 
+    def __repr__(self) -> str:
+        """Shows how many rows there are, where the means lie, and how wide the 90% intervals are."""
+        num_rows = self._mean.shape[0]
+        if not num_rows:
+            return "MixturePrediction(0 rows)"
+        low, high = dataclasses.replace(self, is_vector=False, as_numpy=False).interval(0.9)
+        widths = shown_range(high - low)
+        return f"MixturePrediction({num_rows} rows: mean {shown_range(self._mean)}; 90% intervals {widths} wide)"
+
     @property
     def mean(self) -> Any:
         """Predictive mean."""
@@ -135,6 +144,10 @@ class MixturePrediction:
         """
         joint = self.components.log_prob(self._values(targets)).sum(-1)
         return shown(math.log(joint.shape[0]) - torch.logsumexp(joint, dim=0), as_numpy=self.as_numpy)
+
+    def log_prob(self, targets: Any) -> Any:
+        """Returns ``log p(target)`` per example in nats; arguments and errors as of ``nll``."""
+        return -self.nll(targets)
 
     def cdf(self, targets: Any) -> Any:
         """Returns the predictive probability of a value at most ``targets``, for each target by itself, in float64.
@@ -273,6 +286,11 @@ class MixturePrediction:
             for name, values in columns.items()
         }
 
+    def to_frame(self, *, level: float = 0.9, names: Sequence[str] | None = None, index: Any = None) -> Any:
+        """Returns ``columns`` as a pandas DataFrame; see ``Prediction``."""
+        names = [str(number) for number in range(self._mean.shape[-1])] if names is None else names
+        return as_frame(self.columns(level=level, names=names), index)
+
     @property
     def _mean(self) -> Tensor:
         return self.components.mean.mean(0)
@@ -295,7 +313,8 @@ class MixturePrediction:
         return self.components.cdf(values).mean(0)
 
     def _values(self, targets: Any) -> Tensor:
-        values = torch.as_tensor(targets if isinstance(targets, torch.Tensor) else np.asarray(targets))
+        # A copy: a column of a DataFrame is read-only, which torch warns of.
+        values = targets if isinstance(targets, torch.Tensor) else torch.from_numpy(np.array(targets))
         expected = self._mean.shape[:-1] if self.is_vector else self._mean.shape
         if values.shape != expected:
             raise ValueError(f"targets has shape {tuple(values.shape)}; expected {tuple(expected)}, as mean has.")

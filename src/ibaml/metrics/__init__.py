@@ -12,6 +12,7 @@ are checked: a TypeError tells of a wrong dtype, a ValueError of a shape, range 
 | `regression` | squared error, nll, coverage of given intervals |
 | `calibration` | ECE and MCE of classes, per task and pooled; calibration of quantiles |
 | `selective` | accuracy on the examples that a model is surest of |
+| `learning` | scores against the number of known examples |
 | `abstention` | the confidence from which errors are as rare as wanted |
 | `detection` | AUROC of an uncertainty as detector of foreign examples |
 """
@@ -32,6 +33,7 @@ from ibaml.metrics.calibration import (
 from ibaml.metrics.classification import accuracy, brier, nll
 from ibaml.metrics.detection import ood_auroc
 from ibaml.metrics.intervals import Estimate, estimate, paired_difference
+from ibaml.metrics.learning import LearningCurve
 from ibaml.metrics.regression import central_interval, coverage, density_nll, gaussian_nll, mse
 from ibaml.metrics.reports import classification_report, regression_report
 from ibaml.metrics.selective import SelectiveCurve, selective_accuracy, selective_area, selective_curve
@@ -39,6 +41,7 @@ from ibaml.metrics.selective import SelectiveCurve, selective_accuracy, selectiv
 __all__ = [
     "AbstentionCurve",
     "Estimate",
+    "LearningCurve",
     "QuantileCurve",
     "ReliabilityCurve",
     "SelectiveCurve",

@@ -201,6 +201,23 @@ class AlgorithmContract:
         gradient, info = _hypergradient(algorithm, problem)
         assert tree.all_finite(gradient) and torch.isfinite(info.outer_loss)
 
+    def test_no_examples_leave_the_prior(self, algorithm: Algorithm) -> None:
+        """Bayes' rule without data; what follows from examples is then the same from there as from the prior."""
+        if not algorithm.is_bayesian or getattr(algorithm, "centre", False):
+            pytest.skip("there is no prior that answers, or it is of features centred at examples")
+        problem = self._problem(algorithm)
+        support = problem.episode.support
+        nothing = Batch(support.x[:0], support.y[:0])
+        start = algorithm.adapt(problem.nll, problem.meta, nothing, problem.noise)
+        assert start.grad_norm == 0
+        if not algorithm.uses_features:
+            assert_close(start.value, problem.meta.prior, 0.0)
+        noise = algorithm.draw_evaluation_noise(problem.meta, generator=generator(3))
+        found = algorithm.outputs(problem.nll, problem.meta.shared, start.value, problem.episode.query.x, noise)
+        assert tree.all_finite(found)
+        later = algorithm.adapt(problem.nll, problem.meta, support, problem.noise, start=start.value)
+        assert_close(later.value, _adapt(algorithm, problem).value, 0.0)
+
     def test_meta_parameters_survive_a_checkpoint(self, algorithm: Algorithm) -> None:
         """As named tensors in a file, bit by bit."""
         problem, other = self._problem(algorithm), self._problem(algorithm, seed=5)

@@ -161,7 +161,8 @@ def evaluate(
             query of the task's own. For tasks that each have classes of their own.
 
     Raises:
-        ValueError: If ``num_tasks`` is not positive, or a task does not fit the model; with ``out_of_task`` if targets
+        ValueError: If ``num_tasks`` is not positive, or a task does not fit the model, or has no support where the
+            model has no prior; with ``out_of_task`` if targets
             are numbers, or no other task has classes that a task has not.
         FloatingPointError: If predictions are not finite, naming the task.
         ProcessLostError: If another process has died or hangs.
@@ -185,14 +186,17 @@ def evaluate(
         for index in share:
             task = tree.map(lambda leaf: leaf.to(fitted.device), draw_task(tasks, index, seed=seed))
             # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
+            if not len(task.support.y):
+                fitted.require_prior()
             if index == share.start:
                 num_outputs = fitted.model.check_task(
                     task,
                     task=f"test task {index}",
                     any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
+                    needs_support=False,
                 )
             fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
-            classes = fitted.model.most_outputs(fitted.algorithm, num_outputs, task.support.y, task.query.y)
+            classes = fitted.num_outputs(num_outputs, task.support.y, task.query.y)
             fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, classes)
             foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
             found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
@@ -257,7 +261,7 @@ class _Predicted(NamedTuple):
 
 def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
     """Returns what is found for a task, on the CPU."""
-    num_outputs = fitted.model.of_task(fitted.algorithm, task.support.y, task.query.y).num_outputs
+    num_outputs = fitted.num_outputs(fitted.model.num_outputs, task.support.y, task.query.y)
     posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
 
     def predict(x: Tensor) -> Prediction:

@@ -80,6 +80,19 @@ def test_outputs_are_those_of_conditioning_a_joint_gaussian(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
+def test_without_examples_features_are_those_of_the_prior(name: str) -> None:
+    """``log pi_c + log N(z; m_c, tau2_c + sigma2)``."""
+    head = HEADS[name]
+    prior, support, query = set_up(head)
+    meta = MetaParameters(prior, {"body.weight": randn(3, 2, seed=4)})
+    nothing = Batch(randn(0, 2, seed=1), support.y[:0])
+    adapted = head.adapt(LinearFeatures(), meta, nothing, NO_NOISE)
+    scale = (prior.log_tau2.exp() + prior.log_sigma2.exp()).sqrt()
+    expected = Normal(prior.mean, scale).log_prob(query.x[:, None, :-1]).sum(-1) + log_frequency(head, prior)
+    torch.testing.assert_close(head.mean(adapted.value.solution, query.x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_outputs_integrate_over_class_means(name: str) -> None:
     head = HEADS[name]
     prior, support, query = set_up(head)

@@ -120,10 +120,11 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.parametrize("num_support", [0, 6])
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_predictions_are_those_of_conditioned_joint_gaussians(settings: dict[str, Any]) -> None:
+def test_predictions_are_those_of_conditioned_joint_gaussians(settings: dict[str, Any], num_support: int) -> None:
     algorithm = GaussianProcess(**settings)
-    nll, meta, episode = set_up(algorithm)
+    nll, meta, episode = set_up(algorithm, num_support)
     adapted = algorithm.adapt(nll, meta, episode.support, NO_NOISE)
     assert adapted.grad_norm < 1e-12 and adapted.num_steps == 0
     found = algorithm.outputs(nll, meta.shared, adapted.value, episode.query.x, {})

@@ -131,7 +131,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("num_support", SIZES)
+@pytest.mark.parametrize("num_support", [0, *SIZES])
 def test_predictions_are_those_of_the_normal_equations(num_support: int, settings: dict[str, Any]) -> None:
     algorithm: Any = make_algorithm("linear_gaussian", **settings)
     nll, meta, episode = set_up(algorithm, num_support, num_targets=2)
@@ -266,6 +266,12 @@ def test_a_mean_that_is_not_learned_is_zero_and_noise_that_is_not_learned_is_one
     zero = meta.prior._replace(mean=torch.zeros_like(meta.prior.log_var))
     mean, _ = weights_by_hand(MetaParameters(zero, {**shared, NOISE: torch.zeros(1)}), episode.support, 0)
     assert_near(found.solution.mean[0], mean, 1e-10)
+
+
+def test_centring_takes_an_example() -> None:
+    nll, meta, episode = set_up(LinearGaussian(centre=True), num_support=0)
+    with pytest.raises(ValueError, match="x_support is empty, but centre=True subtracts the mean of its features"):
+        LinearGaussian(centre=True).adapt(nll, meta, episode.support, NO_NOISE)
 
 
 def test_centring_subtracts_the_mean_of_the_support_set() -> None:

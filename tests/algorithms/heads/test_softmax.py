@@ -301,6 +301,21 @@ def test_a_direction_that_no_example_has_keeps_the_variance_of_the_prior() -> No
     assert algorithm.mean(solution, new).abs().max() == 0
 
 
+@pytest.mark.parametrize("family", PRIORS)
+def test_without_examples_logits_are_those_of_the_prior_at_the_temperature(family: str) -> None:
+    """``f_c = z.w_c`` with independent weights of each class: mean ``z.m_c``, variance ``T z^T D_c z``."""
+    algorithm = Softmax(prior=PRIORS[family], posterior_temperature=0.7)
+    meta, episode = set_up(algorithm.prior, num_support=0)
+    adapted = algorithm.adapt(LinearFeatures(3), meta, episode.support, NO_NOISE)
+    assert adapted.grad_norm == 0
+    mean = algorithm.prior.mean(meta.prior).expand(3, -1)
+    variances = meta.prior.log_var.exp().expand(3, -1)
+    z = inputs(meta, episode.query.x)
+    torch.testing.assert_close(algorithm.mean(adapted.value.solution, z), z @ mean.mT, rtol=1e-12, atol=1e-12)
+    expected = torch.diag_embed(0.7 * z**2 @ variances.mT)
+    torch.testing.assert_close(algorithm.covariance(adapted.value.solution, z), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_one_example_is_enough() -> None:
     algorithm = Softmax(posterior_temperature=1.0)
     prior = TIED.init(6, 4, like=torch.zeros((), dtype=DOUBLE))

@@ -182,6 +182,9 @@ class Head(abc.ABC):
     ) -> InnerSolution:
         """Solves the inner problem of one task; see ``Algorithm``. ``start`` has no effect: there is one solution.
 
+        Raises:
+            ValueError: If there are no examples to be centred at.
+
         Cost:
             One pass of the support set through the network, and small linear algebra.
         """
@@ -245,7 +248,12 @@ class Head(abc.ABC):
     def _posterior(
         self, meta: MetaParameters, features: Tensor, targets: Tensor, num_outputs: int
     ) -> tuple[HeadPosterior[Any], Tensor]:
-        centre = features.mean(0) if self.centre else torch.zeros_like(features[0])
+        if self.centre and not len(features):
+            raise ValueError(
+                "x_support is empty, but centre=True subtracts the mean of its features: give at least one example, or "
+                "train with centre=False."
+            )
+        centre = features.mean(0) if self.centre else features.new_zeros(features.shape[1:])
         inputs = Batch(_inputs(features, centre), targets)
         solution, residual = self.solve(meta.prior, meta.shared, inputs, num_outputs)
         return HeadPosterior(centre, solution), residual.detach()

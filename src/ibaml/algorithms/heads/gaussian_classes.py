@@ -144,7 +144,7 @@ class GaussianClasses(Head):
             features.new_full((num_outputs,), -math.log(num_outputs)) if frequency is None else frequency,
             prior,
         )
-        return posterior, torch.zeros_like(features[0, 0])
+        return posterior, features.new_zeros(())
 
     def predict(
         self, solution: GaussianClassesPosterior, shared: Params, inputs: Tensor, noise: Params

@@ -1,0 +1,220 @@
+"""What a learner does once it is fitted: it adapts, predicts, and is judged and calibrated on held-out tasks."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from ibaml.algorithms import MetaParameters
+from ibaml.data.prepare import SplitSettings
+from ibaml.data.preprocessing import Preprocessing
+from ibaml.learner.curve import learning_curve
+from ibaml.learner.estimator import Estimator, NotFittedError
+from ibaml.learner.groups import predict_new
+from ibaml.learner.held_out import calibrated, evaluate_held_out
+from ibaml.likelihoods import Prediction
+from ibaml.metrics import Estimate, LearningCurve
+from ibaml.posterior import FittedModel, TaskPosterior
+from ibaml.train.evaluate import Evaluation
+from ibaml.train.processes import Processes
+from ibaml.types import ClassScope, ColumnName
+
+
+class Predictor(Estimator):
+    """The methods of a learner that are functions of what was fitted.
+
+    Attributes:
+        classes: Whether class labels mean the same in all tasks.
+    """
+
+    classes: ClassScope
+    _fitted: FittedModel | None
+    _splits: SplitSettings
+
+    @property
+    def fitted_model(self) -> FittedModel:
+        """What adaptation and prediction need, as one immutable value.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+        """
+        if self._fitted is None:
+            raise NotFittedError(
+                "this MetaLearner has not been fitted: call fit(train_tasks) or MetaLearner.load first."
+            )
+        return self._fitted
+
+    @property
+    def meta_parameters(self) -> MetaParameters:
+        """The learned prior and shared parameters; errors as of ``fitted_model``."""
+        return self.fitted_model.meta
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How data become tensors; None before ``fit``, and if they came as tensors."""
+        return None if self._fitted is None else self._fitted.preprocessing
+
+    @property
+    def splits(self) -> SplitSettings:
+        """How tasks are split, as ``fit`` was told."""
+        return self._splits
+
+    @property
+    def calibration_temperature(self) -> float:
+        """Factor by which predictions are made less sure, from validation tasks or ``calibrate``; 1 without any."""
+        return 1.0 if self._fitted is None else self._fitted.temperature
+
+    def adapt(self, x_support: Any, y_support: Any, *, seed: int = 0) -> TaskPosterior:
+        """Adapts to one task; the posterior's ``update`` takes in more examples later.
+
+        Args:
+            x_support: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training. There may
+                be no examples: the posterior is then the prior, where the algorithm has one and the classes are known.
+            y_support: Labels or targets as in training; for a learner fitted on tensors class indices
+                ``[num_examples]`` or targets ``[num_examples, num_outputs]``.
+            seed: Seed of the noise of the inner problem.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            TypeError: If values are of the wrong kind.
+            ValueError: If the examples do not fit the network or the likelihood, or there are none and no prior.
+            MemoryError: If the support set is too large for the memory at hand.
+        """
+        return self.fitted_model.adapt(x_support, y_support, seed=seed)
+
+    def predict_new(
+        self,
+        known: Any,
+        asked: Any,
+        *,
+        task: ColumnName | None = None,
+        target: ColumnName | Sequence[ColumnName] | None = None,
+        max_error: float | None = None,
+    ) -> Prediction:
+        """Predicts rows of many groups of a table in one call, also of groups of which nothing is known.
+
+        Each group is a task: the result is that of ``adapt`` and ``predict`` group by group, many times sooner. A group
+        without known rows gets the prediction of the prior, which is that for a group drawn from the population.
+
+        Args:
+            known: Table with the known rows of all groups: features, group and target. It may have no rows.
+            asked: Table with the rows to predict: features and group.
+            task: Column of both that says to which group a row belongs. None: that of ``fit``.
+            target: Column or columns of ``known`` with the targets. None: those of ``fit``.
+            max_error: Classes: abstain such that no more than this share of the other answers is wrong; see
+                ``TaskPosterior.predict``. None: answer all.
+
+        Returns:
+            The prediction of the rows of ``asked``, in their order. ``samples()`` of a posterior in closed form are
+            independent between groups; those of other algorithms share the noise of their weights.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            TypeError: If values are of the wrong kind.
+            ValueError: If a column is missing, a row does not fit the model, or a group has no known rows where the
+                model has no prior.
+
+        Cost:
+            Heads solve small groups of equal size at once, some 0.1 ms a group; other algorithms as by ``adapt``.
+        """
+        return predict_new(self.fitted_model, known, asked, task=task, target=target, max_error=max_error)
+
+    def learning_curve(
+        self, tasks: Any, num_support: Sequence[int] = (0, 1, 2, 5, 10), *, seed: int = 0
+    ) -> LearningCurve:
+        """Says how many known rows are needed: scores of the same held-out rows for each number of known ones.
+
+        Each task is split once, into as many known rows as the largest number and the rest, which are predicted. A
+        smaller number is the first of the known rows. Tasks with too few rows for the largest number are left out.
+
+        Args:
+            tasks: Tasks that training has not seen: a DataFrame, or ``(X, y)`` pairs, as ``fit`` took them.
+            num_support: Numbers of known rows; 0 is the prior's prediction.
+            seed: Seed of the splits.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            TypeError: If the tasks are no data that can be split, or a number is no integer.
+            ValueError: If a number is negative, no task has rows enough, a task does not fit, or 0 is among the
+                numbers where the model has no prior.
+
+        Cost:
+            An evaluation for each number.
+        """
+        return learning_curve(self.fitted_model, tasks, self._splits, num_support, seed=seed)
+
+    def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> Self:
+        """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.
+
+        For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
+        ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
+
+        Args:
+            validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
+            num_tasks: Number of tasks to draw from a sampler or an image folder; others are used once each.
+            seed: Seed of the splits.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            ValueError: If a task does not fit.
+        """
+        fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
+        held_out = evaluate_held_out(
+            fitted, validation_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed
+        )
+        self._fitted = calibrated(fitted, held_out)
+        return self
+
+    def evaluate(
+        self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0, out_of_task: bool = False
+    ) -> dict[str, Estimate]:
+        """Adapts to test tasks and reports metrics with 95% intervals over tasks.
+
+        Args:
+            test_tasks: Tasks in the form that ``fit`` took. Data, and sequences of Episodes, are used once each, data
+                with half of a task as support unless the ``splits`` of ``fit`` said otherwise.
+            num_tasks: Number of tasks to draw from a sampler or an image folder.
+            seed: Names the fixed set of tasks, or the splits.
+            out_of_task: Where each task has classes of its own: whether queries of the next task, foreign to it, are
+                predicted as well; see ``ibaml.train.evaluate.draw_foreign``. It nearly doubles the cost of queries.
+
+        Returns:
+            The scores of the likelihood's predictions (``ClassPrediction.scores``, ``MixturePrediction.scores``) in the
+            units of the data; for classes ``ece_pooled`` and ``mce_pooled`` of all tasks together, and with
+            ``out_of_task`` the probability ``out_of_task_auroc`` that a foreign query has the larger score.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            ValueError: If a task does not fit, or has no classes of its own and ``out_of_task`` is asked for.
+        """
+        found = self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed, out_of_task=out_of_task)
+        return dict(found.report)
+
+    def evaluate_in_full(
+        self,
+        test_tasks: Any,
+        *,
+        num_tasks: int = 600,
+        seed: int = 0,
+        out_of_task: bool = False,
+        on_progress: Callable[[int], None] | None = None,
+        processes: Processes | None = None,
+    ) -> Evaluation:
+        """Like ``evaluate``; returns the scores of each task and the predictions as well.
+
+        Args:
+            test_tasks: As in ``evaluate``.
+            num_tasks: As there.
+            seed: As there.
+            out_of_task: As there.
+            on_progress: Called with the number of finished tasks.
+            processes: The processes that share the tasks.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            ValueError, TypeError: As in ``evaluate``.
+            FloatingPointError: If predictions are not finite, naming the task.
+        """
+        how: dict[str, Any] = {"out_of_task": out_of_task, "on_progress": on_progress, "processes": processes}
+        return evaluate_held_out(
+            self.fitted_model, test_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed, **how
+        )
