@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
-from ibaml.train.temperature import fit_temperature
+from ibaml.train.temperature import fit_temperature, output_temperature
 
 
 def test_class_probabilities_that_are_too_sure_by_a_known_factor():
@@ -67,3 +67,26 @@ def test_tempering_sharpens_what_samples_disagree_on() -> None:
     certain = ClassPrediction(torch.tensor([[[0.0, -torch.inf]]])).tempered(2.0)
     assert certain.probs.tolist() == [[1.0, 0.0]]
     assert certain.epistemic.tolist() == [0.0]
+
+
+def classes(num_tasks: int, factor: float) -> tuple[list[ClassPrediction], list[torch.Tensor]]:
+    """Predictions whose logits are too large by a factor, and labels."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 1.5 * torch.randn(num_tasks, 20, 3, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).reshape(num_tasks, 20)
+    return [ClassPrediction(torch.log_softmax(factor * one, -1).unsqueeze(0)) for one in logits], list(labels)
+
+
+def test_a_temperature_is_taken_where_its_gain_is_clear() -> None:
+    predictions, labels = classes(30, 3.0)
+    assert output_temperature(predictions, labels) == fit_temperature(predictions, labels) == pytest.approx(3, rel=0.2)
+    for num_tasks in (1, 2, 30):
+        predictions, labels = classes(num_tasks, 1.0)
+        assert fit_temperature(predictions, labels) != 1
+        assert output_temperature(predictions, labels) == 1
+
+
+def test_a_probability_of_zero_says_nothing_of_the_temperature() -> None:
+    sure = ClassPrediction(torch.tensor([[[0.0, 1.0], [0.5, 0.5]]]).double().log())
+    # The first label has the probability zero at every temperature.
+    assert output_temperature([sure, sure], [torch.tensor([0, 1]), torch.tensor([1, 1])]) == 1

@@ -12,7 +12,7 @@ from ibaml.data.tables import read_tasks
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
 from ibaml.train.evaluate import Evaluation, evaluate, tempered
-from ibaml.train.temperature import fit_abstention, fit_temperature
+from ibaml.train.temperature import fit_abstention, output_temperature
 from ibaml.types import ClassScope, Episode, TaskSampler
 
 
@@ -53,7 +53,7 @@ def evaluate_held_out(
 
 def calibrated(fitted: FittedModel, held_out: Evaluation) -> FittedModel:
     """Returns the model with the output temperature, and the errors at each confidence, of an untempered evaluation."""
-    temperature = fit_temperature(held_out.predictions, held_out.query_targets)
+    temperature = output_temperature(held_out.predictions, held_out.query_targets)
     held_out = tempered(fitted.model.likelihood, held_out, temperature)
     abstention = fit_abstention(held_out.predictions, held_out.query_targets)
     return dataclasses.replace(fitted, temperature=temperature, abstention=abstention)

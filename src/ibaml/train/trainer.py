@@ -40,7 +40,7 @@ from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, Traini
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep, TaskHypergradients
-from ibaml.train.temperature import fit_abstention, fit_temperature
+from ibaml.train.temperature import fit_abstention, output_temperature
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class Trainer:
             raise kind(f"validation after step {self._step}: {error} {self._where()}") from error
         temperature = 1.0
         if self.settings.output_temperature:
-            temperature = fit_temperature(result.predictions, result.query_targets)
+            temperature = output_temperature(result.predictions, result.query_targets)
             result = tempered(self.model.likelihood, result, temperature)
         scores = {f"validation_{name}": value.mean for name, value in result.report.items()}
         log.write(self._step, self._seconds, {**scores, "validation_temperature": temperature})
