@@ -1,9 +1,11 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from ibaml import MetaLearner
 from ibaml.algorithms import make_algorithm
@@ -11,6 +13,7 @@ from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
 from ibaml.priors import DiagonalColumnPrior
+from ibaml.train import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +112,21 @@ def test_training_starts_from_how_frequent_classes_are():
     share = np.mean(np.concatenate([y for _, y in train]) == "yes")
     mean = learner.meta_parameters.prior.mean[:, -1]
     assert float(mean[1] - mean[0]) == pytest.approx(np.log(share / (1 - share)), abs=0.3)
+
+
+def test_the_choice_is_told_with_the_progress():
+    console = Console(file=io.StringIO(), width=300)
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1, progress=console)
+    told = console.file.getvalue()
+    assert "Comparing 4 models on 6 of the tasks: a line in the inputs, " in told
+    assert f"Chosen: {learner.choice}." in told
+
+
+def test_an_interruption_ends_the_comparison(monkeypatch):
+    def interrupted(trainer, source, **options):
+        return original(trainer, source, **options)._replace(stop_reason="interrupted")
+
+    original = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1)

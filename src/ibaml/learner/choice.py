@@ -9,7 +9,7 @@ show are not believed. The winner is then trained anew on all tasks.
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,6 +24,9 @@ from ibaml.train import Trainer, TrainerSettings
 from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
 from ibaml.types import Episode, Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ def choose(
     device: torch.device,
     max_minutes: float | None,
     processes: Processes,
+    console: "Console | None" = None,
 ) -> tuple[Suited, Choice | None]:
     """Trains all candidates on a part of the tasks and compares them on the rest.
 
@@ -74,6 +78,7 @@ def choose(
         device: Where to compute.
         max_minutes: Time limit of all trainings together.
         processes: The processes that share each step's tasks.
+        console: Where to say what is compared and what was chosen.
 
     Returns:
         The chosen one, and why; of a single candidate, and if there are too few tasks to hold some out, the first, and
@@ -81,6 +86,7 @@ def choose(
 
     Raises:
         TrainingDivergedError: If a loss or gradient is not finite.
+        KeyboardInterrupt: If a training was interrupted.
     """
     tasks = source.train
     if len(candidates) == 1 or not isinstance(tasks, TaskSplits) or len(tasks) < LEAST_TASKS:
@@ -97,16 +103,24 @@ def choose(
     def losses(candidate: Suited) -> Tensor:
         model, algorithm = build(candidate), candidate.algorithm
         trainer = Trainer(model, algorithm, settings, device=device, processes=processes)
-        chosen = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates)).chosen
+        result = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates))
+        if result.stop_reason == "interrupted":
+            raise KeyboardInterrupt
         fitted = FittedModel(
-            model=model, algorithm=algorithm, meta=chosen.meta, preprocessing=source.preprocessing, device=device
+            model=model, algorithm=algorithm, meta=result.chosen.meta, preprocessing=source.preprocessing, device=device
         )
         found = evaluate(fitted, episodes, seed=settings.seed, processes=processes)
         return found.per_task["nll"].reshape(num_held_out, _NUM_DRAWS).mean(1)
 
+    def tell(text: str) -> None:
+        if console is not None and processes.is_first:
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    tell(f"Comparing {len(candidates)} models on {num_held_out} of the tasks: {', '.join(candidates)}.")
     found = {name: losses(candidate) for name, candidate in candidates.items()}
     choice = Choice(simplest_good(found), {name: float(value.mean()) for name, value in found.items()}, num_held_out)
     _logger.info("%s", choice)
+    tell(f"Chosen: {choice}.")
     return candidates[choice.name], choice
 
 

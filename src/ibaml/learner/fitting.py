@@ -31,7 +31,7 @@ def fit_model(
     run_folder: Path | None,
     write: Callable[[Path, FittedModel], object],
     max_minutes: float | None,
-    progress: "bool | Console",
+    console: "Console | None",
     processes: Processes,
 ) -> tuple[FittedModel, TrainingResult]:
     """Trains a model on prepared tasks; arguments and errors are those of ``MetaLearner.fit``.
@@ -46,7 +46,7 @@ def fit_model(
         run_folder: Folder for the model, logs and checkpoints.
         write: Stores the fitted model in the run folder; called at every choice of a better state.
         max_minutes: Time limit of this call.
-        progress: Whether progress is shown, or the console for it.
+        console: Where progress is shown, if anywhere.
         processes: The processes that share each step's tasks.
     """
 
@@ -74,7 +74,7 @@ def fit_model(
             settings,
             run_folder=run_folder,
             device=device,
-            console=_stderr() if progress is True else progress or None,
+            console=console,
             processes=processes,
             data_identity=None if run_folder is None else data_identity(source, splits),
             on_chosen=None if run_folder is None else store,
@@ -91,7 +91,12 @@ def _finish(run_folder: Path) -> None:
     write_summary(run_folder)
 
 
-def _stderr() -> "Console":
+def console_of(progress: "bool | Console") -> "Console | None":
+    """Returns where progress is shown: a console of one's own, stderr for True, None for False."""
+    if not isinstance(progress, bool):
+        return progress
+    if not progress:
+        return None
     from rich.console import Console  # only for those who want to see the progress
 
     return Console(stderr=True)

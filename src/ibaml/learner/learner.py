@@ -17,7 +17,7 @@ from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
-from ibaml.learner.fitting import fit_model
+from ibaml.learner.fitting import console_of, fit_model
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
@@ -198,6 +198,7 @@ class MetaLearner(Predictor):
             dtype=torch.float32 if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
             columns={"task": task, "target": target, "features": features},
         )
+        console = console_of(progress)
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
         usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
@@ -206,8 +207,17 @@ class MetaLearner(Predictor):
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
                 trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
-            how: dict[str, Any] = {"splits": splits, "device": self.device, "processes": processes or Processes()}
-            suited, self.choice = choose(candidates, self._become, source, trial, max_minutes=max_minutes, **how)
+            suited, self.choice = choose(
+                candidates,
+                self._become,
+                source,
+                trial,
+                splits=splits,
+                device=self.device,
+                max_minutes=max_minutes,
+                processes=processes or Processes(),
+                console=console,
+            )
             self._become(suited)
             usual = usual if suited.trainer is None else dataclasses.replace(suited.trainer, seed=self.seed)
         settings = settings or usual
@@ -224,7 +234,7 @@ class MetaLearner(Predictor):
             run_folder=None if run_folder is None else Path(run_folder),
             write=self._write,
             max_minutes=max_minutes,
-            progress=progress,
+            console=console,
             processes=processes or Processes(),
         )
         return self
