@@ -100,7 +100,12 @@ class FittedModel:
             ValueError: If the examples do not fit the model.
         """
         inputs = self.encode(names[0], x)
-        if len(inputs) == 0 and _is_empty(y):
+        if _is_empty(y):
+            if len(inputs) > 0:
+                raise ValueError(
+                    f"the task's support has {len(inputs)} inputs and no targets; expected as many of the one as of "
+                    "the other."
+                )
             return Batch(inputs, self._no_targets(inputs))
         if self.preprocessing is None:
             targets = _require_array(names[1], y)

@@ -145,13 +145,13 @@ def test_targets_become_columns():
             table().assign(school=["a", None, "b"]),
             {"task": "school", "target": "score"},
             ValueError,
-            "column 'school' is missing in 1 rows, the first is row 1: every row needs a task and a target; drop those",
+            "column 'school' of the table is missing in 1 rows, the first is row 1: every row needs a task",
         ),
         (
             table().assign(score=pd.array([1, 2, None], dtype="Int64")),
             {"task": "school", "target": "score"},
             ValueError,
-            "column 'score' is missing in 1 rows, the first is row 2: every row needs a task and a target",
+            "column 'score' of the table is missing in 1 rows, the first is row 2: every row needs a task",
         ),
         (
             [(X, [1, 2, 3]), (pd.DataFrame(X), [1, 2, 3])],

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
 from ibaml.priors import DiagonalColumnPrior
 from ibaml.train import Trainer
+from ibaml.types import Batch, Episode
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +132,33 @@ def test_an_interruption_ends_the_comparison(monkeypatch):
     monkeypatch.setattr(Trainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1)
+
+
+def test_few_tasks_of_classes_get_learned_features():
+    learner = MetaLearner().fit(of_classes(9), num_steps=1)
+    assert learner.choice is None and learner.network.constructor_arguments["hidden_sizes"] != ()
+
+
+def test_layers_that_are_named_are_those_of_learned_features():
+    learner = MetaLearner(freeze="features.0.weight").fit(of_classes(12), num_steps=1)
+    assert learner.choice is None and list(learner.model.frozen) == ["features.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0.0, 1.0, 0.0, 1.0]), "for real targets use likelihood='gaussian'"),
+        (torch.tensor([0, 1, 0, -1]), "labels from -1 to 1"),
+    ],
+)
+def test_targets_that_are_no_classes_are_named(targets, message):
+    batch = Batch(torch.randn(4, 2), targets)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MetaLearner().fit([Episode(batch, batch)] * 3)
+
+
+def test_a_head_of_classes_refuses_numbers():
+    with pytest.raises(
+        ValueError, match="algorithm 'softmax' tells classes apart, but the likelihood 'gaussian' is of"
+    ):
+        MetaLearner(likelihood="gaussian", algorithm="softmax").fit(tasks(np.sin), num_steps=1)

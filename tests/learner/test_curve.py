@@ -103,3 +103,15 @@ def test_tasks_that_are_refused(learner):
     with pytest.raises(ValueError, match="num_support holds 1, but each task has 2 classes of its own and needs a"):
         learning_curve(own, pairs, SplitSettings(), [1, 4], seed=0)
     assert learning_curve(own, pairs, SplitSettings(), [2, 4], seed=0).num_tasks == 4
+
+
+def test_a_task_of_equal_rows_is_left_out(learner):
+    test = table(4, seed=4)
+    same = pd.concat([test[:1]] * 12).assign(group="same")
+    found = learner.learning_curve(pd.concat([test, same]), (number for number in (1, 2)))
+    assert (found.num_tasks, found.num_left_out) == (4, 1)
+
+
+def test_a_single_number_is_refused(learner):
+    with pytest.raises(TypeError, match="num_support is 5; expected numbers of rows such as"):
+        learner.learning_curve(table(4, seed=4), 5)

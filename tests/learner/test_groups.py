@@ -225,7 +225,7 @@ REFUSED = [
         KNOWN.assign(group=KNOWN.group.str[1:].astype(int)),
         ASKED,
         TypeError,
-        "column 'group' of known holds numbers, that of asked text, so that no group would find its rows",
+        "column 'group' of known holds no text, that of asked text, so that no group would find its rows",
     ),
 ]
 
@@ -304,3 +304,28 @@ def test_tables_with_categories_and_gaps():
         own = known[known.group == name]
         alone = learner.adapt(own, own.y).predict(rows)
         np.testing.assert_allclose(found.mean[(asked.group == name).to_numpy()], alone.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_are_all_unknown_are_warned_of():
+    learner = MetaLearner(likelihood="gaussian").fit(
+        pd.DataFrame({"group": np.repeat(np.arange(12), 4), "a": np.arange(48.0), "y": np.arange(48.0)}),
+        task="group",
+        target="y",
+        num_steps=1,
+    )
+    known = pd.DataFrame({"group": [1, 1], "a": [1.0, 2.0], "y": [1.0, 2.0]})
+    with pytest.warns(RuntimeWarning, match="no group of asked is among those of known"):
+        learner.predict_new(known, known.assign(group=2))
+    with pytest.raises(ValueError, match="target names y, a, but the model has one target"):
+        learner.predict_new(known, known, target=["y", "a"])
+    with pytest.raises(ValueError, match="known has several columns named group"):
+        learner.predict_new(pd.concat([known, known[["group"]]], axis=1), known)
+
+
+def test_a_model_of_pairs_asks_for_the_target():
+    pairs = [(pd.DataFrame({"a": np.arange(6.0) + i}), np.arange(6.0)) for i in range(4)]
+    learner = MetaLearner(likelihood="gaussian").fit(pairs, num_steps=1)
+    known = pd.DataFrame({"g": [1, 1], "a": [1.0, 2.0], "y": [1.0, 2.0]})
+    with pytest.raises(ValueError, match=r"fitted on pairs \(X, y\), so the target has no column name: name it"):
+        learner.predict_new(known, known, task="g")
+    assert len(learner.predict_new(known, known, task="g", target="y").mean) == 2

@@ -261,3 +261,11 @@ def test_transforms_are_seen() -> None:
     torch.func.vmap(look)(torch.ones(2, 2))
     torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
     assert seen == [False, True, True, True]
+
+
+def test_inference_mode_changes_no_derivative() -> None:
+    point, direction = parameters(3), parameters(7)
+    expected = gradient(loss)(point), hvp(loss, point)(direction)
+    with torch.inference_mode():
+        found = gradient(loss)(tree.map(torch.clone, point)), hvp(loss, tree.map(torch.clone, point))(direction)
+    torch.testing.assert_close(tree.map(torch.clone, found), expected, rtol=1e-12, atol=0)

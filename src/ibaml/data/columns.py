@@ -77,8 +77,14 @@ def as_table(value: Any) -> Any:
 
     Raises:
         ImportError: If it is one of another library and pandas is not installed.
+        ValueError: If the names of columns have several levels.
     """
     frame = value if isinstance(value, _pandas().DataFrame) else value.to_pandas()
+    if frame.columns.nlevels > 1:
+        raise ValueError(
+            f"the columns of the table have {frame.columns.nlevels} levels, such as {frame.columns[0]!r}; expected one "
+            "name each: table.columns = ['_'.join(map(str, name)) for name in table.columns]."
+        )
     return frame.set_axis([str(name) for name in frame.columns], axis=1).reset_index(drop=True)
 
 
@@ -119,6 +125,8 @@ def fit_columns(names: Sequence[str], tables: Sequence[tuple[str, Any]]) -> tupl
         >>> encode_columns(columns, [("the table", table)])[0].tolist()
         [[1.0, 0.0, 0.0], [2.0, 1.0, 1.0], [3.0, 0.0, 0.0]]
     """
+    if not names:
+        raise ValueError(f"{tables[0][0]} has no columns; expected at least one feature.")
     taken = [(argument, take(argument, table, names)) for argument, table in tables]
     return tuple(
         _fit(name, [(argument, columns[place]) for argument, columns in taken]) for place, name in enumerate(names)

@@ -269,8 +269,7 @@ def _read_long_table(
             f"a DataFrame needs task=..., the column that names the task of a row, and target=..., the column to "
             f"predict; its columns are {', '.join(columns)}."
         )
-    task, is_vector = str(task), isinstance(target, str) or not isinstance(target, Iterable)
-    targets = tuple(map(str, target)) if isinstance(target, Iterable) and not is_vector else (str(target),)
+    task, (targets, is_vector) = str(task), target_names(target)
     chosen = [name for name in columns if name not in {task, *targets}] if features is None else [*map(str, features)]
     if not chosen:
         raise ValueError(f"there is no feature column beside {task} and {', '.join(targets)}; expected at least one.")
@@ -278,7 +277,7 @@ def _read_long_table(
         raise ValueError(f"features names {', '.join(overlap)}, which is the task or the target: leave it out.")
     if len(table) == 0:
         raise ValueError("the table has no rows.")
-    names, *values = [_complete(column) for column in take("the table", table, [task, *targets])]
+    names, *values = [complete("the table", column) for column in take("the table", table, [task, *targets])]
     take("the table", table, chosen)
     x, y = table[chosen], values[0] if is_vector else np.stack(values, 1)
     # In the order of first appearance, whatever the type of the names.
@@ -289,12 +288,35 @@ def _read_long_table(
     return TaskTable(tasks, tuple(chosen), task, targets)
 
 
-def _complete(column: Any) -> Array:
+def target_names(target: ColumnName | Iterable[ColumnName]) -> tuple[tuple[str, ...], bool]:
+    """Returns the names of target columns, and whether it is one that was not given as a list.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(target, str) or not isinstance(target, Iterable):
+        return (str(target),), True
+    targets = tuple(map(str, target))
+    if not targets:
+        raise ValueError("target is empty; expected the name of a column, or several.")
+    return targets, False
+
+
+def complete(argument: str, column: Any) -> Array:
+    """Returns a column as an array.
+
+    Args:
+        argument: How messages call the table.
+        column: A column without a gap, such as tasks or targets.
+
+    Raises:
+        ValueError: If a value is missing.
+    """
     missing = column.isna().to_numpy()
     if bool(missing.any()):
         raise ValueError(
-            f"column {column.name!r} is missing in {missing.sum()} rows, the first is row {missing.argmax()}: every "
-            "row needs a task and a target; drop those that have none."
+            f"column {column.name!r} of {argument} is missing in {missing.sum()} rows, the first is row "
+            f"{missing.argmax()}: every row needs a task and a target; drop those that have none."
         )
     return to_array(column)
 

@@ -17,7 +17,7 @@ from ibaml import tree
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.data.ragged import TaskSplits
-from ibaml.learner.defaults import Suited
+from ibaml.learner.defaults import LEAST_TASKS, Suited
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
 from ibaml.train import Trainer, TrainerSettings
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _logger = logging.getLogger(__name__)
-
-LEAST_TASKS = 10
-"""With fewer tasks nothing is held out: the first candidate is taken."""
 
 _SHARE_HELD_OUT, _MOST_HELD_OUT = 4, 40
 _NUM_DRAWS = 3

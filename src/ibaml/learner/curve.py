@@ -1,13 +1,15 @@
 """How many known rows a task needs: held-out rows are judged for each number of known ones."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ibaml import metrics
 from ibaml.data.prepare import SplitSettings, is_folder, is_raw, table_splits
+from ibaml.data.preprocessing import encode_tasks
+from ibaml.data.ragged import row_groups
 from ibaml.data.tables import read_tasks
 from ibaml.learner.held_out import columns_of
 from ibaml.metrics import Estimate, LearningCurve
@@ -21,7 +23,7 @@ _OF_NUMBERS = ("nll", "rmse", "coverage_90")
 
 
 def learning_curve(
-    fitted: FittedModel, tasks: Any, splits: SplitSettings, num_support: Sequence[int], *, seed: int
+    fitted: FittedModel, tasks: Any, splits: SplitSettings, num_support: Iterable[int], *, seed: int
 ) -> LearningCurve:
     """Scores the same held-out rows for each number of known rows; see ``MetaLearner.learning_curve``.
 
@@ -49,13 +51,16 @@ def learning_curve(
     )
 
 
-def _checked(num_support: Sequence[int]) -> tuple[int, ...]:
-    for number in num_support:
+def _checked(num_support: Any) -> tuple[int, ...]:
+    if not isinstance(num_support, Iterable):
+        raise TypeError(f"num_support is {num_support!r}; expected numbers of rows such as [0, 1, 2, 5, 10].")
+    given: list[Any] = list(num_support)
+    for number in given:
         if not hasattr(number, "__index__"):
             raise TypeError(f"num_support holds {number!r}, a {type(number).__name__}; expected integers.")
-    numbers = tuple(sorted({int(number) for number in num_support}))
+    numbers = tuple(sorted({int(number) for number in given}))
     if not numbers or numbers[0] < 0:
-        raise ValueError(f"num_support is {list(num_support)}; expected numbers of rows such as [0, 1, 2, 5, 10].")
+        raise ValueError(f"num_support is {given}; expected numbers of rows such as [0, 1, 2, 5, 10].")
     return numbers
 
 
@@ -70,10 +75,11 @@ def _split(
             "DataFrame or (X, y) pairs."
         )
     table = read_tasks(tasks, **columns_of(preprocessing, tasks))
-    large = tuple(task for task in table.tasks if len(task.y) > largest)
+    sizes = [_num_different(task, splits) for task in encode_tasks(preprocessing, table, dtype=torch.float64)]
+    large = tuple(task for task, size in zip(table.tasks, sizes, strict=True) if size > largest)
     too_large = ValueError(
         f"num_support goes up to {largest}, but no task has {largest} rows and one more to predict (rows that agree "
-        f"count once); the largest has {max(len(task.y) for task in table.tasks)}: leave large numbers out."
+        f"count once); the largest has {max(sizes)}: leave large numbers out."
     )
     if not large:
         raise too_large
@@ -89,6 +95,10 @@ def _split(
         )
     episodes = [sampler.episode(index, largest, generator=task_generator(seed, index)) for index in fitting]
     return episodes, len(table.tasks) - len(fitting)
+
+
+def _num_different(task: Batch, splits: SplitSettings) -> int:
+    return len(row_groups(task).unique()) if splits.group_duplicates else len(task.y)
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Estimate]:

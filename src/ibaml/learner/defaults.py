@@ -44,6 +44,9 @@ LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
 PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
 """Names of the candidates for tables."""
 
+LEAST_TASKS = 10
+"""With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
+
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
 _MOST_ROWS_OF_PROCESS = 1000
@@ -169,9 +172,11 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     norm = "running" if algorithm.uses_features else "group"
     network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
     if likelihood.target_kind == "classes" and getattr(tasks, "class_scope", parameters["classes"]) == "shared":
+        likelihood.check_targets("y of the training tasks", targets, num_outputs)
         _start_from_base_rates(network, targets)
     both = Suited(network, algorithm, likelihood, adapt)
-    is_open = parameters["algorithm"] == HEAD and algorithm.uses_features
+    # Names of layers are those of the network with learned features.
+    is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
     if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
         return {BOTH: both}
     return _candidates(tasks, both)
@@ -184,6 +189,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     queries.
     """
     of_classes = both.likelihood.target_kind == "classes"
+    if of_classes and len(tasks) < LEAST_TASKS:
+        return {BOTH: both}
     num_inputs = math.prod(tasks.input_shape)
     is_narrow = num_inputs <= _MOST_CORRELATED
 

@@ -6,6 +6,7 @@ heads, features, from which groups of equal size are solved at once.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ibaml.algorithms import MetaParameters
-from ibaml.data.columns import as_table, is_table
+from ibaml.data.columns import as_table, is_table, take
 from ibaml.data.preprocessing import Preprocessing
-from ibaml.data.tables import Array
+from ibaml.data.tables import Array, complete, target_names
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.posterior import FittedModel
 from ibaml.seeds import noise_generator
@@ -56,8 +57,7 @@ def predict_new(
         task = fitted.preprocessing.task_column
     if task is None:
         raise ValueError("task is None, and fit was told of no column with tasks: name the one of both tables.")
-    targets: Sequence[ColumnName] | None = (target,) if isinstance(target, str | int) else target
-    columns = None if targets is None else [*map(str, targets)]
+    columns = None if target is None else target_names(target)[0]
     return predict_groups(
         fitted, as_table(known), as_table(asked), task=str(task), targets=columns, max_error=max_error
     )
@@ -96,11 +96,16 @@ def predict_groups(
     """
     preprocessing = fitted.preprocessing
     targets = preprocessing.target_columns if targets is None and preprocessing is not None else targets
-    if preprocessing is None or preprocessing.feature_names is None or targets is None:
+    if preprocessing is None or preprocessing.feature_names is None:
         raise ValueError("the model was fitted on arrays, so the target has no column name: fit it on a DataFrame.")
+    if targets is None:
+        raise ValueError("the model was fitted on pairs (X, y), so the target has no column name: name it, target=...")
+    if preprocessing.is_vector and len(targets) != 1:
+        raise ValueError(f"target names {', '.join(targets)}, but the model has one target: name that alone.")
     for name in targets:
         if name not in known.columns:
             raise ValueError(f"{names[0]} has no column {name!r}, the target.")
+    take(names[0], known, targets)
     if len(asked) == 0:
         raise ValueError(f"{names[1]} has no rows.")
     min_confidence = None if max_error is None else fitted.min_confidence(max_error)
@@ -123,10 +128,17 @@ def _groups(known: Any, asked: Any, task: str | None, names: tuple[str, str]) ->
     of_known, of_asked = (_rows(table, task, name) for table, name in zip((known, asked), names, strict=True))
     are_text = [{isinstance(group, str) for group in rows} for rows in (of_known, of_asked)]
     if all(are_text) and not are_text[0] & are_text[1]:
-        kinds = ["text" if True in each else "numbers" for each in are_text]
+        kinds = ["text" if True in each else "no text" for each in are_text]
         raise TypeError(
             f"column {task!r} of {names[0]} holds {kinds[0]}, that of {names[1]} {kinds[1]}, so that no group would "
             "find its rows: convert both to one type."
+        )
+    if of_known and not of_known.keys() & of_asked.keys():
+        warnings.warn(
+            f"no group of {names[1]} is among those of {names[0]}, so that each gets the prior's prediction: are they "
+            f"named alike in column {task!r}, such as {next(iter(of_asked))!r} and {next(iter(of_known))!r}?",
+            RuntimeWarning,
+            stacklevel=2,
         )
     nothing = np.arange(0)
     return {
@@ -141,13 +153,9 @@ def _rows(table: Any, task: str, argument: str) -> Mapping[Any, Array]:
             f"{argument} has no column {task!r}, which says to which group a row belongs; its columns are "
             f"{', '.join(table.columns)}."
         )
-    missing = table[task].isna().to_numpy()
-    if missing.any():
-        raise ValueError(
-            f"column {task!r} of {argument} is missing in {missing.sum()} rows, the first is row {missing.argmax()}: "
-            "every row needs a task."
-        )
-    return table.groupby(task, sort=False, observed=True).indices
+    (column,) = take(argument, table, [task])
+    complete(argument, column)
+    return table.groupby(column, sort=False, observed=True).indices
 
 
 def _require_priors(fitted: FittedModel, groups: Mapping[Any, _Group], names: tuple[str, str]) -> None:
@@ -172,6 +180,8 @@ def _of_own_classes(
             posterior = fitted.adapt(known.iloc[group.known.numpy()], y.iloc[group.known.numpy()], seed=0)
             prediction = posterior.predict(asked.iloc[group.asked.numpy()])
         except (ValueError, TypeError) as error:
+            if name is None:
+                raise
             raise type(error)(f"group {name!r}: {error}") from error
         assert isinstance(prediction, ClassPrediction)
         found.append(prediction)

@@ -111,7 +111,11 @@ class Predictor(Estimator):
             NotFittedError: Before ``fit`` or ``load``.
             TypeError: If values are of the wrong kind.
             ValueError: If a column is missing, a row does not fit the model, or a group has no known rows where the
-                model has no prior.
+                model has no prior; if groups have classes of their own, so many that some are predicted by more samples
+                than others.
+
+        Warns:
+            RuntimeWarning: If no asked group is among the known ones.
 
         Cost:
             Heads solve small groups of equal size at once, some 0.1 ms a group; other algorithms as by ``adapt``.

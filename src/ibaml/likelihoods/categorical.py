@@ -181,7 +181,8 @@ class ClassPrediction:
         if len(numbers) > 1:
             raise ValueError(
                 f"tasks have predictions of {' and '.join(map(str, numbers))} samples, which cannot be joined: set "
-                "num_evaluation_samples to at least four for each class of the largest task."
+                "num_evaluation_samples to at least four for each class of the largest task, by "
+                "learner.adapting_with(dataclasses.replace(learner.algorithm, num_evaluation_samples=...))."
             )
         parts: list[Tensor] = []
         for one, own in zip(predictions, labels, strict=True):

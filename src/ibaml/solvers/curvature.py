@@ -120,7 +120,12 @@ def _depends_on_more(values: list[Tensor], inputs: list[Tensor]) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is under way, inside of which autograd's own functions fail."""
+    """Whether derivatives have to be those of ``torch.func``: inside its transforms, and in inference mode.
+
+    In the former autograd's own functions fail; in the latter they record nothing.
+    """
+    if torch.is_inference_mode_enabled():
+        return True
     try:
         torch.empty(0).requires_grad_()
     except RuntimeError:

@@ -6,11 +6,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
-from ibaml.algorithms.heads.targets import indicators
+from ibaml.algorithms.heads.targets import indicators, require_likelihood_of_classes
+from ibaml.algorithms.nll import Nll
 from ibaml.likelihoods import Categorical
 from ibaml.likelihoods.base import wide
-from ibaml.types import Batch, Params, Tensor
+from ibaml.types import Batch, Episode, Params, Tensor
 
 
 class PrototypesScale(NamedTuple):
@@ -67,6 +69,11 @@ class Prototypes(Head):
     def serves_any_number_of_outputs(self) -> bool:
         """True."""
         return True
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses targets that are numbers; see ``Algorithm``."""
+        require_likelihood_of_classes(nll, self.name)
+        super().check_task(nll, meta, episode)
 
     def describe(self) -> str:
         """Returns how a task is solved."""

@@ -22,12 +22,13 @@ from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.newton import cholesky, newton, problem_of
-from ibaml.algorithms.heads.targets import indicators, require_classes
+from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
+from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
 from ibaml.likelihoods import Categorical
 from ibaml.likelihoods.base import wide
 from ibaml.priors.columns import ColumnPrior, DiagonalColumnPrior
-from ibaml.types import Batch, Params, Tensor
+from ibaml.types import Batch, Episode, Params, Tensor
 
 _TOLERANCE_EXPONENT = 0.6
 """Newton's method has converged where the length of its step in the Newton matrix is at most the root of the inner loss
@@ -108,6 +109,11 @@ class Softmax(Head):
         """Whether all classes have one prior."""
         return self.prior.tied
 
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses targets that are numbers; see ``Algorithm``."""
+        require_likelihood_of_classes(nll, self.name)
+        super().check_task(nll, meta, episode)
+
     def describe(self) -> str:
         """Returns how a task is solved."""
         posterior = f"Laplace posterior at temperature {self.posterior_temperature:g}"
@@ -116,12 +122,13 @@ class Softmax(Head):
     def init(self, adapted: Params, shared: Params, *, generator: torch.Generator) -> MetaParameters:
         """Returns initial meta-parameters; see ``Algorithm``.
 
-        Where each class has a mean that is learned, the constants' starts at the biases of the layer, which may be the
-        logarithms of how frequent classes are.
+        Where each class has a mean that is learned, that of the constants starts at the biases of a layer whose weights
+        are all zero: so a network says how frequent classes are.
         """
         meta = super().init(adapted, shared, generator=generator)
         biases = [value for value in adapted.values() if value.ndim == 1]
-        if not biases or len(meta.prior.mean) != len(biases[0]):
+        is_constant = not any(bool(value.any()) for value in adapted.values() if value.ndim == 2)
+        if not biases or not is_constant or len(meta.prior.mean) != len(biases[0]):
             return meta
         mean = meta.prior.mean.clone()
         mean[:, -1] = biases[0] - biases[0].mean()

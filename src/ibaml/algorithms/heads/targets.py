@@ -2,6 +2,7 @@
 
 import torch
 
+from ibaml.algorithms.nll import Nll
 from ibaml.types import Tensor
 
 
@@ -32,4 +33,22 @@ def require_classes(num_classes: int, num_priors: int, *, tied: bool) -> None:
         raise ValueError(
             f"the task has {num_classes} classes, but there are priors for {num_priors}: classes that each have a "
             "prior of their own are those of training; for others use a tied prior."
+        )
+
+
+def require_likelihood_of_classes(nll: Nll, name: str) -> None:
+    """Refuses targets that are numbers for a head that knows classes.
+
+    Args:
+        nll: Nll of the examples; one without a likelihood may be of anything.
+        name: Name of the head.
+
+    Raises:
+        ValueError: If the likelihood is of numbers.
+    """
+    likelihood = getattr(nll, "likelihood", None)
+    if likelihood is not None and likelihood.target_kind != "classes":
+        raise ValueError(
+            f"algorithm {name!r} tells classes apart, but the likelihood {likelihood.name!r} is of numbers: use "
+            "likelihood='categorical', or a head for numbers such as algorithm='linear_gaussian'."
         )
