@@ -5,7 +5,6 @@ import math
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 
 from ibaml import tree
@@ -14,7 +13,7 @@ from ibaml.algorithms.base import TaskNoise
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
-from ibaml.data.tables import Array
+from ibaml.data.tables import Array, as_tensor
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
@@ -57,7 +56,7 @@ class FittedModel:
         """
         if self.preprocessing is not None:
             return self.preprocessing.encode_inputs(argument, x, dtype=self.dtype).to(self.device)
-        x = _require_array(argument, x)
+        x = as_tensor(argument, x)
         return x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)
 
     def require_prior(self) -> None:
@@ -108,7 +107,7 @@ class FittedModel:
                 )
             return Batch(inputs, self._no_targets(inputs))
         if self.preprocessing is None:
-            targets = _require_array(names[1], y)
+            targets = as_tensor(names[1], y)
         else:
             targets = self.preprocessing.encode_targets(names[1], y, labels, dtype=self.dtype)
         support = Batch(inputs, targets.to(self.device))
@@ -437,15 +436,3 @@ class TaskPosterior:
 
 def _is_empty(values: Any) -> bool:
     return hasattr(values, "__len__") and len(values) == 0
-
-
-def _require_array(argument: str, value: object) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        # A copy: torch warns about read-only arrays and refuses negative strides.
-        return torch.from_numpy(np.array(value))
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{argument} must be a torch.Tensor or numeric numpy array, got {type(value).__name__}; "
-            "convert it with torch.as_tensor."
-        )
-    return value

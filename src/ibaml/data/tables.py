@@ -344,3 +344,24 @@ def _require_one_kind(tasks: Sequence[TableTask]) -> None:
                 f"task {task.name!r} has inputs of shape {task.x.shape[1:]}, task {first.name!r} of "
                 f"{first.x.shape[1:]}: all tasks need the same features."
             )
+
+
+def as_tensor(argument: str, value: object) -> torch.Tensor:
+    """Returns a tensor, or a numeric array as one.
+
+    Args:
+        argument: How messages call the value.
+        value: What came.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        # A copy: torch warns about read-only arrays and refuses negative strides.
+        return torch.from_numpy(np.array(value))
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{argument} must be a torch.Tensor or numeric numpy array, got {type(value).__name__}; "
+            "convert it with torch.as_tensor."
+        )
+    return value
