@@ -63,7 +63,7 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	@touch $(VENV)/.runtime $(VENV)/.test $@
 
 demo: $(VENV)/.runtime
-	$(BIN)/ibaml train glyphs_5way_5shot --trainer.num-steps 250 --trainer.validate-every 250 --run-folder $(RUNS)/demo
+	$(BIN)/ibaml train glyphs_5way_5shot --trainer.num-steps 400 --trainer.validate-every 400 --run-folder $(RUNS)/demo
 	$(BIN)/ibaml evaluate $(RUNS)/demo --tasks 100
 	$(BIN)/ibaml compare $(RUNS)/demo --baselines prototypes maml --tasks 100
 
