@@ -10,6 +10,8 @@ from ibaml.metrics import paired_difference
 from ibaml.types import Tensor
 
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "rmse", "quantile_calibration_error")
+_OF_TRAINING_ALONE = ("num_train_ways",)
+"""Settings of data that change no test task."""
 
 
 class Comparison(NamedTuple):
@@ -47,11 +49,16 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Comparison:
     first = stored[names[0]]
     out = out or Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
     header = ["metric", *names, *(f"{name} - {names[0]}" for name in names[1:])]
-    rows = [_row(metric, stored) for metric in first.per_task]
+    common = [metric for metric in first.per_task if all(metric in one.per_task for one in stored.values())]
+    if not common:
+        raise ValueError(f"{', '.join(names)} have no metric in common: compare models of the same kind of targets.")
+    rows = [_row(metric, stored) for metric in common]
     out.mkdir(parents=True, exist_ok=True)
     with (out / "comparison.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    figure = plots.comparison({name: evaluation.per_task for name, evaluation in stored.items()})
+    figure = plots.comparison(
+        {name: {metric: one.per_task[metric] for metric in common} for name, one in stored.items()}
+    )
     plots.save(figure, out / "comparison.png")
     return Comparison(header, rows, first.tasks["num_tasks"], out)
 
@@ -68,8 +75,7 @@ def _read(folders: Sequence[Path]) -> dict[str, StoredEvaluation]:
     stored = dict(zip(names, (read_evaluation(folder) for folder in folders), strict=True))
     first = stored[names[0]]
     for name, other in stored.items():
-        if other.tasks != first.tasks or other.per_task.keys() != first.per_task.keys():
-            difference = _describe_difference(first.tasks, other.tasks) or "other metrics"
+        if difference := _describe_difference(first.tasks, other.tasks):
             raise ValueError(
                 f"{names[0]} and {name} were evaluated on different tasks ({difference}): evaluate both with the same "
                 "--tasks and --seed, on the same data."
@@ -106,7 +112,7 @@ def difference(metric: str, values: Tensor, reference: Tensor) -> str:
 
 
 def _describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Returns in what two sets of test tasks differ; nothing if they are the same."""
     one, two = ({**tasks["data"], **tasks} for tasks in (first, second))
-    return ", ".join(
-        f"{key} {value} and {two.get(key)}" for key, value in one.items() if key != "data" and value != two.get(key)
-    )
+    keys = [key for key in {**one, **two} if key not in ("data", *_OF_TRAINING_ALONE)]
+    return ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in keys if one.get(key) != two.get(key))

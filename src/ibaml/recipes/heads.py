@@ -62,12 +62,12 @@ def _glyphs(num_ways: int, num_shots: int) -> Recipe:
             num_ways=num_ways, num_train_ways=max(10, num_ways), num_shots=num_shots, num_queries=5, num_test_queries=15
         ),
         TrainerSettings(
-            num_steps=800,
+            num_steps=650,
             tasks_per_step=2 if num_ways <= 10 else 1,
             learning_rate=1.2e-2,
             log_var_learning_rate=1e-3,
             schedule="cosine",
-            validate_every=400,
+            validate_every=325,
             num_validation_tasks=60,
         ),
         channels=32,
