@@ -246,8 +246,8 @@ def _encode_categories(column: Column, pieces: Sequence[tuple[str, Any]]) -> lis
         found.append(np.array([*(places.get(label, -1) for label in labels), places.get(None, -1)])[codes])
     if unseen:
         _warn(
-            f"column {column.name!r} holds {_shown([*unseen])}, which training has not seen: it counts as none of the "
-            f"categories {_shown(column.categories)}."
+            f"column {column.name!r} holds {shown([*unseen])}, which training has not seen: it counts as none of the "
+            f"categories {shown(column.categories)}."
         )
     whole = np.concatenate(found)
     if len(places) == 2:
@@ -316,7 +316,8 @@ def _label(value: Any) -> str:
     return str(int(value)) if is_whole else str(value)
 
 
-def _shown(labels: Sequence[str | None]) -> str:
+def shown(labels: Sequence[Any]) -> str:
+    """Returns some labels as a message shows them: the first eight, and how many there are."""
     named = ["a missing value" if label is None else repr(label) for label in labels]
     return ", ".join(named[:8]) + (f", ... ({len(named)} in all)" if len(named) > 8 else "")
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table
+from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
 from ibaml.likelihoods import TargetKind
@@ -234,8 +234,8 @@ class Preprocessing:
         found = np.unique(read_labels(argument, to_array(y)))
         if len(found) != self.num_outputs and not any_number:
             raise ValueError(
-                f"{argument} has {len(found)} classes ({_shown(found)}), but the model tells {self.num_outputs} apart: "
-                f"give support examples of exactly {self.num_outputs} classes."
+                f"{argument} has {len(found)} classes ({shown(found.tolist())}), but the model tells "
+                f"{self.num_outputs} apart: give support examples of exactly {self.num_outputs} classes."
             )
         return found
 
@@ -409,16 +409,13 @@ def _as_column(name: str, settings: Mapping[str, Any]) -> Column:
 
 def _to_indices(argument: str, y: Array, labels: Array) -> Tensor:
     if (y.dtype.kind == "U") != (labels.dtype.kind == "U"):
-        raise TypeError(f"{argument} has labels of dtype {y.dtype}, but the model's classes are {_shown(labels)}.")
+        raise TypeError(
+            f"{argument} has labels of dtype {y.dtype}, but the model's classes are {shown(labels.tolist())}."
+        )
     unknown = ~np.isin(y, labels)
     if bool(unknown.any()):
         raise ValueError(
             f"{argument} has the label {y[unknown][0].item()!r} (row {int(np.argmax(unknown))}), but the classes are "
-            f"{_shown(labels)}: for classes that differ from task to task use classes='per_task'."
+            f"{shown(labels.tolist())}: for classes that differ from task to task use classes='per_task'."
         )
     return torch.from_numpy(np.searchsorted(labels, y).astype(np.int64))
-
-
-def _shown(labels: Sequence[Any] | Array) -> str:
-    values = [repr(value) for value in np.asarray(labels).tolist()]
-    return ", ".join(values[:8]) + (f", ... ({len(values)} in all)" if len(values) > 8 else "")

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ibaml import tree
 from ibaml.data.columns import is_table
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.data.preprocessing import Preprocessing
@@ -87,8 +86,8 @@ def held_out_tasks(
             f"the model was fitted on tensors, but tasks is a {type(tasks).__name__}: give a sampler or a sequence of "
             "Episodes."
         )
-    dtype = tree.leaves(fitted.model.adapted)[0].dtype
-    sampler = table_splits(preprocessing, read_tasks(tasks, **columns_of(preprocessing, tasks)), splits, dtype=dtype)
+    table = read_tasks(tasks, **columns_of(preprocessing, tasks))
+    sampler = table_splits(preprocessing, table, splits, dtype=fitted.dtype)
     return [sampler.episode(index, generator=task_generator(seed, index)) for index in range(len(sampler))]
 
 
