@@ -542,12 +542,8 @@ def test_compare_says_which_is_better(ibaml, tmp_path, trained):
     assert not nll[5].endswith(("worse", "better")) and not accuracy[5].endswith(("worse", "better"))
 
 
-def test_compare_asks_for_the_same_test_tasks_alone(ibaml, trained):
-    """Not for the same training tasks, and other metrics are left out."""
+def test_compare_leaves_out_metrics_that_one_has_not(ibaml, trained):
     shutil.copytree(trained / "a", "other")
-    report = json.loads(Path("other/evaluation/report.json").read_text())
-    report["tasks"]["data"]["num_train_ways"] = 7
-    Path("other/evaluation/report.json").write_text(json.dumps(report))
     with Path("other/evaluation/per_task.csv").open() as file:
         rows = [[*row[:1], *row[2:]] for row in csv.reader(file)]
     with Path("other/evaluation/per_task.csv").open("w", newline="") as file:

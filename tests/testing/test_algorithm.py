@@ -63,13 +63,7 @@ class OneStep:
         return InnerSolution(value, tree.norm(gradient(value)), 1)
 
     def hypergradient(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        episode: Episode,
-        noise: TaskNoise,
-        *,
-        with_grad_norm: bool = True,
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True
     ) -> tuple[MetaParameters, HypergradientInfo]:
         def outer(theta: MetaParameters) -> tuple[Tensor, InnerSolution]:
             solution = self.adapt(nll, theta, episode.support, noise)

@@ -124,13 +124,7 @@ class Algorithm(Protocol):
         ...
 
     def hypergradient(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        episode: Episode,
-        noise: TaskNoise,
-        *,
-        with_grad_norm: bool = True,
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss in the meta-parameters.
 

@@ -66,6 +66,7 @@ class GradientBased(abc.ABC):
 
     name: ClassVar[str]
     estimator: ClassVar[Estimator]
+    is_bayesian: ClassVar[bool]
     uses_features: ClassVar[bool] = False
 
     inner: InnerSolver = GradientDescent()
@@ -102,6 +103,9 @@ class GradientBased(abc.ABC):
         with_grad_norm: bool = True,
     ) -> InnerSolution:
         """Solves the inner problem of one task; see ``Algorithm``."""
+        if self.is_bayesian and not len(support.y):
+            # What is left of the inner loss is the divergence, which is least at the prior.
+            return InnerSolution(meta.prior, support.x.new_zeros((), dtype=torch.float32), 0)
         weight = self._weight(len(support.y))
         inner_loss = regularised(self._nll(nll, support, noise.inner), self._family, weight)
         return self._solver(meta, weight)(
@@ -109,13 +113,7 @@ class GradientBased(abc.ABC):
         )
 
     def hypergradient(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        episode: Episode,
-        noise: TaskNoise,
-        *,
-        with_grad_norm: bool = True,
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True
     ) -> Hypergradient:
         """Returns one task's gradient of the outer loss in the meta-parameters; see ``Algorithm``."""
         # Parameters that ask for gradients would make every inner step keep its graph.

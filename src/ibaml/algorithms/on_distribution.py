@@ -16,7 +16,7 @@ from ibaml.hypergradients import regularised_implicit_hypergradient
 from ibaml.priors import DiagonalPrior, Prior
 from ibaml.solvers.curvature import DifferentiatedLoss
 from ibaml.solvers.linear import CG, LinearSolver
-from ibaml.types import Batch, Episode, InnerSolution, Params, Tensor
+from ibaml.types import Batch, Episode, Params, Tensor
 
 OuterLoss = Literal["expected_nll", "predictive_nll", "elbo"]
 """Outer loss: the query's expected nll (Jensen), the nll of the query's averaged prediction, or the expected nll of
@@ -64,21 +64,6 @@ class OnDistribution(GradientBased):
     def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
         """Draws the noise of ``num_evaluation_samples`` weight samples."""
         return self.prior.draw_noise(meta.prior, self.num_evaluation_samples, generator=generator)
-
-    def adapt(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        support: Batch,
-        noise: TaskNoise,
-        *,
-        start: Any = None,
-        with_grad_norm: bool = True,
-    ) -> InnerSolution:
-        """Solves the inner problem of one task; see ``Algorithm``. Without examples its solution is the prior."""
-        if not len(support.y):
-            return InnerSolution(meta.prior, support.x.new_zeros((), dtype=torch.float32), 0)
-        return super().adapt(nll, meta, support, noise, start=start, with_grad_norm=with_grad_norm)
 
     def weight_samples(self, posterior: Any, noise: Params) -> list[Params]:
         """Returns one weight sample for each draw of the noise."""

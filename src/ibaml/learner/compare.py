@@ -10,8 +10,6 @@ from ibaml.metrics import paired_difference
 from ibaml.types import Tensor
 
 _LOWER_IS_BETTER = ("nll", "brier", "ece", "mce", "mse", "rmse", "quantile_calibration_error")
-_OF_TRAINING_ALONE = ("num_train_ways",)
-"""Settings of data that change no test task."""
 
 
 class Comparison(NamedTuple):
@@ -114,5 +112,5 @@ def difference(metric: str, values: Tensor, reference: Tensor) -> str:
 def _describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Returns in what two sets of test tasks differ; nothing if they are the same."""
     one, two = ({**tasks["data"], **tasks} for tasks in (first, second))
-    keys = [key for key in {**one, **two} if key not in ("data", *_OF_TRAINING_ALONE)]
+    keys = [key for key in {**one, **two} if key != "data"]
     return ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in keys if one.get(key) != two.get(key))

@@ -149,6 +149,8 @@ class Predictor(Estimator):
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> Self:
         """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.
 
+        It stays 1 where the gain in nll is not clear: where its 95% interval, paired over the tasks, includes zero.
+
         For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
         ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
 

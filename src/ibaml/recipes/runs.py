@@ -11,6 +11,7 @@ import torch
 from ibaml import records
 from ibaml.atomic import write_text
 from ibaml.baselines import BaselineComparison, compare_with_baselines
+from ibaml.data.sources import settings_of_tests
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
@@ -167,7 +168,7 @@ def evaluate_run(
         described, count = {"test": str(test.resolve())}, num_tasks or _NUM_TASKS
     elif recipe is not None:
         tasks = recipe.data.sampler("test", data=data, device=device)
-        described, count = records.to_json(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
+        described, count = settings_of_tests(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
     else:
         raise ValueError(f"{folder} was not trained by a recipe, which would name its test tasks: give --test.")
     try:

@@ -193,13 +193,7 @@ class Head(abc.ABC):
         return InnerSolution(posterior, residual, 0)
 
     def hypergradient(
-        self,
-        nll: Nll,
-        meta: MetaParameters,
-        episode: Episode,
-        noise: TaskNoise,
-        *,
-        with_grad_norm: bool = True,
+        self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True
     ) -> tuple[MetaParameters, HypergradientInfo]:
         """Returns one task's gradient of the outer loss, exact by implicit differentiation; see ``Algorithm``."""
         del noise, with_grad_norm

@@ -6,7 +6,7 @@ in ``SOURCES``.
 
 from collections.abc import Mapping
 
-from ibaml.data.sources.base import ImageSource, Split, TaskSource
+from ibaml.data.sources.base import OF_TRAINING_ALONE, ImageSource, Split, TaskSource, settings_of_tests
 from ibaml.data.sources.fsmol import FSMol
 from ibaml.data.sources.glyphs import Glyphs
 from ibaml.data.sources.image_folder import ImageFolder
@@ -18,6 +18,7 @@ from ibaml.data.sources.sinusoid import Sinusoid
 from ibaml.data.sources.tiny_imagenet import TinyImagenet
 
 __all__ = [
+    "OF_TRAINING_ALONE",
     "SOURCES",
     "FSMol",
     "Glyphs",
@@ -31,6 +32,7 @@ __all__ = [
     "Split",
     "TaskSource",
     "TinyImagenet",
+    "settings_of_tests",
 ]
 
 SOURCES: Mapping[str, type[TaskSource]] = {

@@ -2,11 +2,13 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 
+from ibaml import records
 from ibaml.checks import require_positive_int
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.images import ClassImages
@@ -64,6 +66,17 @@ def queries_in(source: TaskSource, split: Split) -> int:
     return source.num_queries if split == "train" else source.num_test_queries
 
 
+OF_TRAINING_ALONE: Mapping[str, bool] = {"of_training_alone": True}
+"""Metadata of a source's field that changes no validation or test task."""
+
+
+def settings_of_tests(source: TaskSource) -> dict[str, Any]:
+    """Returns the settings of a source that decide its test tasks, as JSON."""
+    fields: Any = dataclasses.fields(source)  # pyright: ignore[reportArgumentType]
+    left_out = {field.name for field in fields if field.metadata.get("of_training_alone")}
+    return {name: value for name, value in records.to_json(source).items() if name not in left_out}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageSource(abc.ABC):
     """N-way K-shot classification of images; a source has a ``name`` and ``num_channels`` and loads ``images``.
@@ -83,10 +96,10 @@ class ImageSource(abc.ABC):
 
     num_ways: int = 5
     num_shots: int = 1
-    num_queries: int = 15
+    num_queries: int = dataclasses.field(default=15, metadata=OF_TRAINING_ALONE)
     num_test_queries: int = 15
     image_size: int = 28
-    num_train_ways: int | None = None
+    num_train_ways: int | None = dataclasses.field(default=None, metadata=OF_TRAINING_ALONE)
     name: ClassVar[str]
     is_image: ClassVar[bool] = True
     num_channels: ClassVar[int] = 3

@@ -25,7 +25,7 @@ from ibaml.data.images import (
     with_rotations,
 )
 from ibaml.data.preprocessing import Preprocessing, image_preprocessing
-from ibaml.data.sources.base import ImageSource, Split
+from ibaml.data.sources.base import OF_TRAINING_ALONE, ImageSource, Split
 
 Protocol = Literal["vinyals", "official"]
 
@@ -58,7 +58,7 @@ class Omniglot(ImageSource):
     """
 
     protocol: Protocol = "vinyals"
-    rotations: bool = True
+    rotations: bool = dataclasses.field(default=True, metadata=OF_TRAINING_ALONE)
     name: ClassVar[str] = "omniglot"
     num_channels: ClassVar[int] = 1
 

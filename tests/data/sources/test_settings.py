@@ -1,0 +1,19 @@
+"""Which settings of a source decide its test tasks."""
+
+import torch
+
+from ibaml.data.sources import Glyphs, Omniglot, Sinusoid, settings_of_tests
+
+
+def test_settings_of_training_alone_are_left_out(glyph_cache) -> None:
+    first = Glyphs(num_ways=3, num_queries=2, num_train_ways=4)
+    other = Glyphs(num_ways=3, num_queries=7)
+    assert settings_of_tests(first) == settings_of_tests(other) != settings_of_tests(Glyphs(num_ways=4))
+    # As they say: the test tasks are the same.
+    drawn = [
+        source.sampler("test", data=glyph_cache).sample(1, generator=torch.Generator().manual_seed(0))
+        for source in (first, other)
+    ]
+    assert all(torch.equal(a, b) for one, two in zip(*drawn, strict=True) for a, b in zip(one, two, strict=True))
+    assert "rotations" not in settings_of_tests(Omniglot())
+    assert settings_of_tests(Sinusoid(num_shots=3))["num_shots"] == 3
