@@ -24,9 +24,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from rich.console import Console
 
+from ibaml import records
 from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.algorithms.on_distribution import OnDistribution
-from ibaml.data.sources import ImageSource
+from ibaml.data.sources import ImageSource, settings_of_tests
 from ibaml.experiments.report import Place, describe_device, require_at_least
 from ibaml.experiments.training import TrainedRun, read_run, run_folder
 from ibaml.learner.evaluations import StoredEvaluation, read_evaluation
@@ -334,14 +335,13 @@ def _train_slice(recipe: Recipe, place: Place, device: torch.device, max_minutes
 
 def _evaluation(recipe: Recipe, place: Place, num_tasks: int, seed: int, device: torch.device) -> StoredEvaluation:
     """Returns the stored evaluation if it is of this state, algorithm and set of tasks, or makes it anew."""
-    wanted = json.loads(recipe.to_json())
     trained = read_run(recipe, place.folder)
     try:
         stored = read_evaluation(trained.folder)
     except FileNotFoundError:
         stored = None
-    tasks = {"data": wanted["data"], "seed": seed, "num_tasks": num_tasks}
-    expected = (trained.best_step, tasks, wanted["algorithm"])
+    tasks = {"data": settings_of_tests(recipe.data), "seed": seed, "num_tasks": num_tasks}
+    expected = (trained.best_step, tasks, records.to_json(recipe.algorithm))
     if stored is not None and (stored.step, stored.tasks, stored.algorithm) == expected:
         return stored
     _say(place.console, f"Evaluating {recipe.name}, state of step {trained.best_step:,}, on {num_tasks:,} test tasks.")
