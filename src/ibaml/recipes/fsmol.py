@@ -1,7 +1,7 @@
 """Recipes for FS-Mol: an MLP on count fingerprints.
 
 The hidden layers are the same for all assays and learned on the training assays; an assay adapts the last layer alone.
-Its inner problem is then nearly convex and solved in few steps, which is what an implicit gradient asks for.
+Its inner problem is then convex: ``fsmol`` solves it exactly, the recipes of other algorithms in few steps.
 ``fsmol_maml_all_layers`` adapts everything, as MAML does elsewhere.
 """
 
@@ -49,7 +49,15 @@ _TRAINER = TrainerSettings(
 )
 
 
-def _fsmol(name: str, description: str, algorithm: Algorithm, trainer: TrainerSettings, *, adapt: str) -> Recipe:
+def _fsmol(
+    name: str,
+    description: str,
+    algorithm: Algorithm,
+    trainer: TrainerSettings,
+    *,
+    adapt: str,
+    skip_inputs: bool = False,
+) -> Recipe:
     return Recipe(
         name=name,
         description=description,
@@ -63,6 +71,7 @@ def _fsmol(name: str, description: str, algorithm: Algorithm, trainer: TrainerSe
                 "activation": "tanh",
                 "norm": "group",
                 "zero_head": True,
+                "skip_inputs": skip_inputs,
             },
         ),
         algorithm=algorithm,
@@ -72,15 +81,32 @@ def _fsmol(name: str, description: str, algorithm: Algorithm, trainer: TrainerSe
     )
 
 
-def _head() -> Recipe:
-    """The recipe for users: active and inactive mean the same in all assays, so that each has a prior of its own."""
+def _head(name: str, what: str, algorithm: Algorithm, *, skip_inputs: bool = False) -> Recipe:
     return _fsmol(
-        "fsmol",
-        "a head solved exactly on shared features of fingerprints; FS-Mol, active or inactive molecules",
-        make_algorithm("softmax", prior=DiagonalColumnPrior(tied=False, learn_mean=True)),
+        name,
+        f"{what} on shared features of fingerprints; FS-Mol, active or inactive molecules",
+        algorithm,
         dataclasses.replace(_TRAINER, num_steps=3000),
         adapt="head.*",
+        skip_inputs=skip_inputs,
     )
+
+
+def _default() -> Recipe:
+    """The recipe for users: active and inactive mean the same in all assays, so that each has a prior of its own.
+
+    The head sees the fingerprint beside the learned features, which know nothing of molecules unlike those of training.
+    A prior of the usual width would be shared out among 2,176 weights and leave each next to nothing: on held-out
+    assays of mostly new molecules (16 and 64 known) delta-AUPRC after 300 steps was .142 and .203 without the inputs,
+    .061 and .104 with them and variance 1, .163 and .227 with 100, .170 and .236 with 400; a random forest has .160 and
+    .235. On all held-out assays 100 was ahead of 400 in nll at 16 molecules, .621 and .626, level at 64.
+    """
+    prior = DiagonalColumnPrior(tied=False, learn_mean=True, initial_variance=200.0)
+    return _head("fsmol", "a head solved exactly", make_algorithm("softmax", prior=prior), skip_inputs=True)
+
+
+def _prototypes() -> Recipe:
+    return _head("fsmol_prototypes", "prototypes", make_algorithm("prototypes"))
 
 
 def _by_steps(name: str) -> Recipe:
@@ -97,7 +123,8 @@ def _by_steps(name: str) -> Recipe:
 
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
-    "fsmol": _head,
+    "fsmol": _default,
+    "fsmol_prototypes": _prototypes,
     **{f"fsmol_{name}": partial(_by_steps, name) for name in _ALGORITHMS},
 }
 """Recipes by name."""

@@ -79,14 +79,14 @@ def test_report_and_figure_hold_the_numbers(result):
     assert table[1]["nll_difference"] == pytest.approx(float(first.mean()))
     assert len(assay_rows(found)) == 2 * 2 * 6
     text = summary(found)
-    assert "## 16 molecules known (6 assays)" in text and "| iBaML | 20 of 20 |" in text
+    assert "## 16 molecules known (6 assays)" in text and "| iBaML, inner steps | 20 of 20 |" in text
     assert "molecules in training assays (3 assays) | mostly not (3 assays)" in text
     assert len(fsmol_figure(found).axes) == 3
 
 
 def test_assays_of_another_file_are_predicted_with_the_trained_runs(data, tmp_path):
     settings = FsmolSettings(
-        methods=("fsmol_maml", "nearest_neighbours"),
+        methods=("fsmol", "nearest_neighbours"),
         file=data / "mine.npz",
         split="mine",
         support_sizes=(16,),
@@ -125,7 +125,7 @@ def test_recipes_differ_in_what_adapts():
 
 
 def test_arguments_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="methods names svm; there are fsmol_ibaml,"):
+    with pytest.raises(ValueError, match="methods names svm; there are fsmol, fsmol_prototypes, fsmol_ibaml,"):
         FsmolSettings(methods=("svm",))
     with pytest.raises(ValueError, match="methods is empty"):
         FsmolSettings(methods=())

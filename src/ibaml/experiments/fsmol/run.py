@@ -37,7 +37,9 @@ BASELINES: Mapping[str, Classifier] = {
 """Methods that learn from one support set alone."""
 
 DISPLAY_NAMES: Mapping[str, str] = {
-    "fsmol_ibaml": "iBaML",
+    "fsmol": "default",
+    "fsmol_prototypes": "prototypes",
+    "fsmol_ibaml": "iBaML, inner steps",
     "fsmol_abml": "ABML",
     "fsmol_maml": "MAML",
     "fsmol_maml_all_layers": "MAML, all layers",
@@ -77,7 +79,7 @@ class FsmolSettings:
 
     def __post_init__(self) -> None:
         """Refuses unknown methods and values out of range."""
-        known = [name for name in RECIPES if name.startswith("fsmol_")] + list(BASELINES)
+        known = [name for name in RECIPES if name.startswith("fsmol")] + list(BASELINES)
         unknown = [name for name in self.methods if name not in known]
         if unknown or not self.methods:
             named = f"names {', '.join(unknown)}" if self.methods else "is empty"
