@@ -66,7 +66,7 @@ class Softmax(Head):
         prior: Prior of the weights of each class. Tied priors suit classes that are exchangeable, as they are if every
             task numbers its own.
         posterior_temperature: Factor of the Laplace covariance; 1 is the curvature of the inner loss, 0 a point. Where
-            classes are told apart with certainty the curvature vanishes, and the covariance is that of the prior: a wide
+            classes are told apart with certainty the curvature vanishes, and the covariance is the prior's: a wide
             prior (an initial variance of 100, say) needs a smaller factor, such as 0.001, lest samples blur what the
             mode tells apart.
         num_evaluation_samples: Logit samples of a prediction, in pairs about the mode.
