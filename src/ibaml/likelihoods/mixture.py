@@ -197,6 +197,8 @@ class MixturePrediction:
             middle = (low + high) / 2
             if self.components.is_discrete:
                 middle = middle.floor()
+                if bool((high - low <= 1).all()):
+                    break
             below = self._cdf(middle) < probability
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         found = high if self.components.is_discrete else (low + high) / 2

@@ -217,7 +217,9 @@ class LikelihoodContract:
             case.outputs, case.parameters, output_variance=torch.full_like(case.outputs, 0.3)
         )
         assert (wider.epistemic > found.epistemic).all()
-        assert_close(wider.aleatoric, found.aleatoric)
+        if likelihood.target_kind == "real":
+            # The noise of a count grows with its mean, which is one of a logarithm.
+            assert_close(wider.aleatoric, found.aleatoric)
 
     def test_scores_are_scalars_with_the_nll_among_them(self, likelihood: Likelihood) -> None:
         """float64 scalars by name; those over all tasks have other names."""
