@@ -1,4 +1,4 @@
-"""What heads for regression share: their functions and their noise are Gaussian, and so are their predictions."""
+"""What heads for numbers share: Gaussian posteriors over functions, and for Gaussian noise exact losses."""
 
 import abc
 import dataclasses
@@ -29,11 +29,11 @@ def solves(likelihood: Likelihood) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussianHead(Head):
-    """A head whose posterior over functions is Gaussian, for ``Gaussian`` noise of one variance for each target.
+class HeadOfFunctions(Head):
+    """A head whose posterior over functions is Gaussian: one function for each target.
 
-    Targets are independent given the features. Predictions and outer losses are exact, without samples. Subclasses
-    give the distribution of the functions in float64, whatever the features are.
+    Targets are independent given the features. Subclasses give the distribution of the functions in float64, whatever
+    the features are; the likelihood adds the noise.
 
     Attributes:
         outer: Outer loss.
@@ -70,35 +70,6 @@ class GaussianHead(Head):
             inputs: ``z``, ``[num_examples, num_inputs]``.
         """
 
-    @abc.abstractmethod
-    def support_nll(self, solution: Any) -> tuple[Tensor, int]:
-        """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
-
-    @abc.abstractmethod
-    def joint_nll(self, solution: Any, noise: Tensor, query: Batch) -> Tensor:
-        """Returns minus the joint log density of all query examples, summed over targets, a scalar.
-
-        Args:
-            solution: From ``solve``.
-            noise: Variance of the noise, ``[num_targets]``.
-            query: Inputs ``z`` and targets.
-        """
-
-    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
-        """Refuses noise that is not Gaussian with one variance for each target; see ``Algorithm``.
-
-        Raises:
-            ValueError: If it is another.
-        """
-        likelihood = getattr(nll, "likelihood", None)
-        if likelihood is not None and not solves(likelihood):
-            raise ValueError(
-                f"algorithm {self.name!r} is exact for Gaussian noise of one variance for each target, but the "
-                f"likelihood is {likelihood!r}: use likelihood='gaussian', or an algorithm for any likelihood such as "
-                "'ibaml'."
-            )
-        super().check_task(nll, meta, episode)
-
     def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns mean and variance of the functions, exact, with one sample; see ``Head``."""
         del shared, noise
@@ -131,6 +102,43 @@ class GaussianHead(Head):
     def mean(self, solution: Any, inputs: Tensor) -> Tensor:
         """Returns the mean; see ``Head``."""
         return self.moments(solution, inputs)[0].mT.to(inputs.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianHead(HeadOfFunctions):
+    """A head whose posterior over functions is exact, for ``Gaussian`` noise of one variance for each target.
+
+    Predictions and outer losses are exact, without samples.
+    """
+
+    @abc.abstractmethod
+    def support_nll(self, solution: Any) -> tuple[Tensor, int]:
+        """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
+
+    @abc.abstractmethod
+    def joint_nll(self, solution: Any, noise: Tensor, query: Batch) -> Tensor:
+        """Returns minus the joint log density of all query examples, summed over targets, a scalar.
+
+        Args:
+            solution: From ``solve``.
+            noise: Variance of the noise, ``[num_targets]``.
+            query: Inputs ``z`` and targets.
+        """
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses noise that is not Gaussian with one variance for each target; see ``Algorithm``.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        likelihood = getattr(nll, "likelihood", None)
+        if likelihood is not None and not solves(likelihood):
+            raise ValueError(
+                f"algorithm {self.name!r} is exact for Gaussian noise of one variance for each target, but the "
+                f"likelihood is {likelihood!r}: use likelihood='gaussian', or an algorithm for any likelihood such as "
+                "'ibaml'."
+            )
+        super().check_task(nll, meta, episode)
 
     def outer_loss(self, solution: Any, shared: Params, query: Batch) -> Tensor:
         """Returns the outer loss, summed over targets, mean over examples; see ``Head`` and ``outer``.

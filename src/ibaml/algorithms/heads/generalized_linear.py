@@ -1,0 +1,216 @@
+"""Generalised linear models on learned features: counts, outliers, and whatever else has one output for each target.
+
+For each target the model is ``y ~ p(y | f)`` with ``f = z.w`` and ``w ~ N(m, C C^T)``. In whitened weights,
+``w = m + C e`` and ``X = Z C``, the inner loss is the nll of the support set and ``|e|^2 / 2``. Newton's method finds
+its minimum ``e*`` (Rasmussen and Williams 2006, section 3.4), and Laplace's approximation of the posterior is
+
+    e | y ~ N(e*, A^-1)        A = I + X^T diag(h) X        h = max(0, d2 nll / df2 at f*)
+
+with the approximate marginal likelihood ``-log p(y) = nll(f*) + |e*|^2 / 2 + log det(A) / 2``. For Gaussian noise both
+are exact, and the head is ``LinearGaussian``. An outlier of Student's t distribution, where the second derivative is
+negative, counts as one that says nothing.
+
+The solution is differentiated by the implicit function theorem: one Newton step from it, with the Newton matrix held
+fixed, of the second derivatives as they are, has its value and its derivative. Relatives: generalised linear mixed
+models (without a hidden layer), robust regression.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ibaml import tree
+from ibaml.algorithms.base import MetaParameters
+from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.heads.gaussian import HeadOfFunctions
+from ibaml.algorithms.heads.least_squares import is_dual, log_determinant
+from ibaml.algorithms.heads.linear_gaussian import Precision, Reduction
+from ibaml.algorithms.heads.newton import newton
+from ibaml.algorithms.heads.separable import OfWeights, SeparableLoss
+from ibaml.algorithms.nll import Nll
+from ibaml.checks import require_positive_int
+from ibaml.likelihoods import Likelihood
+from ibaml.likelihoods.base import wide
+from ibaml.likelihoods.quadrature import expectation
+from ibaml.priors import ColumnPrior, DiagonalColumnPrior
+from ibaml.types import Batch, Episode, Params, Tensor
+
+_TOLERANCE_EXPONENT = 0.6
+"""As of softmax heads."""
+
+
+def solves(likelihood: Likelihood) -> bool:
+    """Whether the head knows a likelihood: of numbers, with one output for each, whose prediction takes a variance."""
+    if likelihood.target_kind == "classes" or likelihood.num_outputs(1) != 1:
+        return False
+    one = likelihood.with_outputs(1)
+    try:
+        one.predict(torch.zeros(1, 1, 1), one.initial_parameters(), output_variance=torch.ones(1, 1, 1))
+    except ValueError:
+        return False
+    return True
+
+
+class LaplacePosterior(NamedTuple):
+    """A Gaussian over the weights of each target, float64.
+
+    Attributes:
+        prior: The prior, which whitens inputs.
+        mean: Modes of the weights, ``[num_targets, num_inputs]``.
+        spread: Covariances of the whitened weights.
+        nll: Minus the log marginal likelihood of the support set, summed over targets, a scalar.
+        support: Inputs and targets that it was found of.
+    """
+
+    prior: Any
+    mean: Tensor
+    spread: Precision | Reduction
+    nll: Tensor
+    support: Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneralizedLinear(HeadOfFunctions):
+    """A head for any likelihood whose nll is a twice differentiable function of one output for each target.
+
+    Predictions and outer losses integrate over the Gaussian of each output, as the likelihood does it.
+
+    Attributes:
+        prior: Family of the prior over the weights of a target.
+        likelihood: Likelihood of the targets. None, the usual way: that of the model.
+        max_newton_steps: Newton steps at most. Three to eight suffice for counts, some twenty for outliers. Too few
+            show in the norm of the inner gradient.
+
+    Raises:
+        ValueError: If a setting is out of range.
+        TypeError: If a count is not an integer.
+    """
+
+    prior: ColumnPrior = DiagonalColumnPrior()
+    likelihood: Likelihood | None = None
+    max_newton_steps: int = 50
+
+    name: ClassVar[str] = "generalized_linear"
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot work."""
+        super().__post_init__()
+        require_positive_int("max_newton_steps", self.max_newton_steps)
+        if not hasattr(self.prior, "whiten"):
+            raise ValueError(f"prior must be one of columns such as DiagonalColumnPrior(), but is {self.prior!r}.")
+
+    def describe(self) -> str:
+        """Returns how a task is solved."""
+        return "Newton's method to convergence, Laplace posterior"
+
+    def for_task(self, nll: Nll) -> Head:
+        """Returns the head with the likelihood of the model; see ``Head``."""
+        likelihood = getattr(nll, "likelihood", None)
+        return self if likelihood is None else dataclasses.replace(self, likelihood=likelihood)
+
+    def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
+        """Refuses likelihoods with several outputs for a target, or of classes; see ``Algorithm``.
+
+        Raises:
+            ValueError: If it is such a one.
+        """
+        likelihood = getattr(nll, "likelihood", None)
+        if likelihood is not None and not solves(likelihood):
+            raise ValueError(
+                f"algorithm {self.name!r} is for likelihoods of numbers with one output for each target, whose "
+                f"predictions take in its variance, but the likelihood is {likelihood!r}: use one such as "
+                "likelihood='poisson', or an algorithm for any likelihood such as 'ibaml'."
+            )
+        super().check_task(nll, meta, episode)
+
+    def init_prior(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> Any:
+        """Returns the first member of the prior's family; see ``Head``."""
+        return self.prior.init(num_inputs, num_outputs, like=like)
+
+    def parameter_groups(self, prior: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns those of the prior's family; see ``Head``."""
+        return self.prior.parameter_groups(prior)
+
+    def solve(self, prior: Any, shared: Params, support: Batch, num_outputs: int) -> tuple[LaplacePosterior, Tensor]:
+        """Finds the mode by Newton's method, and the Laplace posterior there; see ``Head``.
+
+        Raises:
+            ValueError: If the likelihood is not known.
+
+        Cost:
+            For each Newton step and target ``N R min(N, R)`` operations for ``R`` whitened features and ``N`` examples,
+            and a Cholesky factorisation of ``min(N, R)`` rows.
+        """
+        del num_outputs
+        tolerance = torch.finfo(wide(support.x)[0].dtype).eps ** _TOLERANCE_EXPONENT
+        prior = tree.map(torch.Tensor.double, prior)
+        loss, parameters = self._loss(shared)
+        inputs, targets = support.x.double(), support.y.double().mT
+        problem, prior_mean = OfWeights(self.prior.whiten(prior, inputs)), self.prior.mean(prior)
+        offset = (prior_mean @ inputs.mT).expand_as(targets)
+        fixed, fixed_offset, *known = tree.detach((problem, offset, *parameters))
+        start = loss.start(fixed, fixed_offset, targets, *known)
+        unknown, residual, *_ = newton(
+            fixed, loss, start, fixed_offset, targets, *known, max_steps=self.max_newton_steps, tolerance=tolerance
+        )
+        # One Newton step from the solution, differentiable in all but the Newton matrix and where it starts.
+        curvature = loss.curvature(fixed_offset + fixed.outputs(unknown), targets, *known)
+        slope = loss.slope(offset + problem.outputs(unknown), targets, *parameters)
+        unknown = unknown - fixed.solve_at(curvature, problem.residual(unknown, -slope))
+        outputs = offset + problem.outputs(unknown)
+        rows, factor = problem.factorize(loss.curvature(outputs, targets, *parameters).clamp_min(0))
+        nll = loss.total(outputs, targets, *parameters).sum() + 0.5 * (unknown**2).sum()
+        spread = (
+            Reduction(torch.linalg.solve_triangular(factor, rows, upper=False)) if is_dual(rows) else Precision(factor)
+        )
+        mean = prior_mean + self.prior.colour(prior, unknown)
+        nll = nll + 0.5 * log_determinant(factor).sum()
+        return LaplacePosterior(prior, mean, spread, nll, Batch(inputs, support.y.double())), residual
+
+    def moments(self, solution: LaplacePosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z.mean`` and ``z^T S z``; see ``HeadOfFunctions``."""
+        inputs = inputs.double()
+        variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs))
+        return solution.mean @ inputs.mT, variance
+
+    def joint_covariance(self, solution: LaplacePosterior, inputs: Tensor) -> Tensor:
+        """Returns ``Z C S C^T Z^T``; see ``HeadOfFunctions``."""
+        return solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double()))
+
+    def outer_loss(self, solution: LaplacePosterior, shared: Params, query: Batch) -> Tensor:
+        """Returns the outer loss, mean over examples; see ``Head`` and ``outer``.
+
+        ``marginal`` is Laplace's approximation for support and query set together, for which they are solved together.
+
+        Raises:
+            ValueError: If the likelihood is not known.
+
+        Cost:
+            For ``marginal``, that of ``solve`` for both sets.
+        """
+        loss, parameters = self._loss(shared)
+        targets = query.y.double()
+        if self.outer == "marginal":
+            both = (torch.cat(parts) for parts in zip(solution.support, (query.x.double(), targets), strict=True))
+            joint, _ = self.solve(solution.prior, shared, Batch(*both), targets.shape[-1])
+            return (joint.nll / len(joint.support.y)).to(query.x.dtype)
+        mean, variance = (each.mT for each in self.moments(solution, query.x))
+        own = dict(zip(loss.likelihood.initial_parameters(), parameters, strict=True))
+        if self.outer == "predictive_nll":
+            prediction = loss.likelihood.predict(mean.unsqueeze(0), own, output_variance=variance.unsqueeze(0))
+            found = prediction.nll(targets)
+        else:
+            found = expectation(
+                lambda outputs: loss.likelihood.nll(outputs, targets.expand_as(outputs), own), mean, variance
+            )
+        return found.mean().to(query.x.dtype)
+
+    def _loss(self, shared: Params) -> tuple[SeparableLoss, list[Tensor]]:
+        """Returns the nll and the likelihood's parameters in float64."""
+        if self.likelihood is None:
+            raise ValueError(
+                f"algorithm {self.name!r} has no likelihood: set one, such as likelihood=Poisson(), or adapt with a "
+                "model, which has its own."
+            )
+        return SeparableLoss(self.likelihood), [shared[name].double() for name in self.likelihood.initial_parameters()]
