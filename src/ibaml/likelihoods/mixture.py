@@ -1,5 +1,6 @@
 """Predictions of numbers: a mixture over weight samples of one distribution per sample, example and target."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from ibaml import metrics
 from ibaml.likelihoods.base import Array, Prediction, TargetKind, as_frame, check_numbers, shown, shown_range
 from ibaml.metrics import Estimate
-from ibaml.types import Tensor
+from ibaml.types import Params, Tensor
 
 # Each halves the bracket; a double has 53 digits, and the bracket of an extreme quantile is wide.
 _NUM_BISECTIONS = 80
@@ -328,7 +329,7 @@ class MixturePrediction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NumberLikelihood:
+class NumberLikelihood(abc.ABC):
     """What all likelihoods of numbers share.
 
     Attributes:
@@ -368,6 +369,33 @@ class NumberLikelihood:
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the mean that network outputs stand for, ``[..., num_examples, num_targets]``."""
         return outputs
+
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns first and second derivative of the nll in each output, for likelihoods with one for each target.
+
+        Args:
+            outputs: ``[..., num_examples, num_targets]``.
+            targets: Of the same shape.
+            parameters: Holds the likelihood's own.
+        """
+
+        def slope(at: Tensor) -> Tensor:
+            return torch.func.grad(lambda each: self.nll(each, targets, parameters).sum())(at)
+
+        # Each output is in one term of the sum, so that this is the diagonal of the Hessian, and all of it.
+        return slope(outputs), torch.func.grad(lambda at: slope(at).sum())(outputs)
+
+    @abc.abstractmethod
+    def initial_parameters(self) -> Params:
+        """See ``Likelihood``."""
+
+    @abc.abstractmethod
+    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
+        """See ``Likelihood``."""
+
+    @abc.abstractmethod
+    def predict(self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None) -> Any:
+        """See ``Likelihood``."""
 
     def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
         """Refuses targets that are not finite real numbers of shape ``[..., num_examples, num_targets]``.

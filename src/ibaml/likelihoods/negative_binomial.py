@@ -52,15 +52,10 @@ class NegativeBinomialComponents(NamedTuple):
         log_size = self.size.log()
         if self.log_mean_variance is None:
             return -_nll(targets, self.log_mean, log_size)
-        log_size, size = log_size.double(), self.size.double()
-
-        def slopes(log_mean: Tensor) -> tuple[Tensor, Tensor]:
-            above, below = torch.sigmoid(log_mean - log_size), torch.sigmoid(log_size - log_mean)
-            return size * above - targets * below, (size + targets) * above * below
-
+        log_size = log_size.double()
         return log_expectation(
             lambda log_mean: -_nll(targets, log_mean, log_size),
-            slopes,
+            lambda log_mean: _derivatives(targets, log_mean, log_size.detach()),
             targets.double().log(),
             self.log_mean,
             self.log_mean_variance,
@@ -148,6 +143,10 @@ class NegativeBinomial(Poisson):
         outputs, targets = wide(outputs, targets.to(outputs.dtype))
         return _nll(targets, outputs + math.log(self.initial_rate), parameters[self.size_name]).sum(-1)
 
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``(r + y) p - y`` and ``(r + y) p (1 - p)`` with ``p = m / (m + r)``; see ``NumberLikelihood``."""
+        return _derivatives(targets, outputs + math.log(self.initial_rate), parameters[self.size_name])
+
     def predict(
         self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None
     ) -> MixturePrediction:
@@ -164,3 +163,9 @@ def _nll(targets: Tensor, log_mean: Tensor, log_size: Tensor) -> Tensor:
     excess = size * torch.nn.functional.softplus(log_mean - log_size)
     of_count = targets * torch.nn.functional.softplus(log_size - log_mean)
     return torch.lgamma(size) + torch.lgamma(targets + 1) - torch.lgamma(targets + size) + excess + of_count
+
+
+def _derivatives(targets: Tensor, log_mean: Tensor, log_size: Tensor) -> tuple[Tensor, Tensor]:
+    size = torch.exp(log_size)
+    above, below = torch.sigmoid(log_mean - log_size), torch.sigmoid(log_size - log_mean)
+    return size * above - targets * below, (size + targets) * above * below

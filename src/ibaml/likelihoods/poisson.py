@@ -48,14 +48,9 @@ class PoissonComponents(NamedTuple):
         """Returns the log probability of each."""
         if self.log_rate_variance is None:
             return -_nll(targets, self.log_rate)
-
-        def slopes(log_rate: Tensor) -> tuple[Tensor, Tensor]:
-            rate = log_rate.exp()
-            return rate - targets, rate
-
         return log_expectation(
             lambda log_rate: -_nll(targets, log_rate),
-            slopes,
+            lambda log_rate: _derivatives(targets, log_rate),
             targets.double().log(),
             self.log_rate,
             self.log_rate_variance,
@@ -148,6 +143,11 @@ class Poisson(NumberLikelihood):
         del parameters
         return MixturePrediction(PoissonComponents(outputs + math.log(self.initial_rate), output_variance))
 
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``rate - y`` and ``rate``; see ``NumberLikelihood``."""
+        del parameters
+        return _derivatives(targets, outputs + math.log(self.initial_rate))
+
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the rates."""
         return self.initial_rate * torch.exp(outputs)
@@ -182,3 +182,8 @@ def tempered_outputs(temperature: float, outputs: Tensor, variance: Tensor | Non
     """Returns outputs, and their own variance, with their spread around the mean of the samples times a factor."""
     centre = outputs.mean(0)
     return centre + temperature * (outputs - centre), None if variance is None else temperature**2 * variance
+
+
+def _derivatives(targets: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    rate = torch.exp(log_rate)
+    return rate - targets, rate

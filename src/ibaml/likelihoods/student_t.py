@@ -182,6 +182,13 @@ class StudentT(NumberLikelihood):
         outputs, targets = wide(outputs, targets)
         return _nll(targets, outputs, parameters[self.scale_name], self._degrees(parameters)).sum(-1)
 
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``(v + 1) e / (v s^2 + e^2)`` with ``e = f - y``, and its derivative; see ``NumberLikelihood``."""
+        degrees, error = self._degrees(parameters), outputs - targets
+        width = degrees * torch.exp(2 * parameters[self.scale_name])
+        weight = (degrees + 1) / (width + error**2)
+        return weight * error, weight * (width - error**2) / (width + error**2)
+
     def predict(
         self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None
     ) -> MixturePrediction:

@@ -32,6 +32,7 @@ from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
 from ibaml.likelihoods import Likelihood
 from ibaml.likelihoods.base import wide
+from ibaml.likelihoods.mixture import NumberLikelihood
 from ibaml.likelihoods.quadrature import expectation
 from ibaml.priors import ColumnPrior, DiagonalColumnPrior
 from ibaml.types import Batch, Episode, Params, Tensor
@@ -42,7 +43,7 @@ _TOLERANCE_EXPONENT = 0.6
 
 def solves(likelihood: Likelihood) -> bool:
     """Whether the head knows a likelihood: of numbers, with one output for each, whose prediction takes a variance."""
-    if likelihood.target_kind == "classes" or likelihood.num_outputs(1) != 1:
+    if not isinstance(likelihood, NumberLikelihood) or likelihood.num_outputs(1) != 1:
         return False
     one = likelihood.with_outputs(1)
     try:
@@ -88,7 +89,7 @@ class GeneralizedLinear(HeadOfFunctions):
     """
 
     prior: ColumnPrior = DiagonalColumnPrior()
-    likelihood: Likelihood | None = None
+    likelihood: NumberLikelihood | None = None
     max_newton_steps: int = 50
 
     name: ClassVar[str] = "generalized_linear"
@@ -154,12 +155,15 @@ class GeneralizedLinear(HeadOfFunctions):
         unknown, residual, *_ = newton(
             fixed, loss, start, fixed_offset, targets, *known, max_steps=self.max_newton_steps, tolerance=tolerance
         )
-        # One Newton step from the solution, differentiable in all but the Newton matrix and where it starts.
-        curvature = loss.curvature(fixed_offset + fixed.outputs(unknown), targets, *known)
-        slope = loss.slope(offset + problem.outputs(unknown), targets, *parameters)
+        # Steps with clipped curvature end near the solution; one with the Newton matrix as it is squares what is left.
+        slope, curvature = loss.derivatives(fixed_offset + fixed.outputs(unknown), targets, *known)
+        unknown = unknown - fixed.solve_at(curvature, fixed.residual(unknown, -slope))
+        # One more, differentiable in all but the Newton matrix and where it starts.
+        _, curvature = loss.derivatives(fixed_offset + fixed.outputs(unknown), targets, *known)
+        slope, _ = loss.derivatives(offset + problem.outputs(unknown), targets, *parameters)
         unknown = unknown - fixed.solve_at(curvature, problem.residual(unknown, -slope))
         outputs = offset + problem.outputs(unknown)
-        rows, factor = problem.factorize(loss.curvature(outputs, targets, *parameters).clamp_min(0))
+        rows, factor = problem.factorize(loss.derivatives(outputs, targets, *parameters)[1].clamp_min(0))
         nll = loss.total(outputs, targets, *parameters).sum() + 0.5 * (unknown**2).sum()
         spread = (
             Reduction(torch.linalg.solve_triangular(factor, rows, upper=False)) if is_dual(rows) else Precision(factor)

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms.heads.least_squares import cholesky_or_nan, is_dual, plus_identity
-from ibaml.algorithms.heads.newton import Local, each
-from ibaml.likelihoods import Likelihood
-from ibaml.types import Tensor
+from ibaml.algorithms.heads.newton import Local, each, newton
+from ibaml.likelihoods.mixture import NumberLikelihood
+from ibaml.types import Params, Tensor
+
+_SAFE_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +31,16 @@ class SeparableLoss:
 
     Attributes:
         likelihood: The likelihood.
+        majorized: Whether the curvature of real targets is no less than ``slope / (f - y)``. A step then minimises a
+            parabola that lies above an nll such as Student's, so that outliers, which pull by ever less the further
+            they are, are left out step by step (Lange et al. 1989): safe, but slow near the solution.
     """
 
-    likelihood: Likelihood
+    likelihood: NumberLikelihood
+    majorized: bool = False
 
     def __call__(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> Local:
-        """Returns the nll, its slope, and a curvature for steps that is not negative.
-
-        Of real targets it is no less than ``slope / (f - y)``: with it each step minimises a parabola that lies above
-        an nll such as Student's, and that of Gaussian noise is solved at once. So outliers, which pull by ever less the
-        further they are, are left out step by step; see Lange et al. (1989).
+        """Returns the nll, its slope, and a curvature for steps, which is not negative.
 
         Args:
             outputs: ``[..., num_targets, num_examples]``.
@@ -46,58 +48,46 @@ class SeparableLoss:
             *parameters: ``[..., num_targets]``.
         """
         targets = targets.expand_as(outputs)
-        total, slope = self._total_and_slope(outputs, targets, parameters)
-        curvature = self.curvature(outputs, targets, *parameters)
-        if self.likelihood.target_kind == "real":
+        slope, curvature = self.derivatives(outputs, targets, *parameters)
+        if self.majorized:
             error = outputs - targets
             is_apart = error.abs() > torch.finfo(error.dtype).eps * targets.abs()
-            curvature = torch.where(
-                is_apart, torch.maximum(curvature, slope / torch.where(is_apart, error, 1.0)), curvature
-            )
-        return Local(total, -slope, curvature.clamp_min(0))
+            above = slope / torch.where(is_apart, error, 1.0)
+            curvature = torch.where(is_apart, torch.maximum(curvature, above), curvature)
+        return Local(self.total(outputs, targets, *parameters), -slope, curvature.clamp_min(0))
 
     def total(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         """Returns the nll, summed over the last two axes; arguments as of a call."""
-        return self._each(outputs, targets, parameters).sum(-1)
+        own = self._own(outputs, parameters)
+        return self.likelihood.nll(outputs.mT, targets.mT, own).sum(-1)
 
-    def slope(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
-        """Returns the first derivatives in the outputs; arguments as of a call."""
-        return torch.func.grad(lambda at: self._each(at, targets, parameters).sum())(outputs)
-
-    def curvature(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
-        """Returns the second derivatives in the outputs, which may be negative; arguments as of a call."""
-        # Each output is in one term of the sum, so that this is the diagonal of the Hessian, and all of it.
-        return torch.func.grad(lambda at: self.slope(at, targets, *parameters).sum())(outputs)
+    def derivatives(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns first and second derivatives in the outputs, of any sign; arguments as of a call."""
+        own = self._own(outputs, parameters)
+        slope, curvature = self.likelihood.derivatives(outputs.mT, targets.mT, own)
+        return slope.mT, curvature.mT
 
     def start(self, problem: "OfWeights", offset: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         """Returns weights to start Newton's method from.
 
         Zero, for counts: their nll is convex. For real targets regularised least squares with the curvature that the
-        nll has at the target: from far away all targets would look like outliers.
+        nll has at the target, from where a few safe steps leave out outliers: from far away all targets look like them.
         """
         start = problem.start(targets)
         if self.likelihood.target_kind != "real":
             return start
-        curvature = self.curvature(targets, targets, *parameters).clamp_min(0)
+        curvature = self.derivatives(targets, targets, *parameters)[1].clamp_min(0)
         residual = problem.residual(start, curvature * (targets - offset))
-        return start - problem.solve(problem.factorize(curvature), residual)
+        start = start - problem.solve(problem.factorize(curvature), residual)
+        safe = dataclasses.replace(self, majorized=True)
+        return newton(problem, safe, start, offset, targets, *parameters, max_steps=_SAFE_STEPS, tolerance=1e-3)[0]
 
-    def _total_and_slope(self, outputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        def nll(at: Tensor) -> tuple[Tensor, Tensor]:
-            found = self._each(at, targets, parameters)
-            return found.sum(), found.sum(-1)
-
-        slope, (_, total) = torch.func.grad_and_value(nll, has_aux=True)(outputs)
-        return total, slope
-
-    def _each(self, outputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        """Returns the nll of each example, ``[..., num_examples]``."""
-        own = {
-            # Parameters have the leading axes of tasks, outputs maybe one more.
+    def _own(self, outputs: Tensor, parameters: Sequence[Tensor]) -> Params:
+        """Returns the parameters by name: they have the leading axes of tasks, and outputs maybe one more."""
+        return {
             name: value.reshape(*value.shape[:-1], *(1 for _ in range(outputs.ndim - value.ndim)), value.shape[-1])
             for name, value in zip(self.likelihood.initial_parameters(), parameters, strict=True)
         }
-        return self.likelihood.nll(outputs.mT, targets.mT, own)
 
 
 class OfWeights(NamedTuple):
