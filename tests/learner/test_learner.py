@@ -13,6 +13,7 @@ from ibaml import MetaLearner, NotFittedError, TaskPosterior, metrics, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.learner.folder import MODEL
+from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalColumnPrior, DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
@@ -116,8 +117,10 @@ def test_algorithms_by_name_with_all_their_defaults():
     exchangeable = MetaLearner(image_network(), classes="per_task")
     assert exchangeable.algorithm == make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False))
     assert MetaLearner(likelihood="gaussian").algorithm == make_algorithm("linear_gaussian")
-    # No head is exact for counts.
-    assert MetaLearner(likelihood="poisson").algorithm.name == "ibaml"
+    for likelihood in ("poisson", "negative_binomial", "student_t"):
+        assert MetaLearner(likelihood=likelihood).algorithm == make_algorithm("generalized_linear")
+    # No head is for two outputs of a target.
+    assert MetaLearner(likelihood=Gaussian(heteroscedastic=True)).algorithm.name == "ibaml"
     assert MetaLearner(image_network(), "ibaml").algorithm == ibaml.ibaml()
     assert MetaLearner(image_network(), "maml").algorithm == ibaml.maml()
 
