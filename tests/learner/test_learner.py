@@ -13,7 +13,7 @@ from ibaml import MetaLearner, NotFittedError, TaskPosterior, metrics, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.learner.folder import MODEL
-from ibaml.likelihoods import Gaussian
+from ibaml.likelihoods import Gaussian, Poisson
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalColumnPrior, DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
@@ -119,8 +119,17 @@ def test_algorithms_by_name_with_all_their_defaults():
     assert MetaLearner(likelihood="gaussian").algorithm == make_algorithm("linear_gaussian")
     for likelihood in ("poisson", "negative_binomial", "student_t"):
         assert MetaLearner(likelihood=likelihood).algorithm == make_algorithm("generalized_linear")
-    # No head is for two outputs of a target.
-    assert MetaLearner(likelihood=Gaussian(heteroscedastic=True)).algorithm.name == "ibaml"
+    assert MetaLearner(likelihood=Gaussian(heteroscedastic=True)).algorithm.name == "generalized_linear"
+
+    class OfSamples(Poisson):
+        """Its predictions take samples of outputs, which a head in closed form has none of."""
+
+        def predict(self, outputs, parameters, *, output_variance=None):
+            if output_variance is not None:
+                raise ValueError("output_variance: samples are taken.")
+            return super().predict(outputs, parameters)
+
+    assert MetaLearner(likelihood=OfSamples()).algorithm.name == "ibaml"
     assert MetaLearner(image_network(), "ibaml").algorithm == ibaml.ibaml()
     assert MetaLearner(image_network(), "maml").algorithm == ibaml.maml()
 

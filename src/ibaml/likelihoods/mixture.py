@@ -371,19 +371,21 @@ class NumberLikelihood(abc.ABC):
         return outputs
 
     def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
-        """Returns first and second derivative of the nll in each output, for likelihoods with one for each target.
+        """Returns first and second derivative of the nll in the first output of each target, shaped as the targets.
 
         Args:
-            outputs: ``[..., num_examples, num_targets]``.
-            targets: Of the same shape.
+            outputs: ``[..., num_examples, num_outputs]``.
+            targets: ``[..., num_examples, num_targets]``.
             parameters: Holds the likelihood's own.
         """
 
         def slope(at: Tensor) -> Tensor:
-            return torch.func.grad(lambda each: self.nll(each, targets, parameters).sum())(at)
+            found = torch.func.grad(lambda each: self.nll(each, targets, parameters).sum())(at)
+            return found[..., : targets.shape[-1]]
 
-        # Each output is in one term of the sum, so that this is the diagonal of the Hessian, and all of it.
-        return slope(outputs), torch.func.grad(lambda at: slope(at).sum())(outputs)
+        # Each of these outputs is in one term of the sum: their Hessian is diagonal.
+        curvature = torch.func.grad(lambda at: slope(at).sum())(outputs)
+        return slope(outputs), curvature[..., : targets.shape[-1]]
 
     @abc.abstractmethod
     def initial_parameters(self) -> Params:

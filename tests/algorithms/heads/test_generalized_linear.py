@@ -1,5 +1,6 @@
 """The head of generalised linear models against scikit-learn, dense Newton matrices, quadrature and simulations."""
 
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -436,8 +437,83 @@ def test_one_prior_serves_all_targets_if_tied() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("num_support", [0, 3, 12])
+def test_noise_that_depends_on_the_input_gives_weighted_regression(num_support: int, outer: Any) -> None:
+    """The logarithm of its variance is linear in the features, with weights that all tasks share."""
+    likelihood = Gaussian(num_targets=2, heteroscedastic=True, initial_noise_variance=0.3)
+    algorithm = GeneralizedLinear(outer=outer)
+    nll = Features(likelihood, 4)
+    prior = algorithm.init_prior(NUM_FEATURES + 1, 4, like=torch.zeros(0, dtype=DOUBLE))
+    meta = MetaParameters(prior, {"weight": torch.zeros(2, NUM_FEATURES, dtype=DOUBLE)})
+    meta = tree.map(lambda leaf: leaf + 0.4 * randn(*leaf.shape, seed=2), meta)
+    _, _, episode = set_up(algorithm, "gaussian", num_support)
+    info = algorithm.hypergradient(nll, meta, episode, NO_NOISE)[1]
+    found = algorithm.outputs(nll, meta.shared, info.inner_params, episode.query.x, {})
+    assert found["outputs"].shape == found["output_variance"].shape == (1, 5, 4)
+
+    def noise(z: Tensor, target: int, theta: MetaParameters) -> Tensor:
+        return 0.3 * torch.exp(10 * torch.tanh(z @ theta.prior.mean[2 + target] / 10))
+
+    def by_hand(theta: MetaParameters) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        z, asked = (inputs(nll, theta.shared, batch.x) for batch in episode)
+        losses, moments = [], []
+        for target in range(2):
+            prior_mean, precision = theta.prior.mean[target], torch.diag(torch.exp(-theta.prior.log_var[target]))
+            weight = z / noise(z, target, theta).unsqueeze(-1)
+            covariance = torch.linalg.inv(weight.mT @ z + precision)
+            mean = covariance @ (precision @ prior_mean + weight.mT @ episode.support.y[:, target])
+            variance, own = torch.diagonal(asked @ covariance @ asked.mT), noise(asked, target, theta)
+            moments.append((asked @ mean, variance))
+            y = episode.query.y[:, target]
+            if outer == "marginal":
+                both, all_y = torch.cat([z, asked]), torch.cat([episode.support.y[:, target], y])
+                total = both @ torch.linalg.inv(precision) @ both.mT + torch.diag(noise(both, target, theta))
+                normal = torch.distributions.MultivariateNormal(both @ prior_mean, total)
+                losses.append(-normal.log_prob(all_y) / len(all_y))
+            elif outer == "predictive_nll":
+                losses.append(-torch.distributions.Normal(asked @ mean, (variance + own).sqrt()).log_prob(y).mean())
+            else:
+                expected = -torch.distributions.Normal(asked @ mean, own.sqrt()).log_prob(y) + 0.5 * variance / own
+                losses.append(expected.mean())
+        return torch.stack(losses).sum(), moments
+
+    wanted, moments = by_hand(meta)
+    torch.testing.assert_close(info.outer_loss, wanted, rtol=1e-9, atol=1e-9)
+    for target, (mean, variance) in enumerate(moments):
+        torch.testing.assert_close(found["outputs"][0, :, target], mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["output_variance"][0, :, target], variance, rtol=1e-9, atol=1e-9)
+    assert not found["output_variance"][..., 2:].any()
+    gradient = algorithm.hypergradient(nll, meta, episode, NO_NOISE)[0]
+    expected = torch.func.grad(lambda theta: by_hand(theta)[0])(meta)
+    for one, other in zip(tree.leaves(gradient), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    pair = tree.map(lambda leaf: torch.stack([leaf, leaf.flip(0)]), episode)
+    batched = torch.func.vmap(lambda one: algorithm.objective(nll, meta, one)[0])(pair)
+    torch.testing.assert_close(batched, wanted.expand(2), rtol=1e-9, atol=1e-9)
+    drawn = algorithm.draw(
+        info.inner_params.solution, inputs(nll, meta.shared, episode.query.x), 7, generator=generator()
+    )
+    assert drawn.shape == (7, 5, 4)
+    torch.testing.assert_close(drawn[..., 2:], found["outputs"][..., 2:].expand(7, -1, -1))
+
+
+def test_shared_outputs_need_means_of_their_own() -> None:
+    likelihood = Gaussian(heteroscedastic=True)
+    model = build_model(nn.Linear(2, 2), likelihood)
+    for settings in ({"tied": True}, {"learn_mean": False}):
+        algorithm = GeneralizedLinear(prior=ibaml.priors.DiagonalColumnPrior(**settings))
+        prior = algorithm.init_prior(3, 2, like=torch.zeros(0))
+        with pytest.raises(
+            ValueError, match="has outputs that all tasks share, which are means of columns of the prior"
+        ):
+            algorithm.check_task(
+                model, MetaParameters(prior, {}), Episode(Batch(*[torch.zeros(1)] * 2), Batch(*[torch.zeros(1)] * 2))
+            )
+
+
 def test_it_says_which_likelihoods_it_solves() -> None:
-    @ibaml.records.dataclasses.dataclass(frozen=True, kw_only=True)
+    @dataclasses.dataclass(frozen=True, kw_only=True)
     class Samples(Poisson):
         """One that takes samples of outputs alone."""
 
@@ -447,12 +523,12 @@ def test_it_says_which_likelihoods_it_solves() -> None:
             return super().predict(outputs, parameters)
 
     assert all(solves(likelihood) for likelihood in LIKELIHOODS.values())
-    refused: list[Any] = [Categorical(), Gaussian(heteroscedastic=True), Samples()]
+    refused: list[Any] = [Categorical(), Samples()]
     assert not any(solves(likelihood) for likelihood in refused)
     algorithm = GeneralizedLinear()
     nll, meta, episode = set_up(algorithm, "poisson")
     algorithm.check_task(SimpleNamespace(likelihood=Poisson()), meta, episode)  # pyright: ignore[reportArgumentType]
-    message = "algorithm 'generalized_linear' is for likelihoods of numbers with one output for each target, whose"
+    message = "algorithm 'generalized_linear' is for likelihoods of numbers whose predictions take in the variance"
     for likelihood in refused:
         with pytest.raises(ValueError, match=re.escape(message)):
             algorithm.check_task(build_model(nn.Linear(2, 1), likelihood), meta, episode)

@@ -94,6 +94,7 @@ class HeadOfFunctions(Head):
         covariance = self.joint_covariance(solution, inputs)
         # Values at near inputs are all but the same: without so much the factor need not exist in float64.
         size = torch.diagonal(covariance, dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        size = size.clamp_min(torch.finfo(size.dtype).tiny)
         identity = torch.eye(len(inputs), dtype=covariance.dtype, device=covariance.device)
         factor = torch.linalg.cholesky_ex(covariance + _JITTER * size * identity)[0]
         noise = torch.randn(num_samples, *mean.shape, 1, dtype=mean.dtype, generator=generator).to(mean.device)

@@ -1,4 +1,4 @@
-"""Generalised linear models on learned features: counts, outliers, and whatever else has one output for each target.
+"""Generalised linear models on learned features: counts, outliers, noise that depends on the input.
 
 For each target the model is ``y ~ p(y | f)`` with ``f = z.w`` and ``w ~ N(m, C C^T)``. In whitened weights,
 ``w = m + C e`` and ``X = Z C``, the inner loss is the nll of the support set and ``|e|^2 / 2``. Newton's method finds
@@ -9,6 +9,9 @@ its minimum ``e*`` (Rasmussen and Williams 2006, section 3.4), and Laplace's app
 with the approximate marginal likelihood ``-log p(y) = nll(f*) + |e*|^2 / 2 + log det(A) / 2``. For Gaussian noise both
 are exact, and the head is ``LinearGaussian``. An outlier of Student's t distribution, where the second derivative is
 negative, counts as one that says nothing.
+
+A likelihood may have further outputs, such as the logarithm of a variance. They are linear in the features with weights
+that all tasks share, the means of their columns of the prior: given them, a task is weighted Bayesian regression.
 
 The solution is differentiated by the implicit function theorem: one Newton step from it, with the Newton matrix held
 fixed, of the second derivatives as they are, has its value and its derivative. Relatives: generalised linear mixed
@@ -42,12 +45,13 @@ _TOLERANCE_EXPONENT = 0.6
 
 
 def solves(likelihood: Likelihood) -> bool:
-    """Whether the head knows a likelihood: of numbers, with one output for each, whose prediction takes a variance."""
-    if not isinstance(likelihood, NumberLikelihood) or likelihood.num_outputs(1) != 1:
+    """Whether the head knows a likelihood: one of numbers, whose prediction takes in the variance of outputs."""
+    if not isinstance(likelihood, NumberLikelihood):
         return False
-    one = likelihood.with_outputs(1)
+    one = likelihood.with_outputs(likelihood.num_outputs(1))
+    outputs = torch.zeros(1, 1, one.num_outputs(1))
     try:
-        one.predict(torch.zeros(1, 1, 1), one.initial_parameters(), output_variance=torch.ones(1, 1, 1))
+        one.predict(outputs, one.initial_parameters(), output_variance=torch.ones_like(outputs))
     except ValueError:
         return False
     return True
@@ -58,7 +62,7 @@ class LaplacePosterior(NamedTuple):
 
     Attributes:
         prior: The prior, which whitens inputs.
-        mean: Modes of the weights, ``[num_targets, num_inputs]``.
+        mean: Modes of the weights of all outputs, ``[num_outputs, num_inputs]``, those of the targets first.
         spread: Covariances of the whitened weights.
         nll: Minus the log marginal likelihood of the support set, summed over targets, a scalar.
         support: Inputs and targets that it was found of.
@@ -73,7 +77,7 @@ class LaplacePosterior(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneralizedLinear(HeadOfFunctions):
-    """A head for any likelihood whose nll is a twice differentiable function of one output for each target.
+    """A head for any likelihood of numbers whose nll is twice differentiable in the first output of each target.
 
     Predictions and outer losses integrate over the Gaussian of each output, as the likelihood does it.
 
@@ -111,17 +115,23 @@ class GeneralizedLinear(HeadOfFunctions):
         return self if likelihood is None else dataclasses.replace(self, likelihood=likelihood)
 
     def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
-        """Refuses likelihoods with several outputs for a target, or of classes; see ``Algorithm``.
+        """Refuses likelihoods that the head does not know; see ``Algorithm``.
 
         Raises:
-            ValueError: If it is such a one.
+            ValueError: If it is one of classes, or its prediction takes no variance, or it has outputs that all tasks
+                share where the prior has no means for them.
         """
         likelihood = getattr(nll, "likelihood", None)
         if likelihood is not None and not solves(likelihood):
             raise ValueError(
-                f"algorithm {self.name!r} is for likelihoods of numbers with one output for each target, whose "
-                f"predictions take in its variance, but the likelihood is {likelihood!r}: use one such as "
-                "likelihood='poisson', or an algorithm for any likelihood such as 'ibaml'."
+                f"algorithm {self.name!r} is for likelihoods of numbers whose predictions take in the variance of "
+                f"outputs, but the likelihood is {likelihood!r}: use one such as likelihood='poisson', or an algorithm "
+                "for any likelihood such as 'ibaml'."
+            )
+        if likelihood is not None and likelihood.num_outputs(1) > 1 and (self.prior.tied or not len(meta.prior.mean)):
+            raise ValueError(
+                f"the likelihood {likelihood!r} has outputs that all tasks share, which are means of columns of the "
+                f"prior, but the prior is {self.prior!r}: use one with tied=False and learn_mean=True."
             )
         super().check_task(nll, meta, episode)
 
@@ -143,13 +153,15 @@ class GeneralizedLinear(HeadOfFunctions):
             For each Newton step and target ``N R min(N, R)`` operations for ``R`` whitened features and ``N`` examples,
             and a Cholesky factorisation of ``min(N, R)`` rows.
         """
-        del num_outputs
         tolerance = torch.finfo(wide(support.x)[0].dtype).eps ** _TOLERANCE_EXPONENT
         prior = tree.map(torch.Tensor.double, prior)
         loss, parameters = self._loss(shared)
         inputs, targets = support.x.double(), support.y.double().mT
-        problem, prior_mean = OfWeights(self.prior.whiten(prior, inputs)), self.prior.mean(prior)
-        offset = (prior_mean @ inputs.mT).expand_as(targets)
+        num_targets = len(targets)
+        problem = OfWeights(self.prior.whiten(prior, inputs)[:num_targets])
+        prior_mean = self.prior.mean(prior).expand(num_outputs, -1)
+        offset, given = (prior_mean @ inputs.mT).tensor_split([num_targets])
+        parameters = [given, *parameters]
         fixed, fixed_offset, *known = tree.detach((problem, offset, *parameters))
         start = loss.start(fixed, fixed_offset, targets, *known)
         unknown, residual, *_ = newton(
@@ -168,19 +180,23 @@ class GeneralizedLinear(HeadOfFunctions):
         spread = (
             Reduction(torch.linalg.solve_triangular(factor, rows, upper=False)) if is_dual(rows) else Precision(factor)
         )
-        mean = prior_mean + self.prior.colour(prior, unknown)
+        padded = torch.cat([unknown, unknown.new_zeros(num_outputs - num_targets, unknown.shape[-1])])
+        mean = prior_mean + self.prior.colour(prior, padded)
         nll = nll + 0.5 * log_determinant(factor).sum()
         return LaplacePosterior(prior, mean, spread, nll, Batch(inputs, support.y.double())), residual
 
     def moments(self, solution: LaplacePosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``z.mean`` and ``z^T S z``; see ``HeadOfFunctions``."""
-        inputs = inputs.double()
-        variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs))
-        return solution.mean @ inputs.mT, variance
+        """Returns ``z.mean`` and ``z^T S z``, 0 for outputs that all tasks share; see ``HeadOfFunctions``."""
+        inputs, num_targets = inputs.double(), solution.support.y.shape[-1]
+        mean = solution.mean @ inputs.mT
+        variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs)[:num_targets])
+        return mean, torch.cat([variance, mean.new_zeros(len(mean) - num_targets, len(inputs))])
 
     def joint_covariance(self, solution: LaplacePosterior, inputs: Tensor) -> Tensor:
-        """Returns ``Z C S C^T Z^T``; see ``HeadOfFunctions``."""
-        return solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double()))
+        """Returns ``Z C S C^T Z^T``, 0 for outputs that all tasks share; see ``HeadOfFunctions``."""
+        num_outputs, num_targets = len(solution.mean), solution.support.y.shape[-1]
+        found = solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double())[:num_targets])
+        return torch.cat([found, found.new_zeros(num_outputs - num_targets, *found.shape[1:])])
 
     def outer_loss(self, solution: LaplacePosterior, shared: Params, query: Batch) -> Tensor:
         """Returns the outer loss, mean over examples; see ``Head`` and ``outer``.
@@ -197,7 +213,7 @@ class GeneralizedLinear(HeadOfFunctions):
         targets = query.y.double()
         if self.outer == "marginal":
             both = (torch.cat(parts) for parts in zip(solution.support, (query.x.double(), targets), strict=True))
-            joint, _ = self.solve(solution.prior, shared, Batch(*both), targets.shape[-1])
+            joint, _ = self.solve(solution.prior, shared, Batch(*both), len(solution.mean))
             return (joint.nll / len(joint.support.y)).to(query.x.dtype)
         mean, variance = (each.mT for each in self.moments(solution, query.x))
         own = dict(zip(loss.likelihood.initial_parameters(), parameters, strict=True))
@@ -206,7 +222,7 @@ class GeneralizedLinear(HeadOfFunctions):
             found = prediction.nll(targets)
         else:
             found = expectation(
-                lambda outputs: loss.likelihood.nll(outputs, targets.expand_as(outputs), own), mean, variance
+                lambda outputs: loss.likelihood.nll(outputs, targets.expand(len(outputs), -1, -1), own), mean, variance
             )
         return found.mean().to(query.x.dtype)
 

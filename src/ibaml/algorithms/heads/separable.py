@@ -1,4 +1,4 @@
-"""Inner problems of any nll that is a sum over targets and examples, each a function of one output.
+"""Inner problems of any nll that is a sum over targets and examples, each a function of one output that tasks adapt.
 
 The outputs of target ``k`` are ``f_k = Z m_k + X_k e_k`` with whitened inputs ``X_k = Z C_k`` and weights ``e_k``, and
 where the nll has the second derivatives ``h`` the Newton matrix is ``A_k = I + X_k^T diag(h_k) X_k``, one for each
@@ -25,9 +25,10 @@ _SAFE_STEPS = 10
 
 @dataclasses.dataclass(frozen=True)
 class SeparableLoss:
-    """The nll of a likelihood with one output for each target, summed over examples and targets; a ``Loss``.
+    """The nll of a likelihood in one output for each target, summed over examples and targets; a ``Loss``.
 
-    Its parameters are those of the likelihood, each ``[num_targets]``, in the order of its ``initial_parameters``.
+    Its parameters are the outputs that tasks do not adapt, none for most likelihoods, and those of the likelihood, each
+    ``[num_targets]``, in the order of its ``initial_parameters``.
 
     Attributes:
         likelihood: The likelihood.
@@ -45,7 +46,7 @@ class SeparableLoss:
         Args:
             outputs: ``[..., num_targets, num_examples]``.
             targets: In a shape that ``outputs`` expands.
-            *parameters: ``[..., num_targets]``.
+            *parameters: ``[..., num_given, num_examples]``, then ``[..., num_targets]`` each.
         """
         targets = targets.expand_as(outputs)
         slope, curvature = self.derivatives(outputs, targets, *parameters)
@@ -58,13 +59,11 @@ class SeparableLoss:
 
     def total(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         """Returns the nll, summed over the last two axes; arguments as of a call."""
-        own = self._own(outputs, parameters)
-        return self.likelihood.nll(outputs.mT, targets.mT, own).sum(-1)
+        return self.likelihood.nll(*self._arguments(outputs, targets, parameters)).sum(-1)
 
     def derivatives(self, outputs: Tensor, targets: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Returns first and second derivatives in the outputs, of any sign; arguments as of a call."""
-        own = self._own(outputs, parameters)
-        slope, curvature = self.likelihood.derivatives(outputs.mT, targets.mT, own)
+        slope, curvature = self.likelihood.derivatives(*self._arguments(outputs, targets, parameters))
         return slope.mT, curvature.mT
 
     def start(self, problem: "OfWeights", offset: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
@@ -82,12 +81,19 @@ class SeparableLoss:
         safe = dataclasses.replace(self, majorized=True)
         return newton(problem, safe, start, offset, targets, *parameters, max_steps=_SAFE_STEPS, tolerance=1e-3)[0]
 
-    def _own(self, outputs: Tensor, parameters: Sequence[Tensor]) -> Params:
-        """Returns the parameters by name: they have the leading axes of tasks, and outputs maybe one more."""
-        return {
+    def _arguments(
+        self, outputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Params]:
+        """Returns all outputs, the targets and the likelihood's parameters as a likelihood takes them."""
+        # All have the leading axes of tasks, and outputs maybe one more.
+        given, *values = parameters
+        given = given if given.ndim == outputs.ndim else given.unsqueeze(-3)
+        both = torch.cat([outputs, given.expand(*outputs.shape[:-2], *given.shape[-2:])], -2)
+        own = {
             name: value.reshape(*value.shape[:-1], *(1 for _ in range(outputs.ndim - value.ndim)), value.shape[-1])
-            for name, value in zip(self.likelihood.initial_parameters(), parameters, strict=True)
+            for name, value in zip(self.likelihood.initial_parameters(), values, strict=True)
         }
+        return both.mT, targets.mT, own
 
 
 class OfWeights(NamedTuple):
