@@ -7,8 +7,8 @@ import torch
 
 from ibaml.types import Tensor
 
-LEAST_VARIANCE = 1e-14
-"""Of an output: less is taken for so much, which changes an nll by less than rounding does."""
+_LEAST_VARIANCE = 1e-14
+"""Of an output in ``log_expectation``: less is taken for so much, which changes an nll by less than rounding does."""
 
 _NUM_SEARCHES = 25
 _NUM_POINTS, _REACH = 65, 9.0
@@ -39,7 +39,7 @@ def log_expectation(
         25 evaluations of ``slopes`` and 65 of ``log_prob``.
     """
     mean = mean.double()
-    variance = variance.double().clamp_min(LEAST_VARIANCE).expand_as(mean)
+    variance = variance.double().clamp_min(_LEAST_VARIANCE).expand_as(mean)
     centre, spread = mean.detach(), variance.detach()
     # The slope of -log p increases: the mode is between the mean and where p is largest, or where the slope at the mean
     # would take it.
@@ -76,6 +76,8 @@ def expectation(function: Callable[[Tensor], Tensor], mean: Tensor, variance: Te
     mean = mean.double()
     nodes = torch.linspace(-_FURTHEST, _FURTHEST, _NUM_NODES, dtype=mean.dtype, device=mean.device)
     weights = torch.softmax(-0.5 * nodes**2, 0)
-    deviation = variance.double().clamp_min(LEAST_VARIANCE).sqrt()
+    variance = variance.double()
+    # A root has no derivative at zero.
+    deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
     at = mean + deviation * nodes.reshape(-1, *(1 for _ in mean.shape))
     return torch.tensordot(weights, function(at), 1)
