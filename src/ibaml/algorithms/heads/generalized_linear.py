@@ -83,7 +83,7 @@ class GeneralizedLinear(HeadOfFunctions):
 
     Attributes:
         prior: Family of the prior over the weights of a target.
-        likelihood: Likelihood of the targets. None, the usual way: that of the model.
+        likelihood: Likelihood of the targets, for use without a model; within one, that of the model counts.
         max_newton_steps: Newton steps at most. Three to eight suffice for counts, some twenty for outliers. Too few
             show in the norm of the inner gradient.
 
