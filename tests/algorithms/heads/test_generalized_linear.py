@@ -409,6 +409,26 @@ def test_outliers_do_not_drag_the_prediction() -> None:
     torch.testing.assert_close(algorithm.mean(solution, z), clean, rtol=0, atol=0.2)
 
 
+def test_hostile_tasks_are_solved_or_say_so() -> None:
+    """A fifth of outliers, tails as heavy as they can be, and hardly more examples than weights."""
+    num_tasks, algorithm = 2_000, GeneralizedLinear(likelihood=StudentT())
+    x = torch.cat([randn(num_tasks, 7, 3, seed=0), torch.ones(num_tasks, 7, 1, dtype=DOUBLE)], -1)
+    is_wrong = torch.rand(num_tasks, 7, 1, generator=generator(1), dtype=DOUBLE) < 0.2
+    y = x @ randn(num_tasks, 4, 1, seed=2) + torch.where(is_wrong, 5.0, 0.2) * randn(num_tasks, 7, 1, seed=3)
+    shared = {StudentT.scale_name: torch.tensor([-2.3]).double(), StudentT.degrees_name: torch.tensor([-2.0]).double()}
+    prior = algorithm.init_prior(4, 1, like=x)
+
+    def loss(theta: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        solution, residual = algorithm.solve(theta, shared, Batch(x[:5], y[:5]), 1)
+        return algorithm.outer_loss(solution, shared, Batch(x[5:], y[5:])), residual
+
+    gradient, (losses, residuals) = torch.func.vmap(torch.func.grad_and_value(loss, has_aux=True), (None, 0, 0))(
+        prior, x, y
+    )
+    assert tree.all_finite((gradient, losses, residuals)) and losses.max() < 20
+    assert (residuals < 1e-6).double().mean() > 0.99
+
+
 def test_too_few_steps_are_seen_in_the_gradient_norm() -> None:
     algorithm: Any = GeneralizedLinear(max_newton_steps=1)
     nll, meta, episode = set_up(algorithm, "poisson", 12)
