@@ -212,8 +212,10 @@ class GeneralizedLinear(HeadOfFunctions):
         loss, parameters = self._loss(shared)
         targets = query.y.double()
         if self.outer == "marginal":
-            both = (torch.cat(parts) for parts in zip(solution.support, (query.x.double(), targets), strict=True))
-            joint, _ = self.solve(solution.prior, shared, Batch(*both), len(solution.mean))
+            # In the precision of the features, by which it is judged what is converged.
+            x = torch.cat([solution.support.x.to(query.x.dtype), query.x])
+            both = Batch(x, torch.cat([solution.support.y, targets]))
+            joint, _ = self.solve(solution.prior, shared, both, len(solution.mean))
             return (joint.nll / len(joint.support.y)).to(query.x.dtype)
         mean, variance = (each.mT for each in self.moments(solution, query.x))
         own = dict(zip(loss.likelihood.initial_parameters(), parameters, strict=True))
