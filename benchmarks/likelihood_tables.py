@@ -20,6 +20,7 @@ from sklearn.linear_model import PoissonRegressor, Ridge
 from ibaml.experiments.report import markdown_table
 from ibaml.learner import MetaLearner
 from ibaml.metrics import estimate, paired_difference
+from ibaml.train import TrainingDivergedError
 
 Array = npt.NDArray[Any]
 Task = tuple[Array, Array]
@@ -148,7 +149,11 @@ def report(name: str) -> str:
     settings[f"gradient steps, {problem.likelihood}"] = {"likelihood": problem.likelihood, "algorithm": "ibaml"}
     for title, arguments in settings.items():
         start = time.process_time()
-        learners[title] = MetaLearner(**arguments).fit(train, validation)
+        try:
+            learners[title] = MetaLearner(**arguments).fit(train, validation)
+        except TrainingDivergedError as error:
+            lines.append(f"- {title}: training diverged ({str(error).split('(')[0].strip()}).")
+            continue
         choice = "" if learners[title].choice is None else f" ({learners[title].choice})"
         lines.append(f"- {title}: learned in {time.process_time() - start:.1f} CPU s{choice}.")
     start, (x, y) = time.process_time(), test[0]
