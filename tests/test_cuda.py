@@ -13,7 +13,7 @@ from torch import nn
 
 from ibaml import MetaLearner, tree
 from ibaml.algorithms import ALGORITHMS, make_algorithm
-from ibaml.algorithms.heads.gaussian import GaussianHead
+from ibaml.algorithms.heads.gaussian import HeadOfFunctions
 from ibaml.networks import MLP, Conv4
 from ibaml.solvers.inner import GradientDescent
 from ibaml.train import TrainerSettings
@@ -98,7 +98,7 @@ def test_everything_gives_the_numbers_of_the_cpu(
 ) -> None:
     if device == "cpu" and (name, build, dtype) not in ON_CPU:
         pytest.skip("four cases show that the script runs")
-    if ALGORITHMS[name].uses_features and issubclass(ALGORITHMS[name], GaussianHead) != (build is curves):
+    if ALGORITHMS[name].uses_features and issubclass(ALGORITHMS[name], HeadOfFunctions) != (build is curves):
         pytest.skip("this head is for tasks of the other kind")
     expected = outcome(name, build, dtype, "cpu", tmp_path / "cpu")
     # On a device programs are written and captured, however short the training.

@@ -12,6 +12,9 @@ REGRESSION: list[tuple[str, dict[str, Any]]] = [
     ("linear_gaussian", {"covariance": "diagonal", "outer": "expected_nll"}),
     ("linear_gaussian", {"prior": "full", "outer": "marginal"}),
     ("gp", {}),
+    ("generalized_linear", {}),
+    ("generalized_linear", {"prior": "full", "outer": "marginal"}),
+    ("generalized_linear", {"prior": "low_rank", "outer": "expected_nll", "centre": True}),
 ]
 CLASSIFICATION: list[tuple[str, dict[str, Any]]] = [
     ("softmax", {}),

@@ -61,6 +61,46 @@ def test_a_network_of_ones_own_or_an_algorithm_by_name_leaves_nothing_to_choose(
     )
 
 
+def of_counts(num_tasks=24, num_rows=20):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(num_tasks, num_rows, 2))
+    log_rate = x @ np.array([0.5, -0.3]) + 0.2 * rng.normal(size=(num_tasks, 2, 1)).sum(1) + 1
+    return list(zip(x, rng.poisson(np.exp(log_rate)), strict=True))
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial", "student_t"])
+def test_lines_are_candidates_for_counts_and_outliers(likelihood, tmp_path):
+    learner = MetaLearner(likelihood=likelihood).fit(of_counts(), num_steps=10)
+    assert learner.algorithm.name == "generalized_linear"
+    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.BOTH]
+    (x, y), *_ = of_counts()
+    loaded = MetaLearner.load(learner.save(tmp_path))
+    assert loaded.algorithm == learner.algorithm
+    first, second = (one.adapt(x[:5], y[:5]).predict(x) for one in (learner, loaded))
+    for probability in (0.1, 0.9):
+        np.testing.assert_array_equal(first.quantile(probability), second.quantile(probability))
+    # Rates that are drawn are those of whole functions, and positive.
+    drawn = first.samples()
+    assert drawn.shape == (64, len(x)) and (likelihood == "student_t" or (drawn > 0).all())
+    nothing = learner.adapt(x[:0], y[:0]).predict(x)
+    assert (nothing.epistemic > first.epistemic).all()
+
+
+def test_groups_of_counts_are_predicted_in_one_call():
+    pandas = pytest.importorskip("pandas")
+    parts = [pandas.DataFrame({"group": i, "a": x[:, 0], "y": y}) for i, (x, y) in enumerate(of_counts())]
+    table = pandas.concat(parts)
+    learner = MetaLearner(likelihood="poisson").fit(table, task="group", target="y", num_steps=5)
+    known, asked = (pandas.concat([part[rows] for part in parts[:4]]) for rows in (slice(0, 6), slice(6, None)))
+    found = learner.predict_new(known[known.group != 3], asked)
+    for group, part in enumerate(parts[:4]):
+        rows = (asked.group == group).to_numpy()
+        support = part[: 6 if group != 3 else 0]
+        alone = learner.adapt(support[["a"]], support["y"]).predict(asked[rows][["a"]])
+        np.testing.assert_allclose(found.mean[rows], alone.mean, rtol=1e-5)
+        np.testing.assert_allclose(found.quantile(0.9)[rows], alone.quantile(0.9))
+
+
 def test_wide_inputs_have_independent_weights():
     rng = np.random.default_rng(0)
     wide = [(rng.normal(size=(6, 30)), rng.normal(size=6)) for _ in range(12)]

@@ -54,6 +54,18 @@ def predict(*arguments: object) -> int:
     return caught.value.code
 
 
+def test_a_model_of_a_formula_predicts_tables_with_its_columns(tmp_path):
+    learner = MetaLearner(likelihood="gaussian")
+    learner.fit(students(), task="school", formula="score ~ scale(hours) * np.log(sleep)", num_steps=2).save(tmp_path)
+    new = students(1, seed=5)
+    new[:5].to_csv(tmp_path / "support.csv", index=False)
+    new[5:].drop(columns="score").to_csv(tmp_path / "query.csv", index=False)
+    files = ("--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--out", tmp_path / "out.csv")
+    assert predict(tmp_path, *files) == 0
+    expected = learner.adapt(new[:5], new[:5]["score"]).predict(new[5:]).mean
+    np.testing.assert_allclose(read_table(tmp_path / "out.csv")["predicted"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_new_task_in_a_table(tmp_path, model, suffix):
     new = students(1, seed=5)

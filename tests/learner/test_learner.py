@@ -13,6 +13,7 @@ from ibaml import MetaLearner, NotFittedError, TaskPosterior, metrics, tree
 from ibaml.algorithms import make_algorithm
 from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.learner.folder import MODEL
+from ibaml.likelihoods import Gaussian, Poisson
 from ibaml.networks import MLP, Conv4
 from ibaml.priors import DiagonalColumnPrior, DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
@@ -116,8 +117,19 @@ def test_algorithms_by_name_with_all_their_defaults():
     exchangeable = MetaLearner(image_network(), classes="per_task")
     assert exchangeable.algorithm == make_algorithm("softmax", prior=DiagonalColumnPrior(tied=True, learn_mean=False))
     assert MetaLearner(likelihood="gaussian").algorithm == make_algorithm("linear_gaussian")
-    # No head is exact for counts.
-    assert MetaLearner(likelihood="poisson").algorithm.name == "ibaml"
+    for likelihood in ("poisson", "negative_binomial", "student_t"):
+        assert MetaLearner(likelihood=likelihood).algorithm == make_algorithm("generalized_linear")
+    assert MetaLearner(likelihood=Gaussian(heteroscedastic=True)).algorithm.name == "generalized_linear"
+
+    class OfSamples(Poisson):
+        """Its predictions take samples of outputs, which a head in closed form has none of."""
+
+        def predict(self, outputs, parameters, *, output_variance=None):
+            if output_variance is not None:
+                raise ValueError("output_variance: samples are taken.")
+            return super().predict(outputs, parameters)
+
+    assert MetaLearner(likelihood=OfSamples()).algorithm.name == "ibaml"
     assert MetaLearner(image_network(), "ibaml").algorithm == ibaml.ibaml()
     assert MetaLearner(image_network(), "maml").algorithm == ibaml.maml()
 

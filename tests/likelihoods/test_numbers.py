@@ -256,13 +256,6 @@ def test_refusals(call, message):
         call()
 
 
-@pytest.mark.parametrize("likelihood", [StudentT(), Poisson()])
-def test_a_variance_of_outputs_needs_a_closed_form(likelihood):
-    outputs = draw(1, 3, 1)
-    with pytest.raises(ValueError, match="takes samples of outputs, not their variance"):
-        likelihood.predict(outputs, likelihood.initial_parameters(), output_variance=outputs**2)
-
-
 # What each is for: maximum likelihood of a linear model
 
 

@@ -13,6 +13,7 @@ from ibaml.algorithms.gradient_based import GradientBased
 from ibaml.algorithms.heads import (
     GaussianClasses,
     GaussianProcess,
+    GeneralizedLinear,
     Head,
     LinearGaussian,
     Neighbours,
@@ -36,6 +37,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "ibaml": IBAML,
     "linear_gaussian": LinearGaussian,
     "gp": GaussianProcess,
+    "generalized_linear": GeneralizedLinear,
     "softmax": Softmax,
     "gaussian_classes": GaussianClasses,
     "prototypes": Prototypes,
@@ -147,6 +149,7 @@ __all__ = [
     "Algorithm",
     "GaussianClasses",
     "GaussianProcess",
+    "GeneralizedLinear",
     "GradientBased",
     "MetaParameters",
     "TaskNoise",

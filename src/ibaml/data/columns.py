@@ -14,7 +14,7 @@ A gap in a column of categories is a category if training had gaps, and a value 
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -107,12 +107,15 @@ def take(argument: str, table: Any, names: Sequence[str]) -> list[Any]:
     return [table[name] for name in names]
 
 
-def fit_columns(names: Sequence[str], tables: Sequence[tuple[str, Any]]) -> tuple[Column, ...]:
+def fit_columns(
+    names: Sequence[str], tables: Sequence[tuple[str, Any]], *, categories: Collection[str] = ()
+) -> tuple[Column, ...]:
     """Finds how columns become features.
 
     Args:
         names: The columns, at least one.
         tables: What messages call a table, and the table as ``take`` wants it; those of all training tasks.
+        categories: Columns whose values are categories, also if they are numbers.
 
     Raises:
         TypeError: If a column holds dates, numbers as text, or values of several kinds.
@@ -129,7 +132,8 @@ def fit_columns(names: Sequence[str], tables: Sequence[tuple[str, Any]]) -> tupl
         raise ValueError(f"{tables[0][0]} has no columns; expected at least one feature.")
     taken = [(argument, take(argument, table, names)) for argument, table in tables]
     return tuple(
-        _fit(name, [(argument, columns[place]) for argument, columns in taken]) for place, name in enumerate(names)
+        _fit(name, [(argument, columns[place]) for argument, columns in taken], are_categories=name in categories)
+        for place, name in enumerate(names)
     )
 
 
@@ -157,11 +161,50 @@ def encode_columns(columns: Sequence[Column], tables: Sequence[tuple[str, Any]])
     return np.split(np.column_stack(features), ends[:-1])
 
 
-def _fit(name: str, pieces: Sequence[tuple[str, Any]]) -> Column:
+def typed(columns: Sequence[Column], tables: Sequence[tuple[str, Any]]) -> Any:
+    """Returns tables as one of numbers, with means in gaps, and of categories whose levels are those of training.
+
+    Args:
+        columns: The columns.
+        tables: What messages call a table, and the table as ``take`` wants it.
+
+    Raises:
+        TypeError: If a column of numbers holds something else, or a column dates or values of several kinds.
+        ValueError: If a column is missing, a number is infinite, or a category is missing or new.
+    """
+    pandas = _pandas()
+    found: dict[str, Any] = {}
+    for column in columns:
+        pieces = [(argument, *take(argument, table, [column.name])) for argument, table in tables]
+        if column.categories is None:
+            # The indicator of gaps is not asked for.
+            found[column.name] = _encode_numbers(column, pieces)[0]
+            continue
+        labels: list[Array] = []
+        for argument, piece in pieces:
+            codes, known = _factorize(argument, piece)
+            if None in column.categories or bool((codes < 0).any()):
+                raise ValueError(
+                    f"column {column.name!r} has missing values, and a formula needs a category in every row: drop "
+                    f"those rows, or name them, table[{column.name!r}].fillna('missing')."
+                )
+            if unseen := [label for label in known if label not in column.categories]:
+                raise ValueError(
+                    f"column {column.name!r} of {argument} holds {shown(unseen)}, which training has not seen; a "
+                    f"formula knows the categories {shown(column.categories)}."
+                )
+            labels.append(np.array(known, dtype=object)[codes])
+        found[column.name] = pandas.Categorical(np.concatenate(labels), categories=list(column.categories))
+    return pandas.DataFrame(found, index=np.concatenate([table.index for _, table in tables]))
+
+
+def _fit(name: str, pieces: Sequence[tuple[str, Any]], *, are_categories: bool = False) -> Column:
     kinds = {_kind(argument, piece): (argument, piece) for argument, piece in reversed(pieces)}
     kinds.pop("nothing", None)
     if not kinds:
         raise ValueError(f"column {name!r} has no values in the training tasks: leave it out.")
+    if are_categories:
+        return Column(name, categories=_find_categories(name, pieces, are_meant=True))
     if "numbers" not in kinds:
         return Column(name, categories=_find_categories(name, pieces, are_meant="categories" in kinds))
     if len(kinds) > 1:

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
+from ibaml.data.formulas import Formula, read_formula
 from ibaml.data.images import ClassImages
 from ibaml.data.preprocessing import Preprocessing, encode_tasks, fit_preprocessing, image_preprocessing
 from ibaml.data.ragged import TaskSplits, row_groups
 from ibaml.data.sources.image_folder import load_class_folder
-from ibaml.data.tables import TaskTable, read_tasks
+from ibaml.data.tables import TaskTable, read_tasks, target_names
 from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, ClassScope, Episode, TaskSampler
 
@@ -90,6 +92,7 @@ def prepare(
     seed: int,
     dtype: torch.dtype,
     columns: dict[str, Any],
+    formula: str | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Source:
     """Reads tasks, fits the preprocessing on those of training alone unless it is given, and builds samplers.
@@ -104,12 +107,16 @@ def prepare(
         seed: Seed of the held-out choice.
         dtype: Of the tensors.
         columns: ``task``, ``target`` and ``features`` of a long table.
+        formula: Says of a long table what ``target`` and ``features`` are, and what becomes of them.
         preprocessing: That of a fitted model, for data as it takes them.
 
     Raises:
         TypeError: If the tasks are of no accepted form.
         ValueError: If they do not fit, or too few remain.
     """
+    read = None if formula is None else read_formula(formula)
+    if read is not None:
+        columns = _columns_of(read, tasks, columns)
     if is_raw(tasks):
         if isinstance(validation, float):
             raise ValueError("a share of validation tasks needs data: give a sampler or a sequence of Episodes.")
@@ -133,7 +140,7 @@ def prepare(
     elif validation is not None:
         held_out = read_tasks(validation, **columns)
     preprocessing = preprocessing or fit_preprocessing(
-        table, target_kind=target_kind, classes=classes, num_ways=splits.num_ways
+        table, target_kind=target_kind, classes=classes, num_ways=splits.num_ways, formula=read
     )
     train = table_splits(preprocessing, table, splits, dtype=dtype)
     if held_out is None:
@@ -141,6 +148,33 @@ def prepare(
     return Source(
         train, _fixed_sizes(table_splits(preprocessing, held_out, splits, dtype=dtype), splits.num_query), preprocessing
     )
+
+
+def _columns_of(formula: Formula, tasks: Any, columns: dict[str, Any]) -> dict[str, Any]:
+    """Returns the names of columns with those that a formula gives.
+
+    Raises:
+        TypeError: If the tasks are no table.
+        ValueError: If the target or the features are named twice, or the target nowhere.
+    """
+    if not is_table(tasks):
+        raise TypeError(
+            f"formula names columns of a table such as a pandas DataFrame, but tasks is a {type(tasks).__name__}: "
+            "leave it out."
+        )
+    if columns["features"] is not None:
+        raise ValueError(f"features and formula {formula.text!r} both name the inputs: leave one out.")
+    target = columns["target"]
+    if formula.targets:
+        if target is not None and target_names(target)[0] != formula.targets:
+            raise ValueError(
+                f"target is {target!r}, but the left-hand side of formula {formula.text!r} names "
+                f"{', '.join(formula.targets)}: leave one out."
+            )
+        target = formula.targets[0] if len(formula.targets) == 1 else formula.targets
+    elif target is None:
+        raise ValueError(f"formula {formula.text!r} has no left-hand side: write 'target ~ ...', or give target=....")
+    return {**columns, "target": target, "features": formula.variables}
 
 
 def table_splits(

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
+from ibaml.data.formulas import Formula, encode_formula, fit_formula
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
 from ibaml.likelihoods import TargetKind
@@ -110,6 +111,7 @@ class Preprocessing:
         num_outputs: Outputs of the network.
         is_vector: Whether regression targets came as ``[num_examples]``, and so predictions do.
         columns: How the columns of the inputs become features, if they came with names.
+        formula: What becomes of them instead, if a formula says so.
         task_column: Column that named the task.
         target_columns: Columns of the targets.
         image_size: Height and width to which images are resized; None for tables.
@@ -122,6 +124,7 @@ class Preprocessing:
     class_labels: Array | None = None
     is_vector: bool = True
     columns: tuple[Column, ...] | None = None
+    formula: Formula | None = None
     task_column: str | None = None
     target_columns: tuple[str, ...] | None = None
     image_size: tuple[int, int] | None = None
@@ -161,7 +164,7 @@ class Preprocessing:
             TypeError, ValueError: As of ``encode_inputs``.
         """
         if self.columns is not None and all(is_table(x) for _, x in inputs):
-            values = encode_columns(self.columns, inputs)
+            values = _encode(self.columns, self.formula, inputs)
         else:
             values = [self._read_unnamed(argument, x) for argument, x in inputs]
         return [self._scale(argument, x, read).to(dtype) for (argument, x), read in zip(inputs, values, strict=True)]
@@ -171,6 +174,11 @@ class Preprocessing:
             raise TypeError(
                 f"{argument} has no names of columns ({type(x).__name__}), but the model was trained on columns of "
                 f"categories or with missing values ({', '.join(other)}): pass a DataFrame."
+            )
+        if self.formula is not None:
+            raise TypeError(
+                f"{argument} has no names of columns ({type(x).__name__}), but the model was trained on the formula "
+                f"{self.formula.text!r}: pass a DataFrame."
             )
         values = read_inputs(argument, x)
         if values.shape[1:] != self.input_shape:
@@ -249,6 +257,7 @@ class Preprocessing:
             "is_vector": self.is_vector,
             "feature_names": None if self.feature_names is None else list(self.feature_names),
             "columns": {column.name: _as_json(column) for column in self.columns or ()},
+            "formula": None if self.formula is None else self.formula.settings(),
             "task_column": self.task_column,
             "target_columns": None if self.target_columns is None else list(self.target_columns),
             "image_size": None if self.image_size is None else list(self.image_size),
@@ -281,6 +290,7 @@ class Preprocessing:
             is_vector=settings["is_vector"],
             # A model of an earlier version has names alone, of columns of numbers without gaps.
             columns=None if names is None else tuple(_as_column(name, columns.get(name, {})) for name in names),
+            formula=None if settings.get("formula") is None else Formula.restore(settings["formula"]),
             task_column=settings["task_column"],
             target_columns=optional_tuple("target_columns"),
             image_size=optional_tuple("image_size"),
@@ -306,7 +316,12 @@ def image_preprocessing(image_shape: tuple[int, int, int], num_ways: int, *, inv
 
 
 def fit_preprocessing(
-    table: TaskTable, *, target_kind: TargetKind, classes: ClassScope, num_ways: int | None
+    table: TaskTable,
+    *,
+    target_kind: TargetKind,
+    classes: ClassScope,
+    num_ways: int | None,
+    formula: Formula | None = None,
 ) -> Preprocessing:
     """Fits scales, encodings of columns and labels on meta-training tasks.
 
@@ -315,14 +330,19 @@ def fit_preprocessing(
         target_kind: What the targets are; real ones are scaled, counts are not.
         classes: Whether labels mean the same in all tasks.
         num_ways: Classes of a task, if each has its own; None: the smallest number that a task has.
+        formula: What becomes of the columns of a table. None: what ``ibaml.data.columns`` says.
 
     Raises:
         TypeError: If columns, labels or targets are of the wrong kind, or labels differ in kind between tasks.
         ValueError: If all features are constant, there is a single class, targets differ in number, or a column cannot
             be encoded.
     """
-    columns = None if table.feature_names is None else fit_columns(table.feature_names, table.inputs)
-    features = [task.x for task in table.tasks] if columns is None else encode_columns(columns, table.inputs)
+    columns, features = None, [task.x for task in table.tasks]
+    if table.feature_names is not None:
+        categories = () if formula is None else formula.categories
+        columns = fit_columns(table.feature_names, table.inputs, categories=categories)
+        formula = None if formula is None else fit_formula(formula, columns, table.inputs)
+        features = _encode(columns, formula, table.inputs)
     inputs = fit_standardizer(features)
     if inputs.is_constant:
         raise ValueError("every feature is constant over all training tasks: there is nothing to predict from.")
@@ -330,6 +350,7 @@ def fit_preprocessing(
         "inputs": inputs,
         "input_shape": tuple(features[0].shape[1:]),
         "columns": columns,
+        "formula": formula,
         "task_column": table.task_column,
         "target_columns": table.target_columns,
     }
@@ -370,6 +391,10 @@ def fit_preprocessing(
             "least 2 in every task: drop it."
         )
     return Preprocessing(**common, num_outputs=ways)
+
+
+def _encode(columns: Sequence[Column], formula: Formula | None, tables: Sequence[tuple[str, Any]]) -> list[Array]:
+    return encode_columns(columns, tables) if formula is None else encode_formula(formula, columns, tables)
 
 
 def encode_tasks(preprocessing: Preprocessing, table: TaskTable, *, dtype: torch.dtype = torch.float32) -> list[Batch]:

@@ -1,12 +1,12 @@
 """What a learner uses where it is not told: an algorithm, and for data a network with sizes from the data.
 
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
-or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
-is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
-with Gaussian noise, and for classes that all tasks share, there are up to four candidates, among which held-out tasks
-choose (``ibaml.learner.choice``).
+or logistic regression, or a generalised linear model, on learned features, which is solved exactly where the likelihood
+allows. The network for tables is a small perceptron whose head sees the inputs as well as the learned features, that
+for images is Conv4. For numbers, and for classes that all tasks share, there are up to four candidates, among which
+held-out tasks choose (``ibaml.learner.choice``).
 
-Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
+Where a likelihood has no head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
 posterior well enough. For classes it is 0.1: the exact posterior is narrow in the directions that the examples span, a
 diagonal one cannot be, and at temperature 1 its samples blur every prediction.
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ibaml.algorithms import Algorithm, make_algorithm
-from ibaml.algorithms.heads.gaussian import solves
+from ibaml.algorithms.heads import gaussian, generalized_linear
 from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source
@@ -139,11 +139,11 @@ def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: Cl
     if likelihood.target_kind == "classes":
         is_tied = scope == "per_task"
         return make_algorithm("softmax", prior=DiagonalColumnPrior(tied=is_tied, learn_mean=not is_tied))
-    return (
-        make_algorithm("linear_gaussian")
-        if solves(likelihood)
-        else convex_algorithm("ibaml", 2 * _NUM_FEATURES, is_regression=True)
-    )
+    if gaussian.solves(likelihood):
+        return make_algorithm("linear_gaussian")
+    if generalized_linear.solves(likelihood):
+        return make_algorithm("generalized_linear")
+    return convex_algorithm("ibaml", 2 * _NUM_FEATURES, is_regression=True)
 
 
 def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algorithm) -> Mapping[str, Suited]:
@@ -183,7 +183,7 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
 
 
 def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
-    """Returns lines in the inputs, for numbers a process on them, and features beside them, simplest first.
+    """Returns lines in the inputs, for Gaussian noise a process on them, and features beside them, simplest first.
 
     Those for numbers maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their
     queries.
@@ -207,12 +207,13 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
         line = functools.partial(make_algorithm, "softmax", posterior_temperature=1.0, outer="predictive_nll")
         independent, correlated = (line(prior=prior(tied=False)) for prior in (DiagonalColumnPrior, FullColumnPrior))
     else:
-        line = functools.partial(make_algorithm, "linear_gaussian", outer="marginal")
+        line = functools.partial(make_algorithm, both.algorithm.name, outer="marginal")
         independent, correlated = line(), line(prior=FullColumnPrior())
     found = {LINE: on_inputs(independent)}
     if is_narrow:
         found[CORRELATED] = on_inputs(correlated)
-    if is_narrow and not of_classes and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
+    has_process = is_narrow and gaussian.solves(both.likelihood)
+    if has_process and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
         found[PROCESS] = on_inputs(make_algorithm("gp", outer="marginal"))
     if not of_classes:
         both = both._replace(algorithm=correlated if is_narrow else independent)

@@ -151,6 +151,7 @@ class MetaLearner(Predictor):
         task: ColumnName | None = None,
         target: ColumnName | Sequence[ColumnName] | None = None,
         features: Sequence[ColumnName] | None = None,
+        formula: str | None = None,
         splits: SplitSettings | None = None,
         num_steps: int | None = None,
         settings: TrainerSettings | None = None,
@@ -171,6 +172,8 @@ class MetaLearner(Predictor):
             task: DataFrame: column that says which task a row belongs to.
             target: DataFrame: column or columns to predict.
             features: DataFrame: columns of the inputs. None: all others.
+            formula: DataFrame: target and inputs in the notation of formulas, such as ``"score ~ ses + C(sector)"``, in
+                place of ``target`` and ``features``; see ``ibaml.data.formulas``.
             splits: How tasks are split into support and query, afresh at every step.
             num_steps: Number of meta-steps; overrides that of ``settings``.
             settings: Settings of the outer loop. Their seed is the learner's unless they say otherwise.
@@ -181,9 +184,11 @@ class MetaLearner(Predictor):
             processes: The processes that share each step's tasks, as ``ibaml.train.processes.connect`` gives them.
 
         Raises:
+            ImportError: If there is a formula and formulaic is not installed.
             TypeError: If tasks are of no accepted form, or values of the wrong kind.
-            ValueError: If a task does not fit the network or the likelihood, or cannot be split, or the run folder
-                holds a run with other settings or other data, or there are more processes than tasks in a step.
+            ValueError: If a formula cannot be read, or a task does not fit the network or the likelihood, or cannot be
+                split, or the run folder holds a run with other settings or other data, or there are more processes than
+                tasks in a step.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
         """
@@ -197,6 +202,7 @@ class MetaLearner(Predictor):
             seed=self.seed,
             dtype=torch.float32 if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
             columns={"task": task, "target": target, "features": features},
+            formula=formula,
         )
         console = console_of(progress)
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)

@@ -151,6 +151,11 @@ class Gaussian(NumberLikelihood):
         noise_variance = torch.exp(self._log_variance(outputs, parameters))
         return MixturePrediction(GaussianComponents(self.mean(outputs), noise_variance, location_variance))
 
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``(f - y) / s2`` and ``1 / s2``; see ``NumberLikelihood``."""
+        precision = torch.exp(-self._log_variance(outputs, parameters)).expand_as(targets)
+        return (self.mean(outputs) - targets) * precision, precision
+
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the outputs for the means."""
         return outputs.chunk(2, -1)[0] if self.heteroscedastic else outputs

@@ -1,5 +1,6 @@
 """Predictions of numbers: a mixture over weight samples of one distribution per sample, example and target."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from ibaml import metrics
 from ibaml.likelihoods.base import Array, Prediction, TargetKind, as_frame, check_numbers, shown, shown_range
 from ibaml.metrics import Estimate
-from ibaml.types import Tensor
+from ibaml.types import Params, Tensor
 
 # Each halves the bracket; a double has 53 digits, and the bracket of an extreme quantile is wide.
 _NUM_BISECTIONS = 80
@@ -197,6 +198,8 @@ class MixturePrediction:
             middle = (low + high) / 2
             if self.components.is_discrete:
                 middle = middle.floor()
+                if bool((high - low <= 1).all()):
+                    break
             below = self._cdf(middle) < probability
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         found = high if self.components.is_discrete else (low + high) / 2
@@ -326,7 +329,7 @@ class MixturePrediction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NumberLikelihood:
+class NumberLikelihood(abc.ABC):
     """What all likelihoods of numbers share.
 
     Attributes:
@@ -366,6 +369,35 @@ class NumberLikelihood:
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the mean that network outputs stand for, ``[..., num_examples, num_targets]``."""
         return outputs
+
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns first and second derivative of the nll in the first output of each target, shaped as the targets.
+
+        Args:
+            outputs: ``[..., num_examples, num_outputs]``.
+            targets: ``[..., num_examples, num_targets]``.
+            parameters: Holds the likelihood's own.
+        """
+
+        def slope(at: Tensor) -> Tensor:
+            found = torch.func.grad(lambda each: self.nll(each, targets, parameters).sum())(at)
+            return found[..., : targets.shape[-1]]
+
+        # Each of these outputs is in one term of the sum: their Hessian is diagonal.
+        curvature = torch.func.grad(lambda at: slope(at).sum())(outputs)
+        return slope(outputs), curvature[..., : targets.shape[-1]]
+
+    @abc.abstractmethod
+    def initial_parameters(self) -> Params:
+        """See ``Likelihood``."""
+
+    @abc.abstractmethod
+    def nll(self, outputs: Tensor, targets: Tensor, parameters: Params) -> Tensor:
+        """See ``Likelihood``."""
+
+    @abc.abstractmethod
+    def predict(self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None) -> Any:
+        """See ``Likelihood``."""
 
     def check_targets(self, argument: str, targets: Tensor, num_outputs: int) -> None:
         """Refuses targets that are not finite real numbers of shape ``[..., num_examples, num_targets]``.

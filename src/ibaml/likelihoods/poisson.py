@@ -8,17 +8,21 @@ import torch
 
 from ibaml.likelihoods.base import TargetKind, check_numbers, require_same_shape, wide
 from ibaml.likelihoods.mixture import MixturePrediction, NumberLikelihood
+from ibaml.likelihoods.quadrature import expectation, log_expectation
 from ibaml.types import Params, Tensor
 
 
 class PoissonComponents(NamedTuple):
-    """Poisson distributions.
+    """Poisson distributions, or their mixtures over rates that are log-normal.
 
     Attributes:
         log_rate: Logarithms of the means, ``[num_samples, num_examples, num_targets]``.
+        log_rate_variance: Variance of the logarithms, where a posterior gives it in closed form, in a shape that
+            ``log_rate`` expands. None: 0.
     """
 
     log_rate: Tensor
+    log_rate_variance: Tensor | None = None
 
     @property
     def is_discrete(self) -> bool:
@@ -27,46 +31,61 @@ class PoissonComponents(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """The rates."""
-        return self.log_rate.exp()
+        """The rates, or what is expected of them."""
+        return log_normal_moments(self.log_rate, self.log_rate_variance)[0]
 
     @property
     def aleatoric(self) -> Tensor:
         """The rates: variance and mean of a Poisson distribution are equal."""
-        return self.log_rate.exp()
+        return self.mean
 
     @property
     def epistemic(self) -> Tensor:
-        """Zero: the rates are known."""
-        return torch.zeros_like(self.log_rate)
+        """The variance of the rates."""
+        return log_normal_moments(self.log_rate, self.log_rate_variance)[1]
 
     def log_prob(self, targets: Tensor) -> Tensor:
         """Returns the log probability of each."""
-        return -_nll(targets, self.log_rate)
+        if self.log_rate_variance is None:
+            return -_nll(targets, self.log_rate)
+        return log_expectation(
+            lambda log_rate: -_nll(targets, log_rate),
+            lambda log_rate: _derivatives(targets, log_rate),
+            targets.double().log(),
+            self.log_rate,
+            self.log_rate_variance,
+        ).to(self.log_rate.dtype)
 
     def cdf(self, values: Tensor) -> Tensor:
         """Returns the distribution function of each in float64, ``Q(floor(value) + 1, rate)``."""
         whole = values.double().floor()
-        # The regularised upper incomplete gamma function is undefined at 0, which a value below 0 would give.
-        found = torch.special.gammaincc(whole.clamp_min(0) + 1, self.log_rate.double().exp())
+
+        def at(log_rate: Tensor) -> Tensor:
+            # The regularised upper incomplete gamma function is undefined at 0, which a value below 0 would give.
+            return torch.special.gammaincc(whole.clamp_min(0) + 1, log_rate.exp())
+
+        found = (
+            at(self.log_rate.double())
+            if self.log_rate_variance is None
+            else expectation(at, self.log_rate, self.log_rate_variance)
+        )
         return torch.where(whole < 0, 0.0, found)
 
     def tempered(self, temperature: float) -> "PoissonComponents":
-        """Returns distributions with the spread of the log rates over samples times a factor.
+        """Returns distributions with the spread of the log rates, over samples and their own, times a factor.
 
         The noise of a count is fixed by its rate.
         """
-        centre = self.log_rate.mean(0)
-        return PoissonComponents(centre + temperature * (self.log_rate - centre))
+        return PoissonComponents(*tempered_outputs(temperature, self.log_rate, self.log_rate_variance))
 
     def rescaled(self, mean: Tensor, scale: Tensor) -> "PoissonComponents":
         """Returns the distributions in float64: counts have no unit, so ``mean`` is 0 and ``scale`` 1."""
         del mean, scale
-        return PoissonComponents(self.log_rate.double())
+        return PoissonComponents(*(None if each is None else each.double() for each in self))  # pyright: ignore[reportArgumentType]
 
     def to(self, device: torch.device) -> "PoissonComponents":
         """Returns the distributions on a device."""
-        return PoissonComponents(self.log_rate.to(device))
+        return PoissonComponents(*(None if each is None else each.to(device) for each in self))  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,15 +139,14 @@ class Poisson(NumberLikelihood):
     def predict(
         self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None
     ) -> MixturePrediction:
-        """Returns a mixture of Poisson distributions from outputs ``[num_samples, num_examples, num_targets]``.
-
-        Raises:
-            ValueError: If a variance is given: a Poisson distribution of log-normal rate has no closed form.
-        """
+        """Returns a mixture of Poisson distributions from outputs ``[num_samples, num_examples, num_targets]``."""
         del parameters
-        if output_variance is not None:
-            raise ValueError("output_variance: the poisson likelihood takes samples of outputs, not their variance.")
-        return MixturePrediction(PoissonComponents(outputs + math.log(self.initial_rate)))
+        return MixturePrediction(PoissonComponents(outputs + math.log(self.initial_rate), output_variance))
+
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``rate - y`` and ``rate``; see ``NumberLikelihood``."""
+        del parameters
+        return _derivatives(targets, outputs + math.log(self.initial_rate))
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the rates."""
@@ -150,3 +168,22 @@ class Poisson(NumberLikelihood):
 
 def _nll(targets: Tensor, log_rate: Tensor) -> Tensor:
     return torch.exp(log_rate) - targets * log_rate + torch.lgamma(targets + 1)
+
+
+def log_normal_moments(log_mean: Tensor, log_variance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns mean and variance of ``exp(f)`` for ``f ~ N(log_mean, log_variance)``; None: of a variance of 0."""
+    if log_variance is None:
+        return log_mean.exp(), torch.zeros_like(log_mean)
+    mean = torch.exp(log_mean + 0.5 * log_variance)
+    return mean, mean**2 * torch.expm1(log_variance).expand_as(mean)
+
+
+def tempered_outputs(temperature: float, outputs: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Returns outputs, and their own variance, with their spread around the mean of the samples times a factor."""
+    centre = outputs.mean(0)
+    return centre + temperature * (outputs - centre), None if variance is None else temperature**2 * variance
+
+
+def _derivatives(targets: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor]:
+    rate = torch.exp(log_rate)
+    return rate - targets, rate

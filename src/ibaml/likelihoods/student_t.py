@@ -11,20 +11,27 @@ from ibaml.likelihoods.mixture import MixturePrediction, NumberLikelihood
 from ibaml.types import Params, Tensor
 
 _SUITED_SCALE = 0.3
+_NUM_NODES = 96
+_TAIL = 32.0  # Nats that the ends of an integral lie below its peak.
 
 
 class StudentTComponents(NamedTuple):
     """Student t distributions ``location + scale T``, ``T`` with ``degrees`` of freedom.
 
+    With Gaussian locations they are integrated over exactly, but for one dimension: a t distribution is a Gaussian of
+    variance ``scale^2 / g`` with ``g ~ Gamma(degrees / 2, degrees / 2)``, and given ``g`` the variances add.
+
     Attributes:
         location: Means, ``[num_samples, num_examples, num_targets]``.
         scale: Scale of the noise, in a shape that ``location`` expands.
         degrees: Degrees of freedom, above 2, likewise.
+        location_variance: Variance of the mean itself, where a posterior gives it in closed form; likewise. None: 0.
     """
 
     location: Tensor
     scale: Tensor
     degrees: Tensor
+    location_variance: Tensor | None = None
 
     @property
     def is_discrete(self) -> bool:
@@ -43,39 +50,78 @@ class StudentTComponents(NamedTuple):
 
     @property
     def epistemic(self) -> Tensor:
-        """Zero: the locations are known."""
-        return torch.zeros_like(self.scale)
+        """The variance of the locations."""
+        return torch.zeros_like(self.scale) if self.location_variance is None else self.location_variance
 
     def log_prob(self, targets: Tensor) -> Tensor:
         """Returns the log density of each."""
-        return -_nll(targets, self.location, self.scale.log(), self.degrees)
+        if self.location_variance is None:
+            return -_nll(targets, self.location, self.scale.log(), self.degrees)
+        error2 = (targets.double() - self.location.double()) ** 2
+        degrees, scale2 = self.degrees.double(), self.scale.double() ** 2
+        # An outlier of r scales says of its g that it is near (degrees + 1) / (degrees + r^2).
+        likeliest = torch.log((degrees + 1) / (degrees + (error2 / scale2).detach()))
+        log_g, log_weight = self._mixture(likeliest.clamp_max(0), degrees + 1)
+        variance = self.location_variance.double() + scale2 * torch.exp(-log_g)
+        each = -0.5 * (error2 / variance + torch.log(2 * math.pi * variance))
+        return torch.logsumexp(log_weight + each, 0).to(self.location.dtype)
 
     def cdf(self, values: Tensor) -> Tensor:
         """Returns the distribution function of each in float64."""
         # torch has no distribution function of it. Here, so that importing the library does not import scipy.
         from scipy.special import stdtr
 
-        standard = (values.double() - self.location.double()) / self.scale.double()
-        degrees = self.degrees.double().expand_as(standard)
-        found = stdtr(degrees.cpu().numpy(), standard.cpu().numpy())
-        return torch.from_numpy(found).to(self.location.device)
+        error = values.double() - self.location.double()
+        if self.location_variance is None:
+            standard = error / self.scale.double()
+            degrees = self.degrees.double().expand_as(standard)
+            found = stdtr(degrees.cpu().numpy(), standard.cpu().numpy())
+            return torch.from_numpy(found).to(self.location.device)
+        log_g, log_weight = self._mixture(torch.zeros_like(error), self.degrees.double())
+        variance = self.location_variance.double() + self.scale.double() ** 2 * torch.exp(-log_g)
+        return (log_weight.exp() * torch.special.ndtr(error / variance.sqrt())).sum(0)
 
     def tempered(self, temperature: float) -> "StudentTComponents":
         """Returns distributions with all scales, of noise and of means, times a factor."""
         centre = self.location.mean(0)
         return StudentTComponents(
-            centre + temperature * (self.location - centre), temperature * self.scale, self.degrees
+            centre + temperature * (self.location - centre),
+            temperature * self.scale,
+            self.degrees,
+            None if self.location_variance is None else temperature**2 * self.location_variance,
         )
 
     def rescaled(self, mean: Tensor, scale: Tensor) -> "StudentTComponents":
         """Returns the distributions of ``scale * target + mean``, in float64."""
         return StudentTComponents(
-            self.location.double() * scale + mean, self.scale.double() * scale, self.degrees.double()
+            self.location.double() * scale + mean,
+            self.scale.double() * scale,
+            self.degrees.double(),
+            None if self.location_variance is None else self.location_variance.double() * scale**2,
         )
 
     def to(self, device: torch.device) -> "StudentTComponents":
         """Returns the distributions on a device."""
-        return StudentTComponents(*(value.to(device) for value in self))
+        return StudentTComponents(*(None if value is None else value.to(device) for value in self))  # pyright: ignore[reportArgumentType]
+
+    def _mixture(self, likeliest: Tensor, twice_shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logarithms of ``g`` and of their weights, by the trapezoidal rule in ``log g``.
+
+        Args:
+            likeliest: The least ``log g`` of which much is wanted, at most 0; no derivative.
+            twice_shape: The density of ``log g`` below that is at most ``exp(twice_shape / 2 (u - exp u))``, ``u``
+                counted from there.
+        """
+        degrees = self.degrees.double()
+        below, above = (2 * _TAIL / each.detach() for each in (twice_shape, degrees))
+        low = likeliest - below - torch.sqrt(2 * below)
+        high = torch.log1p(above + torch.sqrt(2 * above))
+        step = (high - low) / (_NUM_NODES - 1)
+        places = torch.arange(_NUM_NODES, dtype=low.dtype, device=low.device).reshape(-1, *(1 for _ in low.shape))
+        log_g, half = low + step * places, 0.5 * degrees
+        # Gamma(half, half), and the derivative of g in its logarithm, which is g.
+        density = half * torch.log(half) - torch.lgamma(half) + half * (log_g - torch.exp(log_g))
+        return log_g, density + torch.log(step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,18 +182,19 @@ class StudentT(NumberLikelihood):
         outputs, targets = wide(outputs, targets)
         return _nll(targets, outputs, parameters[self.scale_name], self._degrees(parameters)).sum(-1)
 
+    def derivatives(self, outputs: Tensor, targets: Tensor, parameters: Params) -> tuple[Tensor, Tensor]:
+        """Returns ``(v + 1) e / (v s^2 + e^2)`` with ``e = f - y``, and its derivative; see ``NumberLikelihood``."""
+        degrees, error = self._degrees(parameters), outputs - targets
+        width = degrees * torch.exp(2 * parameters[self.scale_name])
+        weight = (degrees + 1) / (width + error**2)
+        return weight * error, weight * (width - error**2) / (width + error**2)
+
     def predict(
         self, outputs: Tensor, parameters: Params, *, output_variance: Tensor | None = None
     ) -> MixturePrediction:
-        """Returns a mixture of t distributions from means of shape ``[num_samples, num_examples, num_targets]``.
-
-        Raises:
-            ValueError: If a variance is given: a sum of a Gaussian and a t distribution has no closed form.
-        """
-        if output_variance is not None:
-            raise ValueError("output_variance: the student_t likelihood takes samples of outputs, not their variance.")
+        """Returns a mixture of t distributions from means of shape ``[num_samples, num_examples, num_targets]``."""
         scale = torch.exp(parameters[self.scale_name])
-        return MixturePrediction(StudentTComponents(outputs, scale, self._degrees(parameters)))
+        return MixturePrediction(StudentTComponents(outputs, scale, self._degrees(parameters), output_variance))
 
     def _degrees(self, parameters: Params) -> Tensor:
         return 2 + torch.exp(parameters[self.degrees_name])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ibaml.algorithms import make_algorithm
-from ibaml.algorithms.heads.gaussian import GaussianHead
+from ibaml.algorithms.heads.gaussian import HeadOfFunctions
 from ibaml.types import Batch
 
 NUM_DRAWS = 20_000
@@ -20,7 +20,7 @@ HEADS = {
 def test_draws_have_the_moments_of_the_posterior(name: str) -> None:
     algorithm, settings, num_support = HEADS[name]
     head = make_algorithm(algorithm, **settings)
-    assert isinstance(head, GaussianHead)
+    assert isinstance(head, HeadOfFunctions)
     source = torch.Generator().manual_seed(0)
 
     def inputs(size: int) -> torch.Tensor:
@@ -48,6 +48,6 @@ def test_draws_have_the_moments_of_the_posterior(name: str) -> None:
 
 def test_too_many_inputs_at_once_are_refused() -> None:
     head = make_algorithm("linear_gaussian")
-    assert isinstance(head, GaussianHead)
+    assert isinstance(head, HeadOfFunctions)
     with pytest.raises(ValueError, match="samples at 2001 inputs take their joint covariance; expected at most 2000"):
         head.draw(None, torch.zeros(2001, 2), 1, generator=torch.Generator())

@@ -2,6 +2,7 @@
 
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.gaussian_classes import GaussianClasses
+from ibaml.algorithms.heads.generalized_linear import GeneralizedLinear
 from ibaml.algorithms.heads.gp import GaussianProcess
 from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
 from ibaml.algorithms.heads.neighbours import Neighbours
@@ -12,6 +13,7 @@ from ibaml.algorithms.heads.softmax import Softmax
 __all__ = [
     "GaussianClasses",
     "GaussianProcess",
+    "GeneralizedLinear",
     "Head",
     "LinearGaussian",
     "Neighbours",

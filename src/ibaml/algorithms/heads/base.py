@@ -166,6 +166,11 @@ class Head(abc.ABC):
         del function
         return prior
 
+    def for_task(self, nll: Nll) -> "Head":
+        """Returns the head as it solves tasks of a model: itself, unless what it computes hangs on the likelihood."""
+        del nll
+        return self
+
     def check_task(self, nll: Nll, meta: MetaParameters, episode: Episode) -> None:
         """Refuses what the head cannot solve; see ``Algorithm``."""
         del nll, meta, episode
@@ -189,7 +194,8 @@ class Head(abc.ABC):
             One pass of the support set through the network, and small linear algebra.
         """
         del noise, start, with_grad_norm
-        posterior, residual = self._posterior(meta, nll.features(meta.shared, support.x), support.y, nll.num_outputs)
+        features = nll.features(meta.shared, support.x)
+        posterior, residual = self.for_task(nll)._posterior(meta, features, support.y, nll.num_outputs)
         return InnerSolution(posterior, residual, 0)
 
     def hypergradient(
@@ -215,11 +221,12 @@ class Head(abc.ABC):
             meta: Meta-parameters.
             episode: A task.
         """
+        head = self.for_task(nll)
         support, query = episode
         features = nll.features(meta.shared, support.x)
-        posterior, residual = self._posterior(meta, features, support.y, nll.num_outputs)
+        posterior, residual = head._posterior(meta, features, support.y, nll.num_outputs)
         inputs = _inputs(nll.features(meta.shared, query.x), posterior.centre)
-        return self.outer_loss(posterior.solution, meta.shared, Batch(inputs, query.y)), (posterior, residual)
+        return head.outer_loss(posterior.solution, meta.shared, Batch(inputs, query.y)), (posterior, residual)
 
     def outputs(
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, noise: Params

@@ -1,4 +1,4 @@
-"""What heads for regression share: their functions and their noise are Gaussian, and so are their predictions."""
+"""What heads for numbers share: Gaussian posteriors over functions, and for Gaussian noise exact losses."""
 
 import abc
 import dataclasses
@@ -29,11 +29,11 @@ def solves(likelihood: Likelihood) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GaussianHead(Head):
-    """A head whose posterior over functions is Gaussian, for ``Gaussian`` noise of one variance for each target.
+class HeadOfFunctions(Head):
+    """A head whose posterior over functions is Gaussian: one function for each target.
 
-    Targets are independent given the features. Predictions and outer losses are exact, without samples. Subclasses
-    give the distribution of the functions in float64, whatever the features are.
+    Targets are independent given the features. Subclasses give the distribution of the functions in float64, whatever
+    the features are; the likelihood adds the noise.
 
     Attributes:
         outer: Outer loss.
@@ -70,6 +70,48 @@ class GaussianHead(Head):
             inputs: ``z``, ``[num_examples, num_inputs]``.
         """
 
+    def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
+        """Returns mean and variance of the functions, exact, with one sample; see ``Head``."""
+        del shared, noise
+        mean, variance = self.moments(solution, inputs)
+        return {
+            "outputs": mean.mT.to(inputs.dtype).unsqueeze(0),
+            "output_variance": variance.mT.to(inputs.dtype).unsqueeze(0),
+        }
+
+    def draw(self, solution: Any, inputs: Tensor, num_samples: int, *, generator: torch.Generator) -> Tensor:
+        """Returns values of functions drawn from the posterior; see ``Head``.
+
+        Raises:
+            ValueError: If there are too many examples for their joint covariance.
+        """
+        if len(inputs) > _MOST_JOINTLY:
+            raise ValueError(
+                f"samples at {len(inputs)} inputs take their joint covariance; expected at most {_MOST_JOINTLY}: ask "
+                "for fewer at a time, or for mean and interval."
+            )
+        mean, _ = self.moments(solution, inputs)
+        covariance = self.joint_covariance(solution, inputs)
+        # Values at near inputs are all but the same: without so much the factor need not exist in float64.
+        size = torch.diagonal(covariance, dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        size = size.clamp_min(torch.finfo(size.dtype).tiny)
+        identity = torch.eye(len(inputs), dtype=covariance.dtype, device=covariance.device)
+        factor = torch.linalg.cholesky_ex(covariance + _JITTER * size * identity)[0]
+        noise = torch.randn(num_samples, *mean.shape, 1, dtype=mean.dtype, generator=generator).to(mean.device)
+        return (mean + (factor @ noise).squeeze(-1)).mT.to(inputs.dtype)
+
+    def mean(self, solution: Any, inputs: Tensor) -> Tensor:
+        """Returns the mean; see ``Head``."""
+        return self.moments(solution, inputs)[0].mT.to(inputs.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaussianHead(HeadOfFunctions):
+    """A head whose posterior over functions is exact, for ``Gaussian`` noise of one variance for each target.
+
+    Predictions and outer losses are exact, without samples.
+    """
+
     @abc.abstractmethod
     def support_nll(self, solution: Any) -> tuple[Tensor, int]:
         """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
@@ -98,39 +140,6 @@ class GaussianHead(Head):
                 "'ibaml'."
             )
         super().check_task(nll, meta, episode)
-
-    def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
-        """Returns mean and variance of the functions, exact, with one sample; see ``Head``."""
-        del shared, noise
-        mean, variance = self.moments(solution, inputs)
-        return {
-            "outputs": mean.mT.to(inputs.dtype).unsqueeze(0),
-            "output_variance": variance.mT.to(inputs.dtype).unsqueeze(0),
-        }
-
-    def draw(self, solution: Any, inputs: Tensor, num_samples: int, *, generator: torch.Generator) -> Tensor:
-        """Returns values of functions drawn from the posterior; see ``Head``.
-
-        Raises:
-            ValueError: If there are too many examples for their joint covariance.
-        """
-        if len(inputs) > _MOST_JOINTLY:
-            raise ValueError(
-                f"samples at {len(inputs)} inputs take their joint covariance; expected at most {_MOST_JOINTLY}: ask "
-                "for fewer at a time, or for mean and interval."
-            )
-        mean, _ = self.moments(solution, inputs)
-        covariance = self.joint_covariance(solution, inputs)
-        # Values at near inputs are all but the same: without so much the factor need not exist in float64.
-        size = torch.diagonal(covariance, dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        identity = torch.eye(len(inputs), dtype=covariance.dtype, device=covariance.device)
-        factor = torch.linalg.cholesky_ex(covariance + _JITTER * size * identity)[0]
-        noise = torch.randn(num_samples, *mean.shape, 1, dtype=mean.dtype, generator=generator).to(mean.device)
-        return (mean + (factor @ noise).squeeze(-1)).mT.to(inputs.dtype)
-
-    def mean(self, solution: Any, inputs: Tensor) -> Tensor:
-        """Returns the mean; see ``Head``."""
-        return self.moments(solution, inputs)[0].mT.to(inputs.dtype)
 
     def outer_loss(self, solution: Any, shared: Params, query: Batch) -> Tensor:
         """Returns the outer loss, summed over targets, mean over examples; see ``Head`` and ``outer``.

@@ -181,7 +181,7 @@ class GaussianProcess(GaussianHead):
         return GaussianProcessPosterior(prior, inputs, error, weights, cholesky), residual
 
     def moments(self, solution: GaussianProcessPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and variance of the posterior process; see ``GaussianHead``."""
+        """Returns mean and variance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
         cross = kernel_matrix(solution.prior, solution.inputs, inputs)
         known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)
@@ -190,7 +190,7 @@ class GaussianProcess(GaussianHead):
         return _mean(solution.prior, inputs) + (cross.mT @ solution.weights.unsqueeze(-1)).squeeze(-1), variance
 
     def joint_covariance(self, solution: GaussianProcessPosterior, inputs: Tensor) -> Tensor:
-        """Returns the covariance of the posterior process; see ``GaussianHead``."""
+        """Returns the covariance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
         cross = kernel_matrix(solution.prior, solution.inputs, inputs)
         known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)

@@ -190,13 +190,13 @@ class LinearGaussian(GaussianHead):
         return ColumnPosterior(prior, mean, spread, found, noise), stationarity(found, whitened, error, noise)
 
     def moments(self, solution: ColumnPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``z.mean`` and ``z^T S z``; see ``GaussianHead``."""
+        """Returns ``z.mean`` and ``z^T S z``; see ``HeadOfFunctions``."""
         inputs = inputs.double()
         variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs))
         return solution.mean @ inputs.mT, variance
 
     def joint_covariance(self, solution: ColumnPosterior, inputs: Tensor) -> Tensor:
-        """Returns ``Z C S C^T Z^T``; see ``GaussianHead``."""
+        """Returns ``Z C S C^T Z^T``; see ``HeadOfFunctions``."""
         return solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double()))
 
     def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, int]:

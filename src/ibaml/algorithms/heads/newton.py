@@ -1,25 +1,52 @@
-"""The inner problem of a softmax head and Newton's method for it; see ``ibaml.algorithms.heads.softmax``."""
+"""Newton's method for inner problems ``nll(f) + |e|^2 / 2`` with outputs ``f`` affine in whitened weights ``e``.
+
+And the problem of a softmax head, whose classes its nll couples; see ``ibaml.algorithms.heads.softmax``.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ibaml import tree
 from ibaml.types import Tensor
 
-_NUM_HALVINGS = 8
+_NUM_HALVINGS = 24
 """Step lengths that the line search chooses from: 1, 1/2, 1/4, ..."""
 
 _SUFFICIENT_DECREASE = 1e-4
 """Share of the decrease that the slope promises which a step must bring (Armijo's rule)."""
 
 
+class Local(NamedTuple):
+    """The nll of the support set at some outputs, and its derivatives there.
+
+    Attributes:
+        total: Sum over examples and targets.
+        errors: Minus its gradient in the outputs, ``[num_outputs, num_examples]``.
+        curvature: What tells ``Problem.factorize`` of its second derivative, likewise.
+    """
+
+    total: Tensor
+    errors: Tensor
+    curvature: Tensor
+
+
+Loss: TypeAlias = Callable[..., Local]
+"""``(outputs, targets, *parameters) -> Local``; also with leading axes, which outputs may have one more of."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Local:
+    """Returns the cross entropy of classes, ``[num_classes, num_examples]``; its curvature is told by ``log p``."""
+    log_probs = torch.log_softmax(logits, -2)
+    return Local(-(targets * log_probs).sum((-2, -1)), targets - log_probs.exp(), log_probs)
+
+
 class Problem(Protocol):
     """The inner problem in some unknowns ``x``, ``[num_classes, num_unknowns]``.
 
-    All but ``covariance`` also take leading axes, the same for all tensors.
+    All also take leading axes, the same for all tensors.
     """
 
     @property
@@ -52,21 +79,12 @@ class Problem(Protocol):
         """
         ...
 
-    def factorize(self, log_probs: Tensor, /) -> tuple[Tensor, ...]:
-        """Returns factors of the Newton matrix at log-probabilities ``[num_classes, num_examples]``."""
+    def factorize(self, curvature: Tensor, /) -> tuple[Tensor, ...]:
+        """Returns factors of the Newton matrix where the nll has some curvature, ``[num_classes, num_examples]``."""
         ...
 
     def solve(self, factors: Sequence[Tensor], right: Tensor, /) -> Tensor:
         """Returns minus the Newton step where the residual is ``right``."""
-        ...
-
-    def covariance(self, factors: Sequence[Tensor], whitened: Tensor, /) -> Tensor:
-        """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
-
-        Args:
-            factors: From ``factorize``.
-            whitened: Whitened features of the queries, ``[num_priors, num_queries, rank]``.
-        """
         ...
 
 
@@ -92,10 +110,10 @@ class _OfExamples(NamedTuple):
         return torch.zeros_like(targets)
 
     def outputs(self, unknown: Tensor) -> Tensor:
-        return _each(self.products, unknown)
+        return each(self.products, unknown)
 
     def whitened(self, unknown: Tensor) -> Tensor:
-        return _each(self.features.mT, unknown)
+        return each(self.features.mT, unknown)
 
     def inner(self, one: Tensor, other: Tensor, outputs: Tensor) -> Tensor:
         del other
@@ -116,11 +134,17 @@ class _OfExamples(NamedTuple):
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
         half, total = factors
-        first = _each(half.mT, _each(half, self.outputs(right)))
+        first = each(half.mT, each(half, self.outputs(right)))
         shift = torch.cholesky_solve(first.sum(-2).unsqueeze(-1), total).mT
-        return right - first + _each(half.mT, _each(half, shift))
+        return right - first + each(half.mT, each(half, shift))
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
+        """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
+
+        Args:
+            factors: From ``factorize``.
+            whitened: Whitened features of the queries, ``[num_priors, num_queries, rank]``.
+        """
         # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
         half, total = factors
         explained = half @ (self.features @ whitened.mT)
@@ -148,7 +172,7 @@ class _OfWeights(NamedTuple):
         return targets.new_zeros(*targets.shape[:-1], self.features.shape[-1])
 
     def outputs(self, unknown: Tensor) -> Tensor:
-        return _each(self.features, unknown)
+        return each(self.features, unknown)
 
     def whitened(self, unknown: Tensor) -> Tensor:
         return unknown
@@ -158,7 +182,7 @@ class _OfWeights(NamedTuple):
         return (one * other).sum((-2, -1))
 
     def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
-        return unknown - _each(self.features.mT, errors)
+        return unknown - each(self.features.mT, errors)
 
     def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
         # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), D_2 (Z C_2), ...].
@@ -175,6 +199,7 @@ class _OfWeights(NamedTuple):
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
+        """Returns the covariance of logits, as that of ``_OfExamples``."""
         (factor,) = factors
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
@@ -196,18 +221,28 @@ def _costs_less_in_weights(num_examples: int, rank: int, num_classes: int) -> bo
 
 
 def newton(
-    problem: "_OfExamples | _OfWeights", offset: Tensor, targets: Tensor, *, max_steps: int, tolerance: float
+    problem: Any,
+    loss: Loss,
+    start: Tensor,
+    offset: Tensor,
+    targets: Tensor,
+    *parameters: Tensor,
+    max_steps: int,
+    tolerance: float,
 ) -> tuple[Tensor, ...]:
     """Returns unknowns that solve a problem, the relative norm of the gradient, and factors of the Newton matrix.
 
     Args:
-        problem: The problem, detached.
-        offset: Logits at zero weights, ``[num_classes, num_examples]``, detached.
-        targets: Ones and zeros, likewise.
+        problem: A ``Problem`` that is a NamedTuple of tensors. These, and all other tensors, are detached.
+        loss: The nll.
+        start: Unknowns to start from.
+        offset: Outputs at zero weights, ``[num_classes, num_examples]``.
+        targets: Of the examples, likewise.
+        *parameters: Those of the loss.
         max_steps: Newton steps at most.
         tolerance: The step is the last whose length in the Newton matrix is at most so many roots of the inner loss.
     """
-    return _Newton.apply(type(problem), max_steps, tolerance, offset, targets, *problem)
+    return _Newton.apply(type(problem), loss, max_steps, tolerance, start, offset, targets, *problem, *parameters)
 
 
 class _Newton(torch.autograd.Function):
@@ -220,16 +255,23 @@ class _Newton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        kind: Callable[..., Problem],
+        kind: Any,
+        loss: Loss,
         max_steps: int,
         tolerance: float,
+        start: Tensor,
         offset: Tensor,
         targets: Tensor,
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
-        problem = kind(*leaves)
-        unknown, factors = _solve(problem, offset, targets, max_steps, tolerance)
-        errors = targets - torch.softmax(offset + problem.outputs(unknown), -2)
+        num_leaves = len(kind._fields)
+        problem, parameters = kind(*leaves[:num_leaves]), leaves[num_leaves:]
+
+        def at(outputs: Tensor, targets: Tensor) -> Local:
+            return loss(outputs, targets, *parameters)
+
+        unknown, factors = _solve(problem, at, start, offset, targets, max_steps, tolerance)
+        errors = at(offset + problem.outputs(unknown), targets).errors
         return unknown, _relative_gradient(problem, unknown, problem.residual(unknown, errors), errors), *factors
 
     @staticmethod
@@ -240,65 +282,61 @@ class _Newton(torch.autograd.Function):
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
         info: Any,
         in_dims: tuple[int | None, ...],
-        kind: Callable[..., Problem],
+        kind: Any,
+        loss: Loss,
         max_steps: int,
         tolerance: float,
         *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         batched = [
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(tensors, in_dims[3:], strict=True)
+            for tensor, dim in zip(tensors, in_dims[4:], strict=True)
         ]
-        found = _Newton.apply(kind, max_steps, tolerance, *batched)
+        found = _Newton.apply(kind, loss, max_steps, tolerance, *batched)
         return found, (0,) * len(found)
 
 
 def _solve(
-    problem: Problem, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
+    problem: Problem, loss: Loss, start: Tensor, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Returns the solution and the Newton matrix of the last step."""
-    unknown, factors = problem.start(targets), ()
-    logits = offset + torch.zeros_like(targets)
-    log_probs, cross_entropy = _log_probs_and_cross_entropy(logits, targets)
+    unknown, factors = start, ()
+    outputs = offset + problem.outputs(start)
+    local = loss(outputs, targets)
     for _ in range(max_steps):
-        residual = problem.residual(unknown, targets - log_probs.exp())
-        factors = problem.factorize(log_probs)
+        residual = problem.residual(unknown, local.errors)
+        factors = problem.factorize(local.curvature)
         step = -problem.solve(factors, residual)
         change = problem.outputs(step)
         line = _Line(
-            cross_entropy=cross_entropy,
-            squared_norm=problem.inner(unknown, unknown, logits - offset),
+            nll=local.total,
+            squared_norm=problem.inner(unknown, unknown, outputs - offset),
             along=problem.inner(unknown, step, change),
             squared_step=problem.inner(step, step, change),
             decrement=-problem.inner(residual, step, change),
         )
         # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
-        converged = line.decrement <= tolerance**2 * line.loss
+        converged = line.decrement <= tolerance**2 * line.loss.abs()
         if tree.holds(converged.all()):
             return unknown + step, factors
-        log_probs, cross_entropy = _log_probs_and_cross_entropy(logits + change, targets)
-        whole = converged | line.decreases(1.0, cross_entropy)
+        local = loss(outputs + change, targets)
+        whole = converged | line.decreases(1.0, local.total)
         if not tree.holds(whole.all()):
-            length = torch.where(converged, 1.0, _step_length(line, logits, change, targets))
+            length = torch.where(converged, 1.0, _step_length(line, loss, outputs, change, targets))
             # After a step of length 0 the next would be the same.
             if tree.holds((converged | (length == 0)).all()):
                 return unknown + length[..., None, None] * step, factors
             step, change = (length[..., None, None] * each for each in (step, change))
-            log_probs, cross_entropy = _log_probs_and_cross_entropy(logits + change, targets)
-        unknown, logits = unknown + step, logits + change
+            local = loss(outputs + change, targets)
+        unknown, outputs = unknown + step, outputs + change
     return unknown, factors
 
 
-def _log_probs_and_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_probs = torch.log_softmax(logits, -2)
-    return log_probs, -(targets * log_probs).sum((-2, -1))
-
-
 class _Line(NamedTuple):
-    """The inner loss ``cross entropy + |e|^2 / 2`` along a Newton step; all are scalars.
+    """The inner loss ``nll + |e|^2 / 2`` along a Newton step; all are scalars.
 
     Attributes:
-        cross_entropy: That of the start.
+        nll: That of the start.
         squared_norm: ``|e|^2`` of the start.
         along: Inner product of start and step.
         squared_step: That of the step with itself.
@@ -306,7 +344,7 @@ class _Line(NamedTuple):
             that the quadratic model of the inner loss promises.
     """
 
-    cross_entropy: Tensor
+    nll: Tensor
     squared_norm: Tensor
     along: Tensor
     squared_step: Tensor
@@ -315,39 +353,39 @@ class _Line(NamedTuple):
     @property
     def loss(self) -> Tensor:
         """The inner loss of the start."""
-        return self.cross_entropy + 0.5 * self.squared_norm
+        return self.nll + 0.5 * self.squared_norm
 
-    def decreases(self, length: Tensor | float, cross_entropy: Tensor) -> Tensor:
+    def decreases(self, length: Tensor | float, nll: Tensor) -> Tensor:
         """Whether a step of some length brings its share of the promised decrease.
 
         Args:
             length: The length.
-            cross_entropy: Where that step ends.
+            nll: Where that step ends.
         """
-        decrease = self.cross_entropy - cross_entropy - length * (self.along + 0.5 * length * self.squared_step)
+        decrease = self.nll - nll - length * (self.along + 0.5 * length * self.squared_step)
         # Near the solution a decrease is lost in rounding, and the whole step is right.
-        rounding = 32 * torch.finfo(decrease.dtype).eps * (1 + self.loss)
+        rounding = 32 * torch.finfo(decrease.dtype).eps * (1 + self.loss.abs())
         return decrease >= _SUFFICIENT_DECREASE * length * self.decrement - rounding
 
 
-def _step_length(line: _Line, logits: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+def _step_length(line: _Line, loss: Loss, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
     """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
     lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=change.dtype, device=change.device)
-    at = logits.unsqueeze(-3) + lengths[:, None, None] * change.unsqueeze(-3)
-    _, cross_entropy = _log_probs_and_cross_entropy(at, targets.unsqueeze(-3))
-    decreases = _Line(*(each.unsqueeze(-1) for each in line)).decreases(lengths, cross_entropy)
+    at = outputs.unsqueeze(-3) + lengths[:, None, None] * change.unsqueeze(-3)
+    nll = loss(at, targets.unsqueeze(-3)).total
+    decreases = _Line(*(each.unsqueeze(-1) for each in line)).decreases(lengths, nll)
     return torch.where(decreases, lengths, 0.0).amax(-1)
 
 
 def _relative_gradient(problem: Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
-    """Returns the norm of the gradient ``e - (Z C)^T (y - p)`` over those of its terms, examples taken one by one."""
+    """Returns the norm of the gradient ``e - (Z C)^T errors`` over those of its terms, examples taken one by one."""
     both = torch.stack([residual, unknown])
     norm, of_prior = problem.inner(both, both, problem.outputs(both)).clamp_min(0).sqrt()
     of_examples = (errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
     return norm / (of_prior + of_examples + torch.finfo(norm.dtype).tiny)
 
 
-def _each(matrices: Tensor, vectors: Tensor) -> Tensor:
+def each(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Returns a matrix times a vector for each class; one matrix, or one vector, may serve all."""
     if matrices.shape[-3] == 1:
         return vectors @ matrices.squeeze(-3).mT

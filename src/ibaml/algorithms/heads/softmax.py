@@ -21,7 +21,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
-from ibaml.algorithms.heads.newton import cholesky, newton, problem_of
+from ibaml.algorithms.heads.newton import cholesky, cross_entropy, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
@@ -166,7 +166,13 @@ class Softmax(Head):
         fixed = tree.detach(problem)
         tolerance = torch.finfo(wide(support.x)[0].dtype).eps ** _TOLERANCE_EXPONENT
         unknown, residual, *factors = newton(
-            fixed, offset.detach(), targets, max_steps=self.max_newton_steps, tolerance=tolerance
+            fixed,
+            cross_entropy,
+            fixed.start(targets),
+            offset.detach(),
+            targets,
+            max_steps=self.max_newton_steps,
+            tolerance=tolerance,
         )
         # One Newton step from the solution, differentiable in all but the Newton matrix and where it starts.
         log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
