@@ -1,0 +1,116 @@
+"""What is known of one task: predictions, and what further examples add."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ibaml.data.tables import Array
+from ibaml.likelihoods import ClassPrediction, Prediction
+from ibaml.types import Batch
+
+if TYPE_CHECKING:
+    from ibaml.posterior.fitted import FittedModel
+
+
+class TaskPosterior:
+    """What a learner knows about one task after adaptation.
+
+    Attributes:
+        value: Adapted weights, a distribution over them, or what a head found.
+        grad_norm: Norm of the inner gradient at ``value``; near zero when adaptation has converged.
+        num_support: Examples that the posterior has seen.
+    """
+
+    def __init__(
+        self,
+        fitted: "FittedModel",
+        value: Any,
+        grad_norm: float,
+        *,
+        support: Batch,
+        labels: Array | None,
+        seed: int,
+    ) -> None:
+        self._fitted = fitted
+        self._support = support
+        self._labels = labels
+        self._seed = seed
+        self.value = value
+        self.grad_norm = grad_norm
+        self.num_support = len(support.y)
+
+    def __repr__(self) -> str:
+        return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
+
+    def predict(self, x_query: Any, *, seed: int = 0, max_error: float | None = None) -> Prediction:
+        """Predicts at new inputs of the task.
+
+        Args:
+            x_query: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
+            seed: Seed of the weight samples.
+            max_error: Classes: abstain from examples (``prediction.abstains``) such that no more than this share of the
+                others gets a wrong label. The confidence that an answer needs for it was found on validation tasks, by
+                ``fit`` or ``calibrate``: the promise, with 95% confidence, is for tasks like those, on average over
+                them. None: answer all.
+
+        Returns:
+            A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
+            ``.total_uncertainty``, ``.aleatoric``, ``.epistemic`` and ``.samples()``. numpy arrays and DataFrames in
+            give numpy arrays out, tensors give tensors.
+
+        Raises:
+            TypeError: If the inputs are no numbers.
+            ValueError: If the inputs hold NaN or do not fit the network; if ``max_error`` is out of range, or given to
+                a model of numbers or one that has not been calibrated.
+
+        Cost:
+            ``num_evaluation_samples`` forward passes.
+        """
+        fitted = self._fitted
+        min_confidence = None if max_error is None else fitted.min_confidence(max_error)
+        encoded = fitted.encode("x_query", x_query)
+        fitted.model.check_inputs("x_query", encoded)
+        try:
+            prediction = fitted.predict(self.value, encoded, seed=seed)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the network ({type(fitted.model.network).__name__}) cannot process x_query of shape "
+                f"{tuple(encoded.shape)} and dtype {encoded.dtype}: {error}"
+            ) from error
+        if isinstance(prediction, ClassPrediction):
+            prediction = dataclasses.replace(prediction, min_confidence=min_confidence)
+        as_numpy = not isinstance(x_query, torch.Tensor)
+        if fitted.preprocessing is None and not as_numpy:
+            return prediction
+        is_vector = fitted.preprocessing is not None and fitted.preprocessing.is_vector
+        return prediction.in_terms_of(labels=self._labels, is_vector=is_vector, as_numpy=as_numpy)
+
+    def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
+        """Takes in more examples of the same task and returns the new posterior; this one stays as it is.
+
+        Without examples it is this one.
+
+        By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
+        is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
+        which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer
+        steps. (Taking the old posterior as the prior of the new examples alone would save memory and add up the errors
+        of its diagonal covariance.) Algorithms that adapt weights by a few steps (MAML) take these steps from the
+        adapted weights: for them an update is further training on all examples.
+
+        Args:
+            x_more: Inputs of further examples.
+            y_more: Their labels or targets.
+
+        Raises:
+            TypeError: If values are of the wrong kind.
+            ValueError: If the examples do not fit the model.
+
+        Cost:
+            The inner solver's ``num_steps + 1`` gradients over all examples so far.
+        """
+        more = self._fitted.encode_support(x_more, y_more, self._labels)
+        if not len(more.y):
+            return self
+        support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
+        return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
