@@ -10,6 +10,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
@@ -291,6 +292,32 @@ class FittedModel:
         sampled = self.prediction({"outputs": drawn})
         assert isinstance(sampled, MixturePrediction)
         return sampled.components.mean
+
+    def joint_moments(self, posterior: Any, x: Tensor) -> JointMoments:
+        """Returns the joint Gaussian of a task's function at encoded inputs, in the targets' units, tempered.
+
+        It is differentiable in the inputs.
+
+        Args:
+            posterior: What the algorithm's ``adapt`` returned.
+            x: Inputs on the device.
+
+        Raises:
+            ValueError: If the algorithm is none whose posterior over functions is Gaussian.
+        """
+        if not isinstance(self.algorithm, GaussianHead):
+            raise ValueError(
+                "the joint distribution of several rows is known for heads with Gaussian noise alone, but the "
+                f"algorithm is {self.algorithm.name!r}: use likelihood='gaussian' with algorithm='linear_gaussian' or "
+                "'gp'."
+            )
+        moments = self.algorithm.joint_moments(self.model, self.meta.shared, posterior, x)
+        moments = moments.tempered(self.temperature)
+        if self.preprocessing is None or self.preprocessing.targets is None:
+            return moments
+        targets, num_targets = self.preprocessing.targets, len(moments.noise)
+        mean, scale = (value.to(self.device).expand(num_targets) for value in (targets.mean, targets.scale))
+        return moments.rescaled(mean, scale)
 
     def min_confidence(self, max_error: float) -> float:
         """Returns the least confidence from which predictions are wrong no more often than a share; infinite for none.

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ibaml.checks import require_positive_int
 from ibaml.data.tables import Array
 from ibaml.likelihoods import ClassPrediction, Prediction
+from ibaml.posterior.acquisition import Acquisition, acquire, in_terms_of
 from ibaml.types import Batch
 
 if TYPE_CHECKING:
@@ -85,6 +87,43 @@ class TaskPosterior:
             return prediction
         is_vector = fitted.preprocessing is not None and fitted.preprocessing.is_vector
         return prediction.in_terms_of(labels=self._labels, is_vector=is_vector, as_numpy=as_numpy)
+
+    def acquisition(self, candidates: Any, num: int = 1, *, of: Any = None) -> Acquisition:
+        """Says which rows to measure next, and what each candidate is expected to tell.
+
+        Numbers: by how much a measurement lowers the variance of predictions, in the target's unit squared (of several
+        targets the sum, each relative to its variance in training), averaged over the rows ``of``. For heads with
+        Gaussian noise that is exact, and the same whatever the outcome. Several rows are chosen one after the other,
+        each given those before it, so that they are not all of one kind.
+
+        Classes: the mutual information between the label and the weights of the task, in nats: large where the samples
+        of the posterior disagree, not where all are unsure alike. It is that of the posterior itself, without the
+        temperature of ``calibrate``. Of several rows each is judged by itself.
+
+        Args:
+            candidates: Inputs of the rows that could be measured, as for ``predict``.
+            num: Rows to choose; each candidate can be chosen once.
+            of: Numbers: inputs of the rows whose predictions matter. None: the candidates.
+
+        Returns:
+            The chosen rows, their gains, and the scores of all candidates.
+
+        Raises:
+            TypeError: If the inputs are no numbers, or ``num`` is not an int.
+            ValueError: If inputs do not fit the model, there are too many rows or too few candidates, ``of`` is given
+                to a model of classes, or the algorithm has no posterior that tells.
+
+        Cost:
+            One pass of the rows through the network; for numbers ``num`` times the square of the number of rows.
+        """
+        fitted = self._fitted
+        require_positive_int("num", num)
+        encoded = fitted.encode("candidates", candidates)
+        fitted.model.check_inputs("candidates", encoded)
+        targets = None if of is None else fitted.encode("of", of)
+        if targets is not None:
+            fitted.model.check_inputs("of", targets)
+        return in_terms_of(acquire(fitted, self.value, encoded, targets, num), candidates)
 
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.

@@ -225,19 +225,22 @@ class Head(abc.ABC):
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, noise: Params
     ) -> dict[str, Tensor]:
         """Returns what a prediction is made of; see ``Algorithm``."""
-        inputs = _inputs(network.features(shared, x), posterior.centre)
-        return self.predict(posterior.solution, shared, inputs, noise)
+        return self.predict(posterior.solution, shared, self.inputs(network, shared, posterior, x), noise)
 
     def draw_outputs(
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, *, generator: torch.Generator
     ) -> Tensor | None:
         """Returns outputs drawn from the posterior; see ``Algorithm``."""
-        inputs = _inputs(network.features(shared, x), posterior.centre)
+        inputs = self.inputs(network, shared, posterior, x)
         return self.draw(posterior.solution, inputs, _NUM_DRAWS, generator=generator)
 
     def mean_outputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
         """Returns the outputs at the middle of the posterior; see ``Algorithm``."""
-        return self.mean(posterior.solution, _inputs(network.features(shared, x), posterior.centre))
+        return self.mean(posterior.solution, self.inputs(network, shared, posterior, x))
+
+    def inputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
+        """Returns the inputs ``z`` of the head at inputs of the network, ``[num_examples, num_inputs]``."""
+        return _inputs(network.features(shared, x), posterior.centre)
 
     def _posterior(
         self, meta: MetaParameters, features: Tensor, targets: Tensor, num_outputs: int
