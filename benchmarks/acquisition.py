@@ -109,15 +109,15 @@ def main(names: list[str]) -> None:
         header = ("known rows", f"{measure}, at random", "chosen", "chosen minus random", "nll, chosen minus random")
         rows = [
             (
-                num,
-                estimate(of_random[:, index, 0]),
-                estimate(of_chosen[:, index, 0]),
-                paired_difference(of_chosen[:, index, 0], of_random[:, index, 0]),
-                paired_difference(of_chosen[:, index, 1], of_random[:, index, 1]),
+                str(num),
+                str(estimate(of_random[:, index, 0])),
+                str(estimate(of_chosen[:, index, 0])),
+                str(paired_difference(of_chosen[:, index, 0], of_random[:, index, 0])),
+                str(paired_difference(of_chosen[:, index, 1], of_random[:, index, 1])),
             )
             for index, num in enumerate(_NUM_KNOWN)
         ]
-        print(markdown_table(header, rows), flush=True)
+        print("\n".join(markdown_table(header, rows)), flush=True)
         print()
 
 
