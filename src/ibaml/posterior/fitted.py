@@ -20,7 +20,7 @@ from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
 from ibaml.posterior.task import TaskPosterior
 from ibaml.seeds import noise_generator
-from ibaml.types import Batch, Params, Tensor
+from ibaml.types import Batch, InnerSolution, Params, Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,7 +201,29 @@ class FittedModel:
                     "part of them. A prior matters little where examples are that many."
                 ) from error
             raise
-        return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
+        return TaskPosterior(
+            self,
+            solution.value,
+            float(solution.grad_norm),
+            num_support=len(support.y),
+            support=None if self.algorithm.is_sequential else support,
+            labels=labels,
+            seed=seed,
+        )
+
+    def extend(self, posterior: Any, more: Batch) -> InnerSolution | None:
+        """Returns a posterior after further encoded examples, from it alone; None if the algorithm takes all of them.
+
+        Args:
+            posterior: What the algorithm's ``adapt``, or this, returned.
+            more: Further examples on the device.
+        """
+        if not self.algorithm.is_sequential:
+            return None
+        model, shared, x = self.on_features(more.x)
+        nll = dataclasses.replace(model, num_outputs=self.num_outputs(model.num_outputs, more.y))
+        with torch.no_grad():
+            return self.algorithm.update(nll, MetaParameters(self.meta.prior, shared), posterior, Batch(x, more.y))
 
     def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
         """Returns the losses of a task, the shared parameters and the inputs that they are functions of.

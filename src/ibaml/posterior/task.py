@@ -30,7 +30,8 @@ class TaskPosterior:
         value: Any,
         grad_norm: float,
         *,
-        support: Batch,
+        num_support: int,
+        support: Batch | None,
         labels: Array | None,
         seed: int,
     ) -> None:
@@ -40,7 +41,7 @@ class TaskPosterior:
         self._seed = seed
         self.value = value
         self.grad_norm = grad_norm
-        self.num_support = len(support.y)
+        self.num_support = num_support
 
     def __repr__(self) -> str:
         return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
@@ -130,12 +131,16 @@ class TaskPosterior:
 
         Without examples it is this one.
 
-        By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
-        is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
-        which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer
-        steps. (Taking the old posterior as the prior of the new examples alone would save memory and add up the errors
-        of its diagonal covariance.) Algorithms that adapt weights by a few steps (MAML) take these steps from the
-        adapted weights: for them an update is further training on all examples.
+        By Bayes' rule the posterior depends on all examples and not on the order in which they came. Heads whose
+        posterior is exact (``linear_gaussian``, ``gp``, ``gaussian_classes``) take the new examples in from the
+        posterior alone and keep no others: whatever the parts, the result is that of ``adapt`` to all at once. The
+        softmax head is solved again for all examples, which it keeps: a Laplace posterior is no sufficient statistic.
+
+        So do algorithms on weights. The inner problem is that of all examples so far, with the meta-learned prior; only
+        its solver starts at this posterior, which is near the new one. A converged solver gives what ``adapt`` gives
+        for all examples at once, after fewer steps. (Taking the old posterior as the prior of the new examples alone
+        would save memory and add up the errors of its diagonal covariance.) Algorithms that adapt weights by a few
+        steps (MAML) take these steps from the adapted weights: for them an update is further training on all examples.
 
         Args:
             x_more: Inputs of further examples.
@@ -146,10 +151,23 @@ class TaskPosterior:
             ValueError: If the examples do not fit the model.
 
         Cost:
-            The inner solver's ``num_steps + 1`` gradients over all examples so far.
+            Exact heads: a pass of the new examples and linear algebra in the number of weights (``gp``: the square of
+            the number of all examples). Others: that of ``adapt`` to all examples so far.
         """
         more = self._fitted.encode_support(x_more, y_more, self._labels)
         if not len(more.y):
             return self
+        found = self._fitted.extend(self.value, more)
+        if found is not None:
+            return TaskPosterior(
+                self._fitted,
+                found.value,
+                float(found.grad_norm),
+                num_support=self.num_support + len(more.y),
+                support=None,
+                labels=self._labels,
+                seed=self._seed,
+            )
+        assert self._support is not None
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
         return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)

@@ -60,6 +60,11 @@ class Head(abc.ABC):
         return 1
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether further examples are taken in from the solution alone: heads that override ``extend`` say so."""
+        return False
+
+    @property
     def temperature(self) -> float | None:
         """Weight of the prior beside Bayes' rule, which is 1; None for heads without a posterior."""
         return 1.0 if self.is_bayesian else None
@@ -100,6 +105,18 @@ class Head(abc.ABC):
         Returns:
             The solution, and the norm of the inner gradient there relative to its terms, a detached scalar.
         """
+
+    def extend(self, solution: Any, shared: Params, more: Batch, num_outputs: int) -> tuple[Any, Tensor] | None:
+        """Returns what ``solve`` would for all examples so far and some more, or None if it takes all of them.
+
+        Args:
+            solution: From ``solve`` or ``extend``.
+            shared: As in ``solve``.
+            more: Inputs ``z`` and targets of further examples.
+            num_outputs: Classes or targets of the task, those of ``more`` among them.
+        """
+        del solution, shared, more, num_outputs
+        return None
 
     @abc.abstractmethod
     def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
@@ -191,6 +208,24 @@ class Head(abc.ABC):
         del noise, start, with_grad_norm
         posterior, residual = self._posterior(meta, nll.features(meta.shared, support.x), support.y, nll.num_outputs)
         return InnerSolution(posterior, residual, 0)
+
+    def update(
+        self, nll: Nll, meta: MetaParameters, posterior: HeadPosterior[Any], more: Batch
+    ) -> InnerSolution | None:
+        """Returns the posterior after further examples; see ``Algorithm``.
+
+        Cost:
+            One pass of the further examples through the network, and small linear algebra whose size does not depend on
+            the number of earlier examples, but for the Gaussian process.
+        """
+        if not self.is_sequential:
+            return None
+        inputs = Batch(_inputs(nll.features(meta.shared, more.x), posterior.centre), more.y)
+        found = self.extend(posterior.solution, meta.shared, inputs, nll.num_outputs)
+        if found is None:
+            return None
+        solution, residual = found
+        return InnerSolution(HeadPosterior(posterior.centre, solution), residual.detach(), 0)
 
     def hypergradient(
         self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True

@@ -111,7 +111,7 @@ class GaussianHead(Head):
         return JointMoments(mean, covariance, noise_variance(shared, mean))
 
     @abc.abstractmethod
-    def support_nll(self, solution: Any) -> tuple[Tensor, int]:
+    def support_nll(self, solution: Any) -> tuple[Tensor, Tensor | int]:
         """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
 
     @abc.abstractmethod

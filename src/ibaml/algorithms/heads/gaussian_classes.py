@@ -139,17 +139,44 @@ class GaussianClasses(Head):
         del shared
         require_classes(num_outputs, len(prior.mean), tied=self.tied)
         features = wide(support.x)[0][:, :-1]
+        return self._condition(prior, prior.mean, prior.log_tau2, Batch(features, support.y), num_outputs)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether features are not centred at examples."""
+        return not self.centre
+
+    def extend(
+        self, solution: GaussianClassesPosterior, shared: Params, more: Batch, num_outputs: int
+    ) -> tuple[GaussianClassesPosterior, Tensor]:
+        """Returns the posterior after further examples, some of which may be of further classes; see ``Head``.
+
+        Cost:
+            ``K N F`` operations for ``N`` further examples.
+        """
+        del shared
+        features, prior = wide(more.x)[0][:, :-1], solution.prior
+        num_new = max(num_outputs - len(solution.mean), 0)
+        mean = torch.cat([solution.mean, prior.mean[:1].expand(num_new, -1)])
+        log_var = torch.cat([solution.log_var, prior.log_tau2[:1].expand(num_new, -1)])
+        return self._condition(prior, mean, log_var, Batch(features, more.y), len(mean))
+
+    def _condition(
+        self, prior: GaussianClassesPrior, mean: Tensor, log_var: Tensor, support: Batch, num_outputs: int
+    ) -> tuple[GaussianClassesPosterior, Tensor]:
+        """Returns the posterior of class means ``N(mean, exp(log_var))``, one for each class or one for all."""
+        features = support.x
         members = indicators(support.y, num_outputs, like=features)
         counts = members.sum(-1, keepdim=True)
-        # Sums of differences from the prior's mean: nothing cancels for a class of few examples.
-        centre = prior.mean.mean(0)
-        sums = members @ (features - centre) - counts * (prior.mean - centre)
-        ratio = torch.exp(prior.log_tau2 - prior.log_sigma2)
+        # Sums of differences from the mean of the classes: nothing cancels for a class of few examples.
+        centre = mean.mean(0)
+        sums = members @ (features - centre) - counts * (mean - centre)
+        ratio = torch.exp(log_var - prior.log_sigma2)
         shrunk = 1 + counts * ratio
         frequency = torch.log_softmax(prior.log_frequency, 0) if len(prior.log_frequency) else None
         posterior = GaussianClassesPosterior(
-            prior.mean + sums * ratio / shrunk,
-            prior.log_tau2 - torch.log(shrunk),
+            mean + sums * ratio / shrunk,
+            log_var - torch.log(shrunk),
             prior.log_sigma2,
             features.new_full((num_outputs,), -math.log(num_outputs)) if frequency is None else frequency,
             prior,
