@@ -10,6 +10,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.heads.empirical_bayes import Experience
 from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
@@ -35,6 +36,7 @@ class FittedModel:
         device: Where to compute.
         temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
         abstention: How often confident predictions of held-out tasks were wrong, at that temperature; for classes.
+        experience: How many tasks the prior stands for, if that is known; where it can learn on from single tasks.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
     """
@@ -46,6 +48,7 @@ class FittedModel:
     device: torch.device
     temperature: float = 1.0
     abstention: AbstentionCurve | None = None
+    experience: Experience | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
 
