@@ -318,6 +318,21 @@ class FittedModel:
         assert isinstance(sampled, MixturePrediction)
         return sampled.components.mean
 
+    @property
+    def gaussian_head(self) -> GaussianHead:
+        """The algorithm, whose posterior over functions is Gaussian.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        if not isinstance(self.algorithm, GaussianHead):
+            raise ValueError(
+                "the joint distribution of several rows is known for heads with Gaussian noise alone, but the "
+                f"algorithm is {self.algorithm.name!r}: use likelihood='gaussian' with algorithm='linear_gaussian' or "
+                "'gp'."
+            )
+        return self.algorithm
+
     def joint_moments(self, posterior: Any, x: Tensor) -> JointMoments:
         """Returns the joint Gaussian of a task's function at encoded inputs, in the targets' units, tempered.
 
@@ -330,13 +345,7 @@ class FittedModel:
         Raises:
             ValueError: If the algorithm is none whose posterior over functions is Gaussian.
         """
-        if not isinstance(self.algorithm, GaussianHead):
-            raise ValueError(
-                "the joint distribution of several rows is known for heads with Gaussian noise alone, but the "
-                f"algorithm is {self.algorithm.name!r}: use likelihood='gaussian' with algorithm='linear_gaussian' or "
-                "'gp'."
-            )
-        moments = self.algorithm.joint_moments(self.model, self.meta.shared, posterior, x)
+        moments = self.gaussian_head.joint_moments(self.model, self.meta.shared, posterior, x)
         moments = moments.tempered(self.temperature)
         if self.preprocessing is None or self.preprocessing.targets is None:
             return moments

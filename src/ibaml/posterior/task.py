@@ -8,6 +8,7 @@ import torch
 from ibaml.checks import require_positive_int
 from ibaml.data.tables import Array
 from ibaml.likelihoods import ClassPrediction, Prediction
+from ibaml.optional import require
 from ibaml.posterior.acquisition import Acquisition, acquire, in_terms_of
 from ibaml.types import Batch
 
@@ -125,6 +126,23 @@ class TaskPosterior:
         if targets is not None:
             fitted.model.check_inputs("of", targets)
         return in_terms_of(acquire(fitted, self.value, encoded, targets, num), candidates)
+
+    def to_botorch(self) -> Any:
+        """Returns the posterior as a BoTorch model, for acquisition functions and their optimisers.
+
+        Its inputs are features in the order of training and in the units of the data, ``[*batch, q, d]``, and so are
+        its targets. ``posterior(X)`` is the exact joint Gaussian and differentiable in ``X``;
+        ``condition_on_observations`` and fantasies are exact updates.
+
+        Raises:
+            ImportError: If BoTorch is not installed.
+            ValueError: If the algorithm is none whose posterior over functions is Gaussian, or features are made of
+                columns of categories or with gaps.
+        """
+        require("botorch", "BoTorch", "botorch")
+        from ibaml.posterior.botorch import TaskModel
+
+        return TaskModel(self._fitted, self.value)
 
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.

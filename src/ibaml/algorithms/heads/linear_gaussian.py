@@ -80,9 +80,9 @@ class Precision(NamedTuple):
 def _triangular(root: Tensor, rows: Tensor, error: Tensor) -> tuple[Precision, Tensor]:
     """Returns the covariance of which ``root`` is a root of the inverse, and the step that further examples bring.
 
-    By an orthogonal transformation of the root: its condition number is not squared.
+    By an orthogonal transformation of the root, differentiably: its condition number is not squared.
     """
-    factor = torch.linalg.qr(root, mode="r").R.mT
+    factor = torch.linalg.qr(root).R.mT
     # A Cholesky factor has a positive diagonal.
     factor = factor * torch.sign(torch.diagonal(factor, dim1=-2, dim2=-1)).unsqueeze(-2)
     return Precision(factor), torch.cholesky_solve(rows.mT @ error, factor)
