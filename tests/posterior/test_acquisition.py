@@ -228,8 +228,10 @@ def test_what_cannot_be_told_is_refused() -> None:
         line.acquisition(torch.from_numpy(x[:4]), of=torch.full((1, 2), torch.nan))
     with pytest.raises(ValueError, match="candidates and of have 4001 rows, whose joint covariance is needed"):
         line.acquisition(np.zeros((4001, 2)))
-    with pytest.raises(ValueError, match="use covariance='full'"):
-        fitted(make_algorithm("linear_gaussian", covariance="diagonal")).adapt(x[:3], y[:3]).acquisition(x[:4])
+    for settings in ({"covariance": "diagonal"}, {"centre": True}):
+        parts = fitted(make_algorithm("linear_gaussian", **settings)).adapt(x[:3], y[:3])
+        with pytest.raises(ValueError, match="'linear_gaussian', as it is set, takes all examples to learn from a fur"):
+            parts.acquisition(x[:4])
     sampled = fitted(make_algorithm("ibaml")).adapt(x[:3], y[:3])
     with pytest.raises(ValueError, match=re.escape("heads with Gaussian noise alone, but the algorithm is 'ibaml'")):
         sampled.acquisition(x[:4])

@@ -91,10 +91,10 @@ def acquire(fitted: "FittedModel", posterior: Any, candidates: Tensor, of: Tenso
             f"candidates and of have {len(rows)} rows, whose joint covariance is needed; expected at most "
             f"{_MOST_ROWS}: take a random part of them."
         )
-    if getattr(algorithm, "covariance", "full") == "diagonal":
+    if not fitted.gaussian_head.is_sequential:
         raise ValueError(
-            "covariance='diagonal' describes the posterior by independent weights, which do not tell what a "
-            "measurement would add: use covariance='full'."
+            f"algorithm {algorithm.name!r}, as it is set, takes all examples to learn from a further one, so that its "
+            "posterior does not tell what a measurement would add: use covariance='full' and centre=False."
         )
     with torch.no_grad():
         moments = fitted.joint_moments(posterior, rows)
