@@ -178,6 +178,19 @@ def test_information_of_labels_is_that_of_quadrature_over_logits() -> None:
     np.testing.assert_allclose(warm.acquisition(candidates).scores, found.scores, rtol=1e-12)
 
 
+def test_information_of_weight_samples_is_by_hand() -> None:
+    """Of an algorithm on weights: the entropy of the mean of its samples less the mean of their entropies."""
+    learner = MetaLearner(MLP(2, input_shape=2, hidden_sizes=(4,)).double(), "ibaml").fit(
+        binary_pairs(), settings=ONE_STEP
+    )
+    x, y = binary_pairs()[0]
+    posterior = learner.adapt(x[:6], y[:6])
+    samples = posterior.predict(x[6:]).samples()[..., 1]
+    expected = entropy(samples.mean(0)) - entropy(samples).mean(0)
+    np.testing.assert_allclose(posterior.acquisition(x[6:]).scores, expected, rtol=1e-7, atol=1e-12)
+    assert expected.max() > 1e-9
+
+
 def test_information_of_gaussian_classes_is_that_of_quadrature_over_their_means() -> None:
     """One feature and two classes: a grid over both means, weighted by what the features themselves tell of them."""
     head = GaussianClasses()
