@@ -116,6 +116,15 @@ def test_how_to_regression(tmp_path, monkeypatch, few_steps):
     assert names["folder"] == Path("cells_model")
 
 
+def test_what_to_measure_next_and_learning_on(tmp_path, monkeypatch, few_steps):
+    monkeypatch.chdir(tmp_path)
+    names = run("howto-online.md")
+    assert names["posterior"].num_support == 9 and len(names["yields"]) == 9
+    low, high = names["bounds"].numpy()
+    assert (names["plots"][6:] >= low).all() and (names["plots"][6:] <= high).all()
+    assert names["learner"].fitted_model.experience.num_tasks == 48 + 30
+
+
 def test_uncertainty(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("uncertainty.md")

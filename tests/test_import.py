@@ -8,6 +8,8 @@ import pytest
 
 HEAVY = (
     "PIL",
+    "botorch",
+    "gpytorch",
     "lightning_fabric",
     "matplotlib",
     "pandas",

@@ -136,3 +136,28 @@ def test_only_a_diagonal_family_says_so() -> None:
 def test_settings_that_cannot_work_are_refused(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("learn_mean", [False, True])
+@pytest.mark.parametrize("num_inputs", [1, NUM_INPUTS])
+def test_moments_give_their_member(record: Any, num_inputs: int, tied: bool, learn_mean: bool) -> None:
+    """Of a member's own moments it is that member; independent weights keep the variances of any; factors are none."""
+    family = record(tied=tied, learn_mean=learn_mean)
+    member = random_member(family, num_inputs)
+    found = family.from_moments(family.mean(member), dense_covariance(member), like=member)
+    if record is LowRankColumnPrior:
+        assert found is None
+        return
+    for one, other in zip(found, member, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    other = random_member(FullColumnPrior(tied=tied), num_inputs, seed=3)
+    single = tree.map(torch.Tensor.float, member)
+    found = family.from_moments(family.mean(member), dense_covariance(other), like=single)
+    assert {leaf.dtype for leaf in tree.leaves(found)} == {torch.float32}
+    torch.testing.assert_close(
+        torch.diagonal(dense_covariance(tree.map(torch.Tensor.double, found)), dim1=-2, dim2=-1),
+        torch.diagonal(dense_covariance(other), dim1=-2, dim2=-1),
+        rtol=1e-5,
+        atol=0,
+    )

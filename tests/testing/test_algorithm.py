@@ -10,6 +10,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import FOMAML, IBAML, IMAML, MAML, MetaParameters, TaskNoise
 from ibaml.algorithms.base import Estimator, Network
+from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.nll import Nll
 from ibaml.testing import AlgorithmContract, failures
 from ibaml.types import Batch, Episode, HypergradientInfo, InnerSolution, Params, Tensor
@@ -25,6 +26,7 @@ class OneStep:
     estimator: ClassVar[Estimator] = "unrolled"
     is_bayesian: ClassVar[bool] = False
     uses_features: ClassVar[bool] = False
+    is_sequential: ClassVar[bool] = False
 
     @property
     def serves_any_number_of_outputs(self) -> bool:
@@ -76,6 +78,9 @@ class OneStep:
 
     def draw_evaluation_noise(self, meta: MetaParameters, *, generator: torch.Generator) -> Params:
         return {}
+
+    def update(self, *arguments: Any) -> None:
+        return None
 
     def outputs(
         self, network: Network, shared: Params, posterior: Params, x: Tensor, noise: Params
@@ -161,9 +166,18 @@ class Branching(MAML):
         return super().hypergradient(nll, meta, episode, *arguments, **options)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetful(LinearGaussian):
+    """Knows nothing but the last examples that it was given."""
+
+    def update(self, nll: Nll, meta: MetaParameters, posterior: Any, more: Batch) -> InnerSolution:
+        return self.adapt(nll, meta, more, TaskNoise({}, {}))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "test"),
     [
+        (Forgetful, "test_examples_in_parts_are_those_at_once"),
         (Boasting, "test_hypergradient_equals_central_differences_of_its_outer_loss"),
         (OffByAThousandth, "test_hypergradient_equals_central_differences_of_its_outer_loss"),
         (Unsolved, "test_hypergradient_equals_central_differences_of_its_outer_loss"),

@@ -71,6 +71,11 @@ class Algorithm(Protocol):
         ...
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether ``update`` takes further examples in from the posterior alone."""
+        ...
+
+    @property
     def temperature(self) -> float | None:
         """Weight of the prior beside Bayes' rule, which is 1; None for algorithms without a posterior."""
         ...
@@ -120,6 +125,17 @@ class Algorithm(Protocol):
 
         Returns:
             The posterior: a member of the prior's family, or the solution of a head.
+        """
+        ...
+
+    def update(self, nll: Nll, meta: MetaParameters, posterior: Any, more: Batch) -> InnerSolution | None:
+        """Returns the posterior of all examples so far and some more; None unless ``is_sequential``.
+
+        Args:
+            nll: Nll of the examples of a task.
+            meta: Meta-parameters.
+            posterior: What ``adapt`` or ``update`` returned for the examples so far.
+            more: Further examples of the same task.
         """
         ...
 

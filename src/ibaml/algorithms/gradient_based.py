@@ -136,6 +136,15 @@ class GradientBased(abc.ABC):
         with torch.no_grad():
             return self._differentiate(problem)
 
+    @property
+    def is_sequential(self) -> bool:
+        """False: a family of posteriors that is not exact adds up its errors from part to part."""
+        return False
+
+    def update(self, nll: Nll, meta: MetaParameters, posterior: Any, more: Batch) -> None:
+        """Returns None: it takes all examples; see ``Algorithm``."""
+        del nll, meta, posterior, more
+
     def outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns the outputs under each weight sample; see ``Algorithm``."""
         samples = self.weight_samples(posterior, noise)

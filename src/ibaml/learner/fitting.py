@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ibaml.algorithms import Algorithm
+from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.identity import data_identity
+from ibaml.learner.online import experience_of
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
@@ -49,6 +51,8 @@ def fit_model(
         console: Where progress is shown, if anywhere.
         processes: The processes that share each step's tasks.
     """
+    num_draws = settings.num_steps * settings.tasks_per_step
+    experience = experience_of(source.train, num_draws) if isinstance(algorithm, LinearGaussian) else None
 
     def fitted(chosen: Chosen) -> FittedModel:
         return FittedModel(
@@ -59,6 +63,7 @@ def fit_model(
             device=device,
             temperature=chosen.temperature,
             abstention=chosen.abstention,
+            experience=experience,
             step=chosen.step,
         )
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ibaml import algorithms, records
 from ibaml.algorithms import Algorithm
+from ibaml.algorithms.heads.empirical_bayes import Experience
 from ibaml.algorithms.model import Model
 from ibaml.atomic import write_text
 from ibaml.data.prepare import SplitSettings
@@ -64,6 +65,7 @@ class StoredModel(NamedTuple):
         preprocessing: How data become tensors; None if they came as tensors.
         temperature: Calibration temperature.
         abstention: How often confident predictions of held-out tasks were wrong; None if that is not stored.
+        experience: How many tasks the prior stands for; likewise.
         step: Meta-step of the state; None for a model that was not stored by training.
         choice: How the learner chose among candidates, if it did.
     """
@@ -76,6 +78,7 @@ class StoredModel(NamedTuple):
     preprocessing: Preprocessing | None
     temperature: float
     abstention: AbstentionCurve | None
+    experience: Experience | None
     step: int | None
     choice: Choice | None
 
@@ -110,6 +113,7 @@ class StoredModel(NamedTuple):
             device=device,
             temperature=self.temperature,
             abstention=self.abstention,
+            experience=self.experience,
             step=self.step,
         )
 
@@ -156,6 +160,7 @@ def write_model(
         "splits": records.to_json(splits),
         "preprocessing": None if preprocessing is None else preprocessing.settings(),
         "calibration_temperature": fitted.temperature,
+        "experience": None if fitted.experience is None else fitted.experience._asdict(),
         "choice": None if choice is None else choice._asdict(),
         "tensors_sha256": digest(plain),
     }
@@ -189,6 +194,7 @@ def read_model(folder: Path) -> StoredModel:
         temperature=metadata["calibration_temperature"],
         # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
         abstention=AbstentionCurve(**abstention) if abstention else None,
+        experience=None if metadata.get("experience") is None else Experience(**metadata["experience"]),
         step=metadata["step"],
         choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
     )

@@ -11,6 +11,7 @@ from ibaml.learner.curve import learning_curve
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.groups import predict_new
 from ibaml.learner.held_out import calibrated, evaluate_held_out
+from ibaml.learner.online import observe_task
 from ibaml.likelihoods import Prediction
 from ibaml.metrics import Estimate, LearningCurve
 from ibaml.posterior import FittedModel, TaskPosterior
@@ -145,6 +146,35 @@ class Predictor(Estimator):
             An evaluation for each number.
         """
         return learning_curve(self.fitted_model, tasks, self._splits, num_support, seed=seed)
+
+    def observe(self, x: Any, y: Any, *, most_tasks: float | None = None) -> Self:
+        """Takes one more task into the prior, in place: what is learned of tasks goes on without keeping them.
+
+        For the linear-Gaussian head, whose tasks are a hierarchical model: mean and covariance of the weights and the
+        noise variance make one step of incremental expectation maximisation
+        (``ibaml.algorithms.heads.empirical_bayes``). The prior stands for the tasks of training and all that were
+        observed, each with the same weight, so that the order hardly matters and steps get smaller. Features of a
+        network, scales and the temperature of ``calibrate`` stay as they are. Posteriors that exist already keep the
+        prior that they were made with.
+
+        Args:
+            x: Inputs of all known rows of the task, as for ``adapt``.
+            y: Their targets. Without rows nothing changes.
+            most_tasks: The prior stands for at most so many tasks: more weigh less, so that old ones are forgotten
+                where tasks change with time, or where those of training were of another kind. None: no limit.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            TypeError: If values are of the wrong kind.
+            ValueError: If the examples do not fit the model, the algorithm is not ``linear_gaussian`` with exact Bayes
+                and a diagonal or full prior, ``most_tasks`` is not positive, or a stored model of an earlier version
+                does not say how many tasks it stands for and ``most_tasks`` does not either.
+
+        Cost:
+            That of ``adapt``, however many tasks there were.
+        """
+        self._fitted = observe_task(self.fitted_model, x, y, most_tasks)
+        return self
 
     def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> Self:
         """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.

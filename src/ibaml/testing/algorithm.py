@@ -218,6 +218,25 @@ class AlgorithmContract:
         later = algorithm.adapt(problem.nll, problem.meta, support, problem.noise, start=start.value)
         assert_close(later.value, _adapt(algorithm, problem).value, 0.0)
 
+    def test_examples_in_parts_are_those_at_once(self, algorithm: Algorithm) -> None:
+        """Bayes' rule from the posterior alone, in another order, also from the prior; None if all are needed."""
+        problem = self._problem(algorithm)
+        nll, meta, support = problem.nll, problem.meta, problem.episode.support
+        expected = _adapt(algorithm, problem).value
+        if not algorithm.is_sequential:
+            assert algorithm.update(nll, meta, expected, support) is None
+            return
+        noise = algorithm.draw_evaluation_noise(meta, generator=generator(3))
+        wanted = algorithm.outputs(nll, meta.shared, expected, problem.episode.query.x, noise)
+        for sizes in ((0, 6), (1, 2, 3), (5, 1)):
+            x, y = (part.flip(0).split(list(sizes)) for part in support)
+            found = algorithm.adapt(nll, meta, Batch(x[0], y[0]), problem.noise)
+            for more in zip(x[1:], y[1:], strict=True):
+                extended = algorithm.update(nll, meta, found.value, Batch(*more))
+                assert extended is not None and extended.grad_norm < 1e-9
+                found = extended
+            assert_close(algorithm.outputs(nll, meta.shared, found.value, problem.episode.query.x, noise), wanted, 1e-9)
+
     def test_meta_parameters_survive_a_checkpoint(self, algorithm: Algorithm) -> None:
         """As named tensors in a file, bit by bit."""
         problem, other = self._problem(algorithm), self._problem(algorithm, seed=5)

@@ -60,6 +60,11 @@ class Head(abc.ABC):
         return 1
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether further examples are taken in from the solution alone: heads that override ``extend`` say so."""
+        return False
+
+    @property
     def temperature(self) -> float | None:
         """Weight of the prior beside Bayes' rule, which is 1; None for heads without a posterior."""
         return 1.0 if self.is_bayesian else None
@@ -100,6 +105,18 @@ class Head(abc.ABC):
         Returns:
             The solution, and the norm of the inner gradient there relative to its terms, a detached scalar.
         """
+
+    def extend(self, solution: Any, shared: Params, more: Batch, num_outputs: int) -> tuple[Any, Tensor] | None:
+        """Returns what ``solve`` would for all examples so far and some more, or None if it takes all of them.
+
+        Args:
+            solution: From ``solve`` or ``extend``.
+            shared: As in ``solve``.
+            more: Inputs ``z`` and targets of further examples.
+            num_outputs: Classes or targets of the task, those of ``more`` among them.
+        """
+        del solution, shared, more, num_outputs
+        return None
 
     @abc.abstractmethod
     def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
@@ -198,6 +215,24 @@ class Head(abc.ABC):
         posterior, residual = self.for_task(nll)._posterior(meta, features, support.y, nll.num_outputs)
         return InnerSolution(posterior, residual, 0)
 
+    def update(
+        self, nll: Nll, meta: MetaParameters, posterior: HeadPosterior[Any], more: Batch
+    ) -> InnerSolution | None:
+        """Returns the posterior after further examples; see ``Algorithm``.
+
+        Cost:
+            One pass of the further examples through the network, and small linear algebra whose size does not depend on
+            the number of earlier examples, but for the Gaussian process.
+        """
+        if not self.is_sequential:
+            return None
+        inputs = Batch(_inputs(nll.features(meta.shared, more.x), posterior.centre), more.y)
+        found = self.extend(posterior.solution, meta.shared, inputs, nll.num_outputs)
+        if found is None:
+            return None
+        solution, residual = found
+        return InnerSolution(HeadPosterior(posterior.centre, solution), residual.detach(), 0)
+
     def hypergradient(
         self, nll: Nll, meta: MetaParameters, episode: Episode, noise: TaskNoise, *, with_grad_norm: bool = True
     ) -> tuple[MetaParameters, HypergradientInfo]:
@@ -232,19 +267,22 @@ class Head(abc.ABC):
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, noise: Params
     ) -> dict[str, Tensor]:
         """Returns what a prediction is made of; see ``Algorithm``."""
-        inputs = _inputs(network.features(shared, x), posterior.centre)
-        return self.predict(posterior.solution, shared, inputs, noise)
+        return self.predict(posterior.solution, shared, self.inputs(network, shared, posterior, x), noise)
 
     def draw_outputs(
         self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor, *, generator: torch.Generator
     ) -> Tensor | None:
         """Returns outputs drawn from the posterior; see ``Algorithm``."""
-        inputs = _inputs(network.features(shared, x), posterior.centre)
+        inputs = self.inputs(network, shared, posterior, x)
         return self.draw(posterior.solution, inputs, _NUM_DRAWS, generator=generator)
 
     def mean_outputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
         """Returns the outputs at the middle of the posterior; see ``Algorithm``."""
-        return self.mean(posterior.solution, _inputs(network.features(shared, x), posterior.centre))
+        return self.mean(posterior.solution, self.inputs(network, shared, posterior, x))
+
+    def inputs(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> Tensor:
+        """Returns the inputs ``z`` of the head at inputs of the network, ``[num_examples, num_inputs]``."""
+        return _inputs(network.features(shared, x), posterior.centre)
 
     def _posterior(
         self, meta: MetaParameters, features: Tensor, targets: Tensor, num_outputs: int

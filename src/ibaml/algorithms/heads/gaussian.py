@@ -3,12 +3,12 @@
 import abc
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from ibaml.algorithms.base import MetaParameters
-from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.base import MetaParameters, Network
+from ibaml.algorithms.heads.base import Head, HeadPosterior
 from ibaml.algorithms.nll import Nll
 from ibaml.likelihoods import Gaussian, Likelihood, UnitGaussian
 from ibaml.types import Batch, Episode, Params, Tensor
@@ -26,6 +26,32 @@ _JITTER = 1e-9
 def solves(likelihood: Likelihood) -> bool:
     """Whether Gaussian heads are exact: for Gaussian noise with one variance for each target."""
     return isinstance(likelihood, UnitGaussian) or (isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic)
+
+
+class JointMoments(NamedTuple):
+    """The functions of a posterior at some inputs, which are jointly Gaussian; targets are independent. float64.
+
+    Attributes:
+        mean: ``[num_targets, num_examples]``.
+        covariance: Of the functions, without noise, ``[num_targets, num_examples, num_examples]``.
+        noise: Variance of the noise, ``[num_targets]``.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    noise: Tensor
+
+    def rescaled(self, mean: Tensor, scale: Tensor) -> "JointMoments":
+        """Returns the moments of ``scale * target + mean``, for each target."""
+        return JointMoments(
+            scale.unsqueeze(-1) * self.mean + mean.unsqueeze(-1),
+            scale[:, None, None] ** 2 * self.covariance,
+            scale**2 * self.noise,
+        )
+
+    def tempered(self, temperature: float) -> "JointMoments":
+        """Returns the moments with all standard deviations times a factor."""
+        return JointMoments(self.mean, temperature**2 * self.covariance, temperature**2 * self.noise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +137,22 @@ class GaussianHead(HeadOfFunctions):
 
     Predictions and outer losses are exact, without samples.
     """
+    def joint_moments(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> JointMoments:
+        """Returns the joint distribution of the functions at some inputs, differentiable in them; see ``outputs``.
+
+        Args:
+            network: The network.
+            shared: Shared parameters.
+            posterior: What ``adapt`` returned.
+            x: Inputs of interest.
+        """
+        inputs = self.inputs(network, shared, posterior, x)
+        mean, _ = self.moments(posterior.solution, inputs)
+        covariance = self.joint_covariance(posterior.solution, inputs)
+        return JointMoments(mean, covariance, noise_variance(shared, mean))
 
     @abc.abstractmethod
-    def support_nll(self, solution: Any) -> tuple[Tensor, int]:
+    def support_nll(self, solution: Any) -> tuple[Tensor, Tensor | int]:
         """Returns minus the log marginal likelihood of the support set, summed over targets, a scalar, and its size."""
 
     @abc.abstractmethod

@@ -24,6 +24,9 @@ from ibaml.likelihoods import Categorical
 from ibaml.likelihoods.base import wide
 from ibaml.types import Batch, Episode, Params, Tensor
 
+_NUM_PAIRS = 32
+"""Pairs of draws of the class means, for what a label would tell."""
+
 
 class GaussianClassesPrior(NamedTuple):
     """What is learned over tasks.
@@ -136,17 +139,44 @@ class GaussianClasses(Head):
         del shared
         require_classes(num_outputs, len(prior.mean), tied=self.tied)
         features = wide(support.x)[0][:, :-1]
+        return self._condition(prior, prior.mean, prior.log_tau2, Batch(features, support.y), num_outputs)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether features are not centred at examples."""
+        return not self.centre
+
+    def extend(
+        self, solution: GaussianClassesPosterior, shared: Params, more: Batch, num_outputs: int
+    ) -> tuple[GaussianClassesPosterior, Tensor]:
+        """Returns the posterior after further examples, some of which may be of further classes; see ``Head``.
+
+        Cost:
+            ``K N F`` operations for ``N`` further examples.
+        """
+        del shared
+        features, prior = wide(more.x)[0][:, :-1], solution.prior
+        num_new = max(num_outputs - len(solution.mean), 0)
+        mean = torch.cat([solution.mean, prior.mean[:1].expand(num_new, -1)])
+        log_var = torch.cat([solution.log_var, prior.log_tau2[:1].expand(num_new, -1)])
+        return self._condition(prior, mean, log_var, Batch(features, more.y), len(mean))
+
+    def _condition(
+        self, prior: GaussianClassesPrior, mean: Tensor, log_var: Tensor, support: Batch, num_outputs: int
+    ) -> tuple[GaussianClassesPosterior, Tensor]:
+        """Returns the posterior of class means ``N(mean, exp(log_var))``, one for each class or one for all."""
+        features = support.x
         members = indicators(support.y, num_outputs, like=features)
         counts = members.sum(-1, keepdim=True)
-        # Sums of differences from the prior's mean: nothing cancels for a class of few examples.
-        centre = prior.mean.mean(0)
-        sums = members @ (features - centre) - counts * (prior.mean - centre)
-        ratio = torch.exp(prior.log_tau2 - prior.log_sigma2)
+        # Sums of differences from the mean of the classes: nothing cancels for a class of few examples.
+        centre = mean.mean(0)
+        sums = members @ (features - centre) - counts * (mean - centre)
+        ratio = torch.exp(log_var - prior.log_sigma2)
         shrunk = 1 + counts * ratio
         frequency = torch.log_softmax(prior.log_frequency, 0) if len(prior.log_frequency) else None
         posterior = GaussianClassesPosterior(
-            prior.mean + sums * ratio / shrunk,
-            prior.log_tau2 - torch.log(shrunk),
+            mean + sums * ratio / shrunk,
+            log_var - torch.log(shrunk),
             prior.log_sigma2,
             features.new_full((num_outputs,), -math.log(num_outputs)) if frequency is None else frequency,
             prior,
@@ -183,6 +213,44 @@ class GaussianClasses(Head):
         new = solution._replace(mean=prior.mean, log_var=prior.log_tau2, log_frequency=wide(frequency)[0])
         return torch.logsumexp(self.mean(new, inputs), -1) - torch.logsumexp(outputs, -1)
 
+    def label_information(
+        self, solution: GaussianClassesPosterior, inputs: Tensor, *, generator: torch.Generator
+    ) -> Tensor:
+        """Returns the mutual information between the label of each input and the class means, ``[num_examples]``.
+
+        In nats, given the features, which tell of the class means by themselves: with ``p_c = p(c | z)``
+
+            I = H[p] - sum_c p_c E[H[p(. | z, mu)]]     mu ~ p(mu | z, c, support)
+
+        where ``mu_c`` has taken in ``z`` and the other means have not. The expectations are means over draws in pairs
+        of opposite sign, the same for all inputs.
+
+        Args:
+            solution: From ``solve``.
+            inputs: ``z``, ``[num_examples, num_inputs]``.
+            generator: Source of randomness.
+
+        Cost:
+            ``M K (F + K)`` operations for ``M`` inputs and each of the draws.
+        """
+        middle, scale = solution.mean.mean(0), torch.exp(-0.5 * solution.log_sigma2)
+        # In units of the deviation within a class, about the middle of the class means; see ``mean``.
+        features, means = (wide(inputs)[0][:, :-1] - middle) * scale, (solution.mean - middle) * scale
+        variance = torch.exp(solution.log_var - solution.log_sigma2)
+        # What ``z`` leaves of its distance to the mean of its class: 1 / (1 + v / sigma2).
+        kept = 1 / (1 + variance)
+        noise = torch.randn(_NUM_PAIRS, *means.shape, generator=generator, dtype=means.dtype).to(means.device)
+        conditional = features.new_zeros(len(features), len(means))
+        for draw in torch.cat([noise, -noise]):
+            others = _squares(features, means + variance.sqrt() * draw, torch.ones_like(kept))
+            own = _squares(features, means + (variance / kept).sqrt() * draw, kept**2)
+            logits = solution.log_frequency - 0.5 * others
+            # One row of logits for each class that the label may be: in it, that class has taken in ``z``.
+            of_label = logits.unsqueeze(-2) + torch.diag_embed(0.5 * (others - own))
+            conditional += _entropy(torch.log_softmax(of_label, -1)) / (2 * _NUM_PAIRS)
+        log_probs = torch.log_softmax(self.mean(solution, inputs), -1)
+        return (_entropy(log_probs) - (log_probs.exp() * conditional).sum(-1)).clamp_min(0)
+
     def outer_loss(self, solution: GaussianClassesPosterior, shared: Params, query: Batch) -> Tensor:
         """Returns the cross entropy of the query set; see ``Head``."""
         return Categorical().nll(self.mean(solution, query.x), query.y, shared).mean()
@@ -197,12 +265,20 @@ class GaussianClasses(Head):
         Cost:
             ``M K F`` operations for ``M`` inputs.
         """
-        # The square is expanded, so that no tensor has examples, classes and features; about the middle of the class
-        # means, so that what is subtracted is of the size of what is left.
+        # About the middle of the class means, so that what is subtracted is of the size of what is left.
         middle = solution.mean.mean(0)
         features, means = wide(inputs)[0][:, :-1] - middle, solution.mean - middle
         log_variance = torch.logaddexp(solution.log_sigma2, solution.log_var)
-        precision = torch.exp(-log_variance)
-        squares = features**2 @ precision.mT - 2 * features @ (means * precision).mT + (means**2 * precision).sum(-1)
+        squares = _squares(features, means, torch.exp(-log_variance))
         constants = (log_variance + math.log(2 * math.pi)).sum(-1)
         return solution.log_frequency - 0.5 * (squares + constants)
+
+
+def _squares(features: Tensor, means: Tensor, weights: Tensor) -> Tensor:
+    """Returns ``sum_f weights_cf (z_f - mean_cf)^2``, ``[num_examples, num_classes]``."""
+    # Expanded, so that no tensor has examples, classes and features.
+    return features**2 @ weights.mT - 2 * features @ (means * weights).mT + (means**2 * weights).sum(-1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return torch.special.entr(log_probs.exp()).sum(-1)

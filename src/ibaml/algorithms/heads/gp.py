@@ -180,6 +180,38 @@ class GaussianProcess(GaussianHead):
         residual = torch.linalg.vector_norm(found - wanted) / size
         return GaussianProcessPosterior(prior, inputs, error, weights, cholesky), residual
 
+    @property
+    def is_sequential(self) -> bool:
+        """Whether nothing but the inputs, which the posterior holds, is needed of earlier examples."""
+        return not self.centre
+
+    def extend(
+        self, solution: GaussianProcessPosterior, shared: Params, more: Batch, num_outputs: int
+    ) -> tuple[GaussianProcessPosterior, Tensor]:
+        """Returns the posterior process after further examples; see ``Head``.
+
+        The Cholesky factor gets further rows ``[L21, L22]`` with ``L21 = k(Z2, Z) L^-T`` and
+        ``L22 L22^T = k(Z2, Z2) + s2 I - L21 L21^T``.
+
+        Cost:
+            ``num_support^2 num_more`` operations for each target, where starting afresh takes ``num_support^3``.
+        """
+        del num_outputs
+        prior, inputs, targets = solution.prior, more.x.double(), more.y.double().mT
+        identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
+        own = kernel_matrix(prior, inputs, inputs) + noise_variance(shared, targets)[:, None, None] * identity
+        cross = kernel_matrix(prior, solution.inputs, inputs)
+        left = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False).mT
+        corner = cholesky_or_nan(own - left @ left.mT)
+        nothing = torch.zeros_like(left.mT)
+        cholesky = torch.cat([torch.cat([solution.cholesky, nothing], -1), torch.cat([left, corner], -1)], -2)
+        error = torch.cat([solution.error, targets - _mean(prior, inputs)], -1)
+        weights = torch.cholesky_solve(error.unsqueeze(-1), cholesky)
+        size = torch.linalg.vector_norm(error).clamp_min(torch.finfo(error.dtype).tiny)
+        residual = torch.linalg.vector_norm(cholesky @ (cholesky.mT @ weights) - error.unsqueeze(-1)) / size
+        all_inputs = torch.cat([solution.inputs, inputs])
+        return GaussianProcessPosterior(prior, all_inputs, error, weights.squeeze(-1), cholesky), residual
+
     def moments(self, solution: GaussianProcessPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and variance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()

@@ -8,16 +8,28 @@ weights, ``w = m + C e``, the inputs are ``X = Z C`` and the prior is standard n
 and, for fewer examples than weights, ``A^-1 = I - B^T B`` with ``B = L^-1 X / s``, ``L L^T = I + X X^T / s2``. In the
 terms of Zhang et al. 2023 this is the minimiser of ``expected nll + lam KL`` over all Gaussians, with
 ``lam = 1 / num_support``; a temperature ``T`` multiplies ``lam``, which is the same as ``T s2`` in place of ``s2``.
+
+Further examples ``X2`` with errors ``r`` of the predicted means are taken in from the posterior alone, by Bayes' rule
+with it as the prior: ``A2 = A + X2^T X2 / s2``, and the weights move by ``A2^-1 X2^T r / s2``.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
 from ibaml import tree
 from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
-from ibaml.algorithms.heads.least_squares import LeastSquares, gaussian_nll, is_dual, least_squares, stationarity
+from ibaml.algorithms.heads.least_squares import (
+    cholesky_or_nan,
+    gaussian_nll,
+    is_dual,
+    least_squares,
+    log_determinant,
+    plus_identity,
+    stationarity,
+)
 from ibaml.priors import ColumnPrior, DiagonalColumnPrior
 from ibaml.types import Batch, Params, Tensor
 
@@ -44,8 +56,36 @@ class Precision(NamedTuple):
         """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, by the smaller of rank and examples."""
         return least_squares(self._factor(whitened), error.unsqueeze(-1), noise).nll(noise)
 
+    @property
+    def root(self) -> Tensor:
+        """``R`` with ``R^T R = A``, ``[num_targets, rank, rank]``."""
+        return self.cholesky.mT
+
+    def extended(self, rows: Tensor, error: Tensor) -> "tuple[Precision, Tensor]":
+        """Returns the covariance after further examples, and the step of the whitened weights.
+
+        Args:
+            rows: ``X2 / s``, ``[num_targets, num_more, rank]``.
+            error: ``r / s``, ``[num_targets, num_more, 1]``.
+
+        Cost:
+            ``(rank + num_more) rank^2`` operations for each target.
+        """
+        return _triangular(torch.cat([self.root, rows], -2), rows, error)
+
     def _factor(self, whitened: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.cholesky, whitened.mT, upper=False).mT
+
+
+def _triangular(root: Tensor, rows: Tensor, error: Tensor) -> tuple[Precision, Tensor]:
+    """Returns the covariance of which ``root`` is a root of the inverse, and the step that further examples bring.
+
+    By an orthogonal transformation of the root, differentiably: its condition number is not squared.
+    """
+    factor = torch.linalg.qr(root).R.mT
+    # A Cholesky factor has a positive diagonal.
+    factor = factor * torch.sign(torch.diagonal(factor, dim1=-2, dim2=-1)).unsqueeze(-2)
+    return Precision(factor), torch.cholesky_solve(rows.mT @ error, factor)
 
 
 class Reduction(NamedTuple):
@@ -53,9 +93,11 @@ class Reduction(NamedTuple):
 
     Attributes:
         rows: ``B``, ``[num_targets, num_support, rank]``.
+        cholesky: ``L``, ``[num_targets, num_support, num_support]``, so that ``L B = X / s``.
     """
 
     rows: Tensor
+    cholesky: Tensor
 
     def variance(self, whitened: Tensor) -> Tensor:
         """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
@@ -72,6 +114,29 @@ class Reduction(NamedTuple):
         """Returns ``-log N(error; 0, X S X^T + noise I)`` for each target, in ``num_examples`` dimensions."""
         identity = torch.eye(whitened.shape[-2], dtype=whitened.dtype, device=whitened.device)
         return gaussian_nll(error, self.covariance(whitened) + noise[:, None, None] * identity)
+
+    @property
+    def root(self) -> Tensor:
+        """``R`` with ``R^T R = A``, ``[num_targets, rank + num_support, rank]``."""
+        rows = self.cholesky @ self.rows
+        identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        return torch.cat([identity.expand(len(rows), -1, -1), rows], -2)
+
+    def extended(self, rows: Tensor, error: Tensor) -> "tuple[Precision | Reduction, Tensor]":
+        """Returns the covariance after further examples, and the step of the whitened weights; see ``Precision``.
+
+        The factor ``L`` gets further rows, ``[L21, L22]`` with ``L21 = X2 B^T / s``, and ``B`` the rows
+        ``L22^-1 (X2 / s - L21 B)``: as many as there are examples, and at most as many as there are weights.
+        """
+        if self.rows.shape[-2] + rows.shape[-2] >= rows.shape[-1]:
+            return _triangular(torch.cat([self.root, rows], -2), rows, error)
+        left = rows @ self.rows.mT
+        corner = cholesky_or_nan(plus_identity(rows @ rows.mT - left @ left.mT))
+        more = torch.linalg.solve_triangular(corner, rows - left @ self.rows, upper=False)
+        nothing = torch.zeros_like(left.mT)
+        cholesky = torch.cat([torch.cat([self.cholesky, nothing], -1), torch.cat([left, corner], -1)], -2)
+        step = more.mT @ torch.linalg.solve_triangular(corner, error, upper=False)
+        return Reduction(torch.cat([self.rows, more], -2), cholesky), step
 
 
 class Independent(NamedTuple):
@@ -99,14 +164,16 @@ class ColumnPosterior(NamedTuple):
         prior: The prior, which whitens inputs.
         mean: Means of the weights, ``[num_targets, num_inputs]``.
         spread: Covariances of the whitened weights.
-        fit: The whitened weights, and what they leave of the targets.
+        squares: ``|y - Z mean|^2 / s2 + |e|^2`` of the examples and the whitened weights, ``[num_targets]``.
+        num_support: Number of examples, a scalar.
         noise: Variance of the noise, times the temperature, ``[num_targets]``.
     """
 
     prior: Any
     mean: Tensor
     spread: Precision | Reduction | Independent
-    fit: LeastSquares
+    squares: Tensor
+    num_support: Tensor
     noise: Tensor
 
 
@@ -183,11 +250,47 @@ class LinearGaussian(GaussianHead):
             spread = Independent(1 / (1 + (whitened**2).sum(-2) / noise.unsqueeze(-1)))
         elif is_dual(whitened):
             rows = torch.linalg.solve_triangular(found.cholesky, whitened, upper=False)
-            spread = Reduction(rows / noise.sqrt()[:, None, None])
+            spread = Reduction(rows / noise.sqrt()[:, None, None], found.cholesky)
         else:
             spread = Precision(found.cholesky)
         mean = prior_mean + self.prior.colour(prior, found.weights.squeeze(-1))
-        return ColumnPosterior(prior, mean, spread, found, noise), stationarity(found, whitened, error, noise)
+        squares = (found.residual**2).sum((-2, -1)) / noise + (found.weights**2).sum((-2, -1))
+        num_support = torch.full_like(noise[0], len(inputs))
+        posterior = ColumnPosterior(prior, mean, spread, squares, num_support, noise)
+        return posterior, stationarity(found, whitened, error, noise)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the whole covariance is there: independent weights do not tell what further examples mean."""
+        return self.covariance == "full" and not self.centre
+
+    def extend(
+        self, solution: ColumnPosterior, shared: Params, more: Batch, num_outputs: int
+    ) -> tuple[ColumnPosterior, Tensor] | None:
+        """Returns the posterior after further examples, from it alone; see ``Head``.
+
+        Cost:
+            ``(rank + num_more) rank^2`` operations for each target, however many examples there were; less while there
+            are fewer than weights.
+        """
+        del shared, num_outputs
+        if isinstance(solution.spread, Independent):
+            return None
+        inputs, deviation = more.x.double(), solution.noise.sqrt()[:, None, None]
+        rows = self.prior.whiten(solution.prior, inputs) / deviation
+        error = (more.y.double().mT - solution.mean @ inputs.mT).unsqueeze(-1) / deviation
+        spread, step = solution.spread.extended(rows, error)
+        root, left = solution.spread.root, error - rows @ step
+        first = torch.linalg.vector_norm(rows.mT @ error).clamp_min(torch.finfo(error.dtype).tiny)
+        residual = torch.linalg.vector_norm(root.mT @ (root @ step) - rows.mT @ left) / first
+        extended = solution._replace(
+            mean=solution.mean + self.prior.colour(solution.prior, step.squeeze(-1)),
+            spread=spread,
+            # r^T (X2 S X2^T + s2 I)^-1 r is what the further examples add.
+            squares=solution.squares + (error * left).sum((-2, -1)),
+            num_support=solution.num_support + len(inputs),
+        )
+        return extended, residual
 
     def moments(self, solution: ColumnPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z.mean`` and ``z^T S z``; see ``HeadOfFunctions``."""
@@ -199,9 +302,12 @@ class LinearGaussian(GaussianHead):
         """Returns ``Z C S C^T Z^T``; see ``HeadOfFunctions``."""
         return solution.spread.covariance(self.prior.whiten(solution.prior, inputs.double()))
 
-    def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, int]:
+    def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, Tensor]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
-        return solution.fit.nll(solution.noise).sum(), solution.fit.residual.shape[-2]
+        assert not isinstance(solution.spread, Independent)
+        constant = solution.num_support * torch.log(2 * math.pi * solution.noise)
+        nll = 0.5 * (solution.squares + log_determinant(solution.spread.cholesky) + constant)
+        return nll.sum(), solution.num_support
 
     def joint_nll(self, solution: ColumnPosterior, noise: Tensor, query: Batch) -> Tensor:
         """Returns minus the joint log density of the query set; see ``GaussianHead``."""

@@ -53,6 +53,16 @@ class ColumnPrior(Protocol):
         """Returns ``C e``, ``[num_columns, num_inputs]``, for ``e`` of shape ``[num_columns, rank]``."""
         ...
 
+    def from_moments(self, mean: Tensor, covariance: Tensor, /, *, like: Any) -> Any:
+        """Returns the member of the greatest likelihood for columns with some moments; None without a closed form.
+
+        Args:
+            mean: ``[num_priors, num_inputs]``; zero if the family learns none.
+            covariance: ``[num_priors, num_inputs, num_inputs]``, positive definite, float64.
+            like: A member, which gives the dtypes.
+        """
+        ...
+
     def parameter_groups(self, member: Any, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the tensors that say where a member is, and those that say how wide it is, on a log scale."""
         ...
@@ -89,6 +99,10 @@ class ColumnSettings:
         """Returns zeros, ``[num_priors, num_inputs]``, or no rows if the mean is not learned."""
         num_priors = 1 if self.tied else num_columns
         return like.new_zeros(num_priors if self.learn_mean else 0, num_inputs)
+
+    def as_learned(self, mean: Tensor, *, like: Tensor) -> Tensor:
+        """Returns a mean as members hold it: in the dtype of another, without rows if it is not learned."""
+        return mean.to(like.dtype) if self.learn_mean else like.clone()
 
     def initial_log_var(self, num_inputs: int, num_columns: int, *, like: Tensor) -> Tensor:
         """Returns the natural logarithm of the variance of each weight, ``[num_priors, num_inputs]``."""

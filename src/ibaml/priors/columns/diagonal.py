@@ -49,6 +49,11 @@ class DiagonalColumnPrior(ColumnSettings):
         """See ``ColumnPrior``."""
         return whitened * torch.exp(0.5 * member.log_var)
 
+    def from_moments(self, mean: Tensor, covariance: Tensor, /, *, like: DiagonalColumns) -> DiagonalColumns:
+        """Returns independent weights of the same means and variances; see ``ColumnPrior``."""
+        variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
+        return DiagonalColumns(self.as_learned(mean, like=like.mean), torch.log(variance).to(like.log_var.dtype))
+
     def parameter_groups(self, member: DiagonalColumns, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the means, and the log-variances."""
         return [member.mean], [member.log_var]

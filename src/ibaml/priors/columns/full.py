@@ -61,6 +61,17 @@ class FullColumnPrior(ColumnSettings):
         """See ``ColumnPrior``."""
         return (member.factor() @ whitened.unsqueeze(-1)).squeeze(-1)
 
+    def from_moments(self, mean: Tensor, covariance: Tensor, /, *, like: FullColumns) -> FullColumns:
+        """Returns the Gaussian of these moments; see ``ColumnPrior``."""
+        factor = torch.linalg.cholesky(covariance)
+        scale = torch.diagonal(factor, dim1=-2, dim2=-1)
+        rows, columns = torch.tril_indices(*factor.shape[-2:], offset=-1)
+        return FullColumns(
+            self.as_learned(mean, like=like.mean),
+            torch.log(scale).to(like.log_scale.dtype),
+            (factor / scale.unsqueeze(-1))[:, rows, columns].to(like.lower.dtype),
+        )
+
     def parameter_groups(self, member: FullColumns, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the means, and what makes the covariance."""
         return [member.mean], [member.log_scale, member.lower]

@@ -78,6 +78,10 @@ class LowRankColumnPrior(ColumnSettings):
         common = (member.loadings @ factors.unsqueeze(-1)).squeeze(-1)
         return torch.exp(0.5 * member.log_var) * (own + common)
 
+    def from_moments(self, mean: Tensor, covariance: Tensor, /, *, like: LowRankColumns) -> None:
+        """Returns None: the factors of a covariance are found by iteration; see ``ColumnPrior``."""
+        del mean, covariance, like
+
     def parameter_groups(self, member: LowRankColumns, /) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the means, and what makes the covariance."""
         return [member.mean], [member.log_var, member.loadings]

@@ -1,4 +1,4 @@
-"""A fitted model as a function of a task's data: adaptation, warm adaptation and prediction."""
+"""A fitted model as a function of a task's data: adaptation and prediction."""
 
 import dataclasses
 import math
@@ -10,6 +10,8 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.heads.empirical_bayes import Experience
+from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.data.preprocessing import Preprocessing
@@ -17,8 +19,9 @@ from ibaml.data.tables import Array, as_tensor
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
+from ibaml.posterior.task import TaskPosterior
 from ibaml.seeds import noise_generator
-from ibaml.types import Batch, Params, Tensor
+from ibaml.types import Batch, InnerSolution, Params, Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +36,7 @@ class FittedModel:
         device: Where to compute.
         temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
         abstention: How often confident predictions of held-out tasks were wrong, at that temperature; for classes.
+        experience: How many tasks the prior stands for, if that is known; where it can learn on from single tasks.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
     """
@@ -44,6 +48,7 @@ class FittedModel:
     device: torch.device
     temperature: float = 1.0
     abstention: AbstentionCurve | None = None
+    experience: Experience | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
 
@@ -146,7 +151,7 @@ class FittedModel:
         any_number = self.algorithm.serves_any_number_of_outputs
         return self.preprocessing.labels_of_task("y_support", y, any_number=any_number)
 
-    def adapt(self, x: Any, y: Any, *, seed: int) -> "TaskPosterior":
+    def adapt(self, x: Any, y: Any, *, seed: int) -> TaskPosterior:
         """Adapts to one task; see ``MetaLearner.adapt``."""
         if _is_empty(x) and _is_empty(y):
             self.require_prior()
@@ -162,7 +167,7 @@ class FittedModel:
         start: Any = None,
         with_grad_norm: bool = True,
         num_outputs: int | None = None,
-    ) -> "TaskPosterior":
+    ) -> TaskPosterior:
         """Solves the inner problem of an encoded support set.
 
         Args:
@@ -199,7 +204,29 @@ class FittedModel:
                     "part of them. A prior matters little where examples are that many."
                 ) from error
             raise
-        return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
+        return TaskPosterior(
+            self,
+            solution.value,
+            float(solution.grad_norm),
+            num_support=len(support.y),
+            support=None if self.algorithm.is_sequential else support,
+            labels=labels,
+            seed=seed,
+        )
+
+    def extend(self, posterior: Any, more: Batch) -> InnerSolution | None:
+        """Returns a posterior after further encoded examples, from it alone; None if the algorithm takes all of them.
+
+        Args:
+            posterior: What the algorithm's ``adapt``, or this, returned.
+            more: Further examples on the device.
+        """
+        if not self.algorithm.is_sequential:
+            return None
+        model, shared, x = self.on_features(more.x)
+        nll = dataclasses.replace(model, num_outputs=self.num_outputs(model.num_outputs, more.y))
+        with torch.no_grad():
+            return self.algorithm.update(nll, MetaParameters(self.meta.prior, shared), posterior, Batch(x, more.y))
 
     def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
         """Returns the losses of a task, the shared parameters and the inputs that they are functions of.
@@ -291,6 +318,41 @@ class FittedModel:
         assert isinstance(sampled, MixturePrediction)
         return sampled.components.mean
 
+    @property
+    def gaussian_head(self) -> GaussianHead:
+        """The algorithm, whose posterior over functions is Gaussian.
+
+        Raises:
+            ValueError: If it is another.
+        """
+        if not isinstance(self.algorithm, GaussianHead):
+            raise ValueError(
+                "the joint distribution of several rows is known for heads with Gaussian noise alone, but the "
+                f"algorithm is {self.algorithm.name!r}: use likelihood='gaussian' with algorithm='linear_gaussian' or "
+                "'gp'."
+            )
+        return self.algorithm
+
+    def joint_moments(self, posterior: Any, x: Tensor) -> JointMoments:
+        """Returns the joint Gaussian of a task's function at encoded inputs, in the targets' units, tempered.
+
+        It is differentiable in the inputs.
+
+        Args:
+            posterior: What the algorithm's ``adapt`` returned.
+            x: Inputs on the device.
+
+        Raises:
+            ValueError: If the algorithm is none whose posterior over functions is Gaussian.
+        """
+        moments = self.gaussian_head.joint_moments(self.model, self.meta.shared, posterior, x)
+        moments = moments.tempered(self.temperature)
+        if self.preprocessing is None or self.preprocessing.targets is None:
+            return moments
+        targets, num_targets = self.preprocessing.targets, len(moments.noise)
+        mean, scale = (value.to(self.device).expand(num_targets) for value in (targets.mean, targets.scale))
+        return moments.rescaled(mean, scale)
+
     def min_confidence(self, max_error: float) -> float:
         """Returns the least confidence from which predictions are wrong no more often than a share; infinite for none.
 
@@ -329,109 +391,6 @@ class FittedModel:
             return targets
         mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
         return targets.double() * scale.to(targets.device) + mean.to(targets.device)
-
-
-class TaskPosterior:
-    """What a learner knows about one task after adaptation.
-
-    Attributes:
-        value: Adapted weights, a distribution over them, or what a head found.
-        grad_norm: Norm of the inner gradient at ``value``; near zero when adaptation has converged.
-        num_support: Examples that the posterior has seen.
-    """
-
-    def __init__(
-        self,
-        fitted: FittedModel,
-        value: Any,
-        grad_norm: float,
-        *,
-        support: Batch,
-        labels: Array | None,
-        seed: int,
-    ) -> None:
-        self._fitted = fitted
-        self._support = support
-        self._labels = labels
-        self._seed = seed
-        self.value = value
-        self.grad_norm = grad_norm
-        self.num_support = len(support.y)
-
-    def __repr__(self) -> str:
-        return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
-
-    def predict(self, x_query: Any, *, seed: int = 0, max_error: float | None = None) -> Prediction:
-        """Predicts at new inputs of the task.
-
-        Args:
-            x_query: Inputs, ``[num_examples, *input_shape]``, or a DataFrame with the columns of training.
-            seed: Seed of the weight samples.
-            max_error: Classes: abstain from examples (``prediction.abstains``) such that no more than this share of the
-                others gets a wrong label. The confidence that an answer needs for it was found on validation tasks, by
-                ``fit`` or ``calibrate``: the promise, with 95% confidence, is for tasks like those, on average over
-                them. None: answer all.
-
-        Returns:
-            A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
-            ``.total_uncertainty``, ``.aleatoric``, ``.epistemic`` and ``.samples()``. numpy arrays and DataFrames in
-            give numpy arrays out, tensors give tensors.
-
-        Raises:
-            TypeError: If the inputs are no numbers.
-            ValueError: If the inputs hold NaN or do not fit the network; if ``max_error`` is out of range, or given to
-                a model of numbers or one that has not been calibrated.
-
-        Cost:
-            ``num_evaluation_samples`` forward passes.
-        """
-        fitted = self._fitted
-        min_confidence = None if max_error is None else fitted.min_confidence(max_error)
-        encoded = fitted.encode("x_query", x_query)
-        fitted.model.check_inputs("x_query", encoded)
-        try:
-            prediction = fitted.predict(self.value, encoded, seed=seed)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"the network ({type(fitted.model.network).__name__}) cannot process x_query of shape "
-                f"{tuple(encoded.shape)} and dtype {encoded.dtype}: {error}"
-            ) from error
-        if isinstance(prediction, ClassPrediction):
-            prediction = dataclasses.replace(prediction, min_confidence=min_confidence)
-        as_numpy = not isinstance(x_query, torch.Tensor)
-        if fitted.preprocessing is None and not as_numpy:
-            return prediction
-        is_vector = fitted.preprocessing is not None and fitted.preprocessing.is_vector
-        return prediction.in_terms_of(labels=self._labels, is_vector=is_vector, as_numpy=as_numpy)
-
-    def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
-        """Takes in more examples of the same task and returns the new posterior; this one stays as it is.
-
-        Without examples it is this one.
-
-        By Bayes' rule the posterior depends on all examples and not on the order in which they came. The inner problem
-        is therefore that of all examples so far, with the meta-learned prior; only its solver starts at this posterior,
-        which is near the new one. A converged solver gives what ``adapt`` gives for all examples at once, after fewer
-        steps. (Taking the old posterior as the prior of the new examples alone would save memory and add up the errors
-        of its diagonal covariance.) Algorithms that adapt weights by a few steps (MAML) take these steps from the
-        adapted weights: for them an update is further training on all examples.
-
-        Args:
-            x_more: Inputs of further examples.
-            y_more: Their labels or targets.
-
-        Raises:
-            TypeError: If values are of the wrong kind.
-            ValueError: If the examples do not fit the model.
-
-        Cost:
-            The inner solver's ``num_steps + 1`` gradients over all examples so far.
-        """
-        more = self._fitted.encode_support(x_more, y_more, self._labels)
-        if not len(more.y):
-            return self
-        support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
-        return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
 
 
 def _is_empty(values: Any) -> bool:
