@@ -37,10 +37,10 @@ def tasks(curve, num_tasks=24):
 def test_held_out_tasks_choose_a_bend_and_the_scores_are_kept(tmp_path):
     learner = MetaLearner(likelihood="gaussian").fit(tasks(lambda x: np.sin(2 * x)))
     choice = learner.choice
-    assert choice.name in (defaults.BOTH, defaults.PROCESS)
-    assert list(choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.PROCESS, defaults.BOTH]
-    assert choice.num_tasks == 6 and choice.nll[choice.name] < choice.nll[defaults.LINE] - 0.5
-    assert str(choice).startswith(f"{choice.name}, by the nll of 6 held-out tasks")
+    assert choice.name == defaults.CURVES
+    assert list(choice.nll) == [defaults.CORRELATED, defaults.CURVES]
+    assert choice.num_tasks == 24 and choice.nll[choice.name] < choice.nll[defaults.CORRELATED] - 0.5
+    assert str(choice).startswith(f"{choice.name}, by the nll of 24 held-out tasks")
     learner.save(tmp_path)
     assert json.loads((tmp_path / SETTINGS).read_text())["choice"]["nll"] == choice.nll
     loaded = MetaLearner.load(tmp_path)
@@ -51,7 +51,7 @@ def test_held_out_tasks_choose_a_bend_and_the_scores_are_kept(tmp_path):
 
 
 def test_with_few_tasks_nothing_is_held_out_and_the_simplest_is_taken():
-    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin, 9), num_steps=1)
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin, 4), num_steps=1)
     assert learner.choice is None and learner.network.constructor_arguments["hidden_sizes"] == ()
 
 
@@ -118,10 +118,12 @@ def test_training_starts_from_how_frequent_classes_are():
 
 def test_the_choice_is_told_with_the_progress():
     console = Console(file=io.StringIO(), width=300)
-    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1, progress=console)
+    learner = MetaLearner().fit(of_classes(), num_steps=1, progress=console)
     told = console.file.getvalue()
-    assert "Comparing 4 models on 6 of the tasks: a line in the inputs, " in told
+    assert "Comparing 3 models on 6 of the tasks: a line in the inputs, " in told
     assert f"Chosen: {learner.choice}." in told
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), progress=console)
+    assert f"Chosen: {learner.choice}." in console.file.getvalue()
 
 
 def test_an_interruption_ends_the_comparison(monkeypatch):
@@ -131,7 +133,7 @@ def test_an_interruption_ends_the_comparison(monkeypatch):
     original = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1)
+        MetaLearner().fit(of_classes(), num_steps=1)
 
 
 def test_few_tasks_of_classes_get_learned_features():

@@ -3,8 +3,9 @@
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
 or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
 is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
-with Gaussian noise, and for classes that all tasks share, there are up to four candidates, among which held-out tasks
-choose (``ibaml.learner.choice``).
+with Gaussian noise, and for classes that all tasks share, there are up to three candidates, among which held-out tasks
+choose (``ibaml.learner.choice``); for numbers with Gaussian noise on few inputs they are hierarchical models that are
+estimated from the whole table at once (``ibaml.learner.hierarchical``).
 
 Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -27,7 +28,7 @@ from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source
 from ibaml.data.ragged import TaskSplits
-from ibaml.likelihoods import Likelihood, find_likelihood
+from ibaml.likelihoods import Gaussian, Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4, NormPolicy
 from ibaml.priors import DiagonalColumnPrior, DiagonalPrior, FullColumnPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
@@ -41,15 +42,18 @@ HEAD_PATTERN = "head.*"
 """Parameters that a task adapts in a default network."""
 
 LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
-PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
+CURVES, LEARNED_CURVES = "common and own curves", "curves with correlated weights"
+BOTH = "learned features and inputs"
 """Names of the candidates for tables."""
 
 LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
+MOST_STEPS = 200
+"""Of an estimation in closed form, which ends long before."""
+
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
-_MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
@@ -182,8 +186,21 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     return _candidates(tasks, both)
 
 
+def is_hierarchical(tasks: TaskSampler, candidates: Mapping[str, Suited]) -> bool:
+    """Whether the candidates can be estimated in closed form from whole tasks (``ibaml.learner.hierarchical``).
+
+    Args:
+        tasks: The training tasks.
+        candidates: What ``suited_to`` returned for them: with correlated weights where there are few inputs.
+    """
+    if CORRELATED not in candidates or not isinstance(tasks, TaskSplits):
+        return False
+    likelihood = candidates[CORRELATED].likelihood
+    return isinstance(likelihood, Gaussian) and solves(likelihood)
+
+
 def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
-    """Returns lines in the inputs, for numbers a process on them, and features beside them, simplest first.
+    """Returns lines in the inputs, and learned features beside them, simplest first.
 
     Those for numbers maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their
     queries.
@@ -212,8 +229,6 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     found = {LINE: on_inputs(independent)}
     if is_narrow:
         found[CORRELATED] = on_inputs(correlated)
-    if is_narrow and not of_classes and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
-        found[PROCESS] = on_inputs(make_algorithm("gp", outer="marginal"))
     if not of_classes:
         both = both._replace(algorithm=correlated if is_narrow else independent)
     return {**found, BOTH: both}
