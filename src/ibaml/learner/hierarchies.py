@@ -45,7 +45,7 @@ _DEVIATIONS: Mapping[str, float] = {
 }
 """Standard deviations of the priors of hyper-parameters."""
 
-_NUM_EARLIER_GROUPS = 2.0
+_NUM_EARLIER_GROUPS = 1.0
 """How much the covariance of curves counts beside that of their weights among groups, in groups."""
 
 
