@@ -116,6 +116,27 @@ def test_how_to_regression(tmp_path, monkeypatch, few_steps):
     assert names["folder"] == Path("cells_model")
 
 
+def test_from_mixed_models(capsys):
+    names = run("from-mixed-models.md")
+    assert names["learner"].choice.name == defaults.CORRELATED
+    told = re.findall(r"(\d) known: (\d+) ms, 90% in (\d+) to (\d+)", capsys.readouterr().out)
+    widths = [int(high) - int(low) for _, _, low, high in told]
+    assert [known for known, *_ in told] == ["0", "1", "3", "9"] and widths == sorted(widths, reverse=True)
+    # Those that made the table, in units of its columns.
+    deviation = names["deviation"].numpy() * float(names["learner"].preprocessing.targets.scale)
+    slope = deviation[0] / float(names["learner"].preprocessing.inputs.scale[0])
+    assert slope == pytest.approx(35**0.5, rel=0.4)
+    assert len(names["prediction"].mean) == 35
+
+
+def test_from_gaussian_processes():
+    names = run("from-gaussian-processes.md")
+    assert names["learner"].choice.name in (defaults.CURVES, defaults.LEARNED_CURVES)
+    assert names["curves"].shape[1] == 50
+    truth = names["prediction"].mean
+    assert np.isfinite(truth).all() and (names["lower"] < names["upper"]).all()
+
+
 def test_uncertainty(tmp_path, monkeypatch, few_steps):
     monkeypatch.chdir(tmp_path)
     names = run("uncertainty.md")

@@ -3,8 +3,8 @@
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
 or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
 is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
-with Gaussian noise, and for classes that all tasks share, there are up to three candidates, among which held-out tasks
-choose (``ibaml.learner.choice``); for numbers with Gaussian noise on few inputs they are hierarchical models that are
+with Gaussian noise, and for classes, there are up to four candidates, among which held-out tasks choose
+(``ibaml.learner.choice``); for numbers with Gaussian noise on few inputs they are hierarchical models that are
 estimated from the whole table at once (``ibaml.learner.hierarchical``).
 
 Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
@@ -43,7 +43,7 @@ HEAD_PATTERN = "head.*"
 
 LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
 CURVES, LEARNED_CURVES = "common and own curves", "curves with correlated weights"
-BOTH = "learned features and inputs"
+BOTH, CLUSTERS = "learned features and inputs", "Gaussian classes in learned features"
 """Names of the candidates for tables."""
 
 LEAST_TASKS = 10
@@ -181,9 +181,17 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     both = Suited(network, algorithm, likelihood, adapt)
     # Names of layers are those of the network with learned features.
     is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
-    if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
+    if is_image or not is_open or not isinstance(tasks, TaskSplits):
         return {BOTH: both}
+    if tasks.num_ways is not None:
+        # New classes in each task leave nothing to say of a line beforehand.
+        return {**_clusters(both, tied=True), BOTH: both}
     return _candidates(tasks, both)
+
+
+def _clusters(both: Suited, *, tied: bool) -> dict[str, Suited]:
+    """Returns Gaussian classes in the features of the same network."""
+    return {CLUSTERS: both._replace(algorithm=make_algorithm("gaussian_classes", tied=tied))}
 
 
 def is_hierarchical(tasks: TaskSampler, candidates: Mapping[str, Suited]) -> bool:
@@ -229,9 +237,9 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     found = {LINE: on_inputs(independent)}
     if is_narrow:
         found[CORRELATED] = on_inputs(correlated)
-    if not of_classes:
-        both = both._replace(algorithm=correlated if is_narrow else independent)
-    return {**found, BOTH: both}
+    if of_classes:
+        return {**found, **_clusters(both, tied=False), BOTH: both}
+    return {**found, BOTH: both._replace(algorithm=correlated if is_narrow else independent)}
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
