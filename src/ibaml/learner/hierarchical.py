@@ -44,6 +44,8 @@ _GROUPS_A_WEIGHT = 3
 """With so many groups for each weight a line of independent ones is not tried: correlations are well estimated."""
 _LEAST_GROUPS = 5
 """With fewer groups the simplest model is taken."""
+_LEAST_GROUPS_A_WEIGHT = 1.5
+"""With fewer groups for each weight a covariance of all weights is not tried."""
 _MOST_SCORED, _NUM_DRAWS = 60, 2
 _SHARE_HELD_OUT = 4
 _TRIAL_STEPS, _FEW_STEPS = 12, 30
@@ -111,8 +113,8 @@ def fit_hierarchical(
     }
     lines = min((name for name in found if name != CURVES), key=lambda name: float(losses[name].mean()))
     name = simplest_good({lines: losses[lines], CURVES: losses[CURVES]})
-    # A covariance of rank as high as that of its weights at least.
-    if name == CURVES and len(tasks) > len(curves.centres) + num_inputs + 1:
+    num_weights = len(curves.centres) + num_inputs + 1
+    if name == CURVES and len(tasks) > _LEAST_GROUPS_A_WEIGHT * num_weights:
         learned = _learned(found[CURVES], groups, episodes, scored, most_steps=most_steps)
         found[LEARNED_CURVES], losses[LEARNED_CURVES] = learned.estimate, losses[CURVES] + learned.gain
         if learned.is_better:
