@@ -91,10 +91,22 @@ def of_classes(num_tasks=24, num_rows=40, log_odds=-2.0):
 def test_lines_are_candidates_for_classes_that_all_tasks_share():
     train = of_classes()
     learner = MetaLearner().fit(train)
-    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.BOTH]
+    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.CLUSTERS, defaults.BOTH]
     assert learner.choice.name in (defaults.LINE, defaults.CORRELATED)
     own = MetaLearner(classes="per_task").fit(train, num_steps=1)
-    assert own.choice is None
+    assert list(own.choice.nll) == [defaults.CLUSTERS, defaults.BOTH]
+
+
+def test_classes_that_are_clusters_are_found_to_be_some():
+    rng = np.random.default_rng(0)
+    train = []
+    for _ in range(40):
+        means, labels = 3 * rng.normal(size=(3, 2)), np.arange(30) % 3
+        train.append((means[labels] + 0.5 * rng.normal(size=(30, 2)), labels))
+    learner = MetaLearner(classes="per_task").fit(train)
+    assert learner.choice.name == defaults.CLUSTERS and learner.algorithm.name == "gaussian_classes"
+    x, y = train[0]
+    assert np.mean(learner.adapt(x[:6], y[:6]).predict(x[6:]).probs.argmax(1) == y[6:]) > 0.9
 
 
 def test_a_rare_class_is_predicted_as_often_as_it_comes():
@@ -120,7 +132,7 @@ def test_the_choice_is_told_with_the_progress():
     console = Console(file=io.StringIO(), width=300)
     learner = MetaLearner().fit(of_classes(), num_steps=1, progress=console)
     told = console.file.getvalue()
-    assert "Comparing 3 models on 6 of the tasks: a line in the inputs, " in told
+    assert "Comparing 4 models on 6 of the tasks: a line in the inputs, " in told
     assert f"Chosen: {learner.choice}." in told
     learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), progress=console)
     assert f"Chosen: {learner.choice}." in console.file.getvalue()
