@@ -104,7 +104,7 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     assert len(names["asked"]) == len(names["several"]) - 5 * len(by_school)
     assert (names["unknown"].epistemic > names["predicted"].epistemic).all()
     assert names["curve"].num_support == (0, 1, 2, 5) and (tmp_path / "how_many.png").is_file()
-    assert names["known"].mean() > names["unknown"].mean()
+    assert names["further"].mean() > names["elsewhere"].mean()
 
 
 def test_how_to_regression(tmp_path, monkeypatch, few_steps):

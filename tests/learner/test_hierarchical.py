@@ -78,19 +78,20 @@ def test_a_new_group_is_as_uncertain_as_the_others_leave_it():
 
 
 @pytest.mark.parametrize(
-    ("curve", "names", "network"),
+    ("curve", "chosen", "network", "error"),
     [
-        (lines, (defaults.CORRELATED, defaults.LINE), MLP),
-        (bent, (defaults.CURVES,), RadialBasis),
-        (waves, (defaults.CURVES, defaults.LEARNED_CURVES), RadialBasis),
+        (lines, defaults.CORRELATED, MLP, 0.2),
+        (bent, defaults.CURVES, RadialBasis, 0.35),
+        # With 24 groups no more than smoothness is learned of them.
+        (waves, defaults.CURVES, RadialBasis, 0.9),
     ],
 )
-def test_left_out_groups_choose(curve, names, network):
+def test_left_out_groups_choose(curve, chosen, network, error):
     learner = MetaLearner(likelihood="gaussian").fit(tasks(curve))
-    assert learner.choice.name in names
+    assert learner.choice.name == chosen
     assert learner.choice.nll[learner.choice.name] <= min(learner.choice.nll.values()) + 0.2
     assert isinstance(learner.network, network)
-    assert root_mean_square(learner, tasks(curve, 30, seed=1)) < 0.35
+    assert root_mean_square(learner, tasks(curve, 30, seed=1)) < error
 
 
 def test_with_many_groups_a_covariance_of_all_weights_is_learned():

@@ -44,8 +44,8 @@ _GROUPS_A_WEIGHT = 3
 """With so many groups for each weight a line of independent ones is not tried: correlations are well estimated."""
 _LEAST_GROUPS = 5
 """With fewer groups the simplest model is taken."""
-_LEAST_GROUPS_A_WEIGHT = 1.5
-"""With fewer groups for each weight a covariance of all weights is not tried."""
+_LEAST_GROUPS_A_WEIGHT, _LEAST_GROUPS_OF_COVARIANCE = 1.5, 30
+"""With fewer groups a covariance of all weights is not tried: a quarter of them is to judge it."""
 _MOST_SCORED, _NUM_DRAWS = 60, 2
 _SHARE_HELD_OUT = 4
 _TRIAL_STEPS, _FEW_STEPS = 12, 30
@@ -114,7 +114,8 @@ def fit_hierarchical(
     lines = min((name for name in found if name != CURVES), key=lambda name: float(losses[name].mean()))
     name = simplest_good({lines: losses[lines], CURVES: losses[CURVES]})
     num_weights = len(curves.centres) + num_inputs + 1
-    if name == CURVES and len(tasks) > _LEAST_GROUPS_A_WEIGHT * num_weights:
+    least = max(_LEAST_GROUPS_OF_COVARIANCE, _LEAST_GROUPS_A_WEIGHT * num_weights)
+    if name == CURVES and len(tasks) >= least:
         learned = _learned(found[CURVES], groups, episodes, scored, most_steps=most_steps)
         found[LEARNED_CURVES], losses[LEARNED_CURVES] = learned.estimate, losses[CURVES] + learned.gain
         if learned.is_better:
