@@ -64,6 +64,16 @@ def test_settings_build_it_again():
     settings.build().load_state_dict(network.state_dict())
 
 
+def test_works_under_vmap_over_parameters():
+    network = RadialBasis(1, input_shape=2, num_centres=3, zero_head=False, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    parameters = {name: torch.stack([value, 1.5 * value]) for name, value in network.state_dict().items()}
+    found = torch.func.vmap(lambda own: torch.func.functional_call(network, own, (x,)))(parameters)
+    for index in range(2):
+        own = {name: value[index] for name, value in parameters.items()}
+        torch.testing.assert_close(found[index], torch.func.functional_call(network, own, (x,)))
+
+
 def test_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="num_centres must be at least 1"):
         RadialBasis(1, input_shape=2, num_centres=0)
