@@ -1,4 +1,4 @@
-"""Classification on tables whose classes all tasks share: the default beside simple methods, and rare classes.
+"""Classification on tables: the default beside prototypes and logistic regressions, and rare classes.
 
 A test task shows its first rows and the last ones are predicted. Logistic regressions have their strength chosen on
 validation tasks for each number of known rows; nothing is chosen on test tasks.
@@ -62,14 +62,36 @@ def _three(generator: np.random.Generator) -> Task:
     return x, (logits + generator.gumbel(size=logits.shape)).argmax(1)
 
 
+def _moons(generator: np.random.Generator) -> Task:
+    labels, turn = generator.integers(0, 2, _NUM_ROWS), generator.uniform(0, np.pi, _NUM_ROWS)
+    first = np.column_stack([np.cos(turn), np.sin(turn)])
+    x = np.where(labels[:, None] == 0, first, [1.0, 0.5] - first) - [0.5, 0.25]
+    angle = generator.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return x @ rotation.T + 0.1 * generator.normal(size=x.shape), labels
+
+
+def _mixtures(generator: np.random.Generator) -> Task:
+    """Five clusters that differ in four directions of twenty; the first fifteen rows are three of each."""
+    directions = np.linalg.qr(np.random.default_rng(5).normal(size=(20, 4)))[0]
+    means = 2 * generator.normal(size=(5, 4)) @ directions.T
+    labels = np.concatenate([np.tile(np.arange(5), 3), generator.integers(0, 5, _NUM_ROWS - 15)])
+    return means[labels] + generator.normal(size=(_NUM_ROWS, 20)), labels
+
+
 PROBLEMS: Mapping[str, tuple[str, Callable[[np.random.Generator], Task]]] = {
     "rare": ("a class of a tenth of the rows", _rare),
     "subspace": ("boundaries in a shared plane of ten dimensions", _subspace),
     "common": ("common weights with small deviations", _common),
     "rings": ("circles of unequal size", _rings),
     "three": ("three classes of unequal size", _three),
+    "moons": ("two moons, turned", _moons),
+    "mixtures": ("five clusters, new ones in each task", _mixtures),
 }
 """The problems, by name."""
+
+_OF_THEIR_OWN = ("mixtures",)
+"""Problems whose classes mean nothing in other tasks."""
 
 
 def _logistic(strength: float, num_classes: int, others: Sequence[Task] = ()) -> Method:
@@ -117,22 +139,28 @@ def report(name: str) -> str:
     train, validation, test = ([make(generator) for _ in range(size)] for size in (60, 20, 150))
     num_classes = 1 + max(int(y.max()) for _, y in train)
     start = time.process_time()
-    learner = MetaLearner().fit(train, validation)
+    scope = "per_task" if name in _OF_THEIR_OWN else "shared"
+    learner = MetaLearner(classes=scope).fit(train, validation)
     seconds = time.process_time() - start
+    prototypes = MetaLearner(algorithm="prototypes", classes=scope).fit(train, validation)
 
-    def default(x: Array, y: Array, asked: Array) -> Array:
-        return np.asarray(learner.adapt(x, y).predict(asked).probs)
+    def by(learner: MetaLearner) -> Method:
+        return lambda x, y, asked: np.asarray(learner.adapt(x, y).predict(asked).probs)
 
     rows: list[list[str]] = []
-    for num_known in _NUM_KNOWN:
-        own, own_ratio = _nll(default, test, num_known)
+    for num_known in _NUM_KNOWN if scope == "shared" else (15,):
+        own, own_ratio = _nll(by(learner), test, num_known)
         alone, strength = _tuned(lambda c: _logistic(c, num_classes), validation, num_known)
         pooled = _logistic(1.0, num_classes, train)
         methods = {
             "default": (own, own_ratio),
             f"logistic regression per task, C = {strength:g}": _nll(alone, test, num_known),
-            "logistic regression on all rows": _nll(pooled, test, num_known),
         }
+        if scope == "shared":
+            methods["logistic regression on all rows"] = _nll(pooled, test, num_known)
+        # With one class known there are no others to measure a distance to.
+        if num_known > 2:
+            methods["prototypes"] = _nll(by(prototypes), test, num_known)
         for method, (nll, ratio) in methods.items():
             difference = "" if method == "default" else str(paired_difference(nll, own))
             rows.append([str(num_known), method, str(estimate(nll)), difference, f"{ratio:.2f}"])

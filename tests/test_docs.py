@@ -104,6 +104,7 @@ def test_how_to_table(tmp_path, monkeypatch, few_steps):
     assert len(names["asked"]) == len(names["several"]) - 5 * len(by_school)
     assert (names["unknown"].epistemic > names["predicted"].epistemic).all()
     assert names["curve"].num_support == (0, 1, 2, 5) and (tmp_path / "how_many.png").is_file()
+    assert names["further"].mean() > names["elsewhere"].mean()
 
 
 def test_how_to_regression(tmp_path, monkeypatch, few_steps):
@@ -123,6 +124,27 @@ def test_what_to_measure_next_and_learning_on(tmp_path, monkeypatch, few_steps):
     low, high = names["bounds"].numpy()
     assert (names["plots"][6:] >= low).all() and (names["plots"][6:] <= high).all()
     assert names["learner"].fitted_model.experience.num_tasks == 48 + 30
+
+
+def test_from_mixed_models(capsys):
+    names = run("from-mixed-models.md")
+    assert names["learner"].choice.name == defaults.CORRELATED
+    told = re.findall(r"(\d) known: (\d+) ms, 90% in (\d+) to (\d+)", capsys.readouterr().out)
+    widths = [int(high) - int(low) for _, _, low, high in told]
+    assert [known for known, *_ in told] == ["0", "1", "3", "9"] and widths == sorted(widths, reverse=True)
+    # Those that made the table, in units of its columns.
+    deviation = names["deviation"].numpy() * float(names["learner"].preprocessing.targets.scale)
+    slope = deviation[0] / float(names["learner"].preprocessing.inputs.scale[0])
+    assert slope == pytest.approx(35**0.5, rel=0.4)
+    assert len(names["prediction"].mean) == 35
+
+
+def test_from_gaussian_processes():
+    names = run("from-gaussian-processes.md")
+    assert names["learner"].choice.name in (defaults.CURVES, defaults.LEARNED_CURVES)
+    assert names["curves"].shape[1] == 50
+    truth = names["prediction"].mean
+    assert np.isfinite(truth).all() and (names["lower"] < names["upper"]).all()
 
 
 def test_uncertainty(tmp_path, monkeypatch, few_steps):

@@ -134,6 +134,21 @@ def test_one_split_of_a_task_uses_all_of_it():
     assert len(sized.support.y) == 3 and len(sized.query.y) == 2
 
 
+def test_one_task_is_split_with_sizes_as_draws_have_them():
+    sampler = TaskSplits(regression(4, 11), num_outputs=1, num_query=5)
+    sizes = set()
+    for seed in range(200):
+        support, query = sampler.split(1, generator=generator(seed))
+        assert len(support.y) + len(query.y) <= 11 and len(query.y) == min(5, 11 - len(support.y))
+        rows = torch.cat([support.y, query.y]).flatten().tolist()
+        assert len(set(rows)) == len(rows) and set(support.x[:, 0].tolist()) == {1.0}
+        sizes.add(len(support.y))
+    # From one to four fifths.
+    assert sizes == set(range(1, 9))
+    fixed = TaskSplits(regression(4, 11), num_outputs=1, num_support=3)
+    assert len(fixed.split(0, generator=generator()).support.y) == 3
+
+
 def test_what_it_says_of_itself():
     sampler = TaskSplits(classification(6, 9), num_outputs=3, stratify=True)
     assert sampler.input_shape == (2,) and sampler.num_outputs == 3 and not sampler.has_equal_sizes

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ibaml import MetaLearner
 from ibaml.algorithms import make_algorithm
-from ibaml.learner import defaults
+from ibaml.learner import choice, defaults
 from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
 from ibaml.priors import DiagonalColumnPrior
@@ -36,22 +36,22 @@ def tasks(curve, num_tasks=24):
 
 def test_held_out_tasks_choose_a_bend_and_the_scores_are_kept(tmp_path):
     learner = MetaLearner(likelihood="gaussian").fit(tasks(lambda x: np.sin(2 * x)))
-    choice = learner.choice
-    assert choice.name in (defaults.BOTH, defaults.PROCESS)
-    assert list(choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.PROCESS, defaults.BOTH]
-    assert choice.num_tasks == 6 and choice.nll[choice.name] < choice.nll[defaults.LINE] - 0.5
-    assert str(choice).startswith(f"{choice.name}, by the nll of 6 held-out tasks")
+    found = learner.choice
+    assert found.name == defaults.CURVES
+    assert list(found.nll) == [defaults.CORRELATED, defaults.CURVES]
+    assert found.num_tasks == 24 and found.nll[found.name] < found.nll[defaults.CORRELATED] - 0.5
+    assert str(found).startswith(f"{found.name}, by the nll of 24 held-out tasks")
     learner.save(tmp_path)
-    assert json.loads((tmp_path / SETTINGS).read_text())["choice"]["nll"] == choice.nll
+    assert json.loads((tmp_path / SETTINGS).read_text())["choice"]["nll"] == found.nll
     loaded = MetaLearner.load(tmp_path)
-    assert loaded.choice == choice
+    assert loaded.choice == found
     (x, y), *_ = tasks(np.sin)
     first, second = (one.adapt(x[:5], y[:5]).predict(x) for one in (learner, loaded))
     np.testing.assert_array_equal(first.mean, second.mean)
 
 
 def test_with_few_tasks_nothing_is_held_out_and_the_simplest_is_taken():
-    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin, 9), num_steps=1)
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin, 4), num_steps=1)
     assert learner.choice is None and learner.network.constructor_arguments["hidden_sizes"] == ()
 
 
@@ -131,10 +131,23 @@ def of_classes(num_tasks=24, num_rows=40, log_odds=-2.0):
 def test_lines_are_candidates_for_classes_that_all_tasks_share():
     train = of_classes()
     learner = MetaLearner().fit(train)
-    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.BOTH]
+    assert list(learner.choice.nll) == [defaults.LINE, defaults.CORRELATED, defaults.CLUSTERS, defaults.BOTH]
     assert learner.choice.name in (defaults.LINE, defaults.CORRELATED)
     own = MetaLearner(classes="per_task").fit(train, num_steps=1)
-    assert own.choice is None
+    assert list(own.choice.nll) == [defaults.CLUSTERS, defaults.BOTH]
+
+
+def test_where_clusters_are_best_they_are_what_is_trained(monkeypatch):
+    monkeypatch.setattr(choice, "simplest_good", lambda losses: defaults.CLUSTERS)
+    rng = np.random.default_rng(0)
+    train = []
+    for _ in range(40):
+        means, labels = 3 * rng.normal(size=(3, 2)), np.arange(30) % 3
+        train.append((means[labels] + 0.5 * rng.normal(size=(30, 2)), labels))
+    learner = MetaLearner(classes="per_task").fit(train)
+    assert learner.choice.name == defaults.CLUSTERS and learner.algorithm.name == "gaussian_classes"
+    x, y = train[0]
+    assert np.mean(learner.adapt(x[:6], y[:6]).predict(x[6:]).probs.argmax(1) == y[6:]) > 0.9
 
 
 def test_a_rare_class_is_predicted_as_often_as_it_comes():
@@ -158,10 +171,12 @@ def test_training_starts_from_how_frequent_classes_are():
 
 def test_the_choice_is_told_with_the_progress():
     console = Console(file=io.StringIO(), width=300)
-    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1, progress=console)
+    learner = MetaLearner().fit(of_classes(), num_steps=1, progress=console)
     told = console.file.getvalue()
     assert "Comparing 4 models on 6 of the tasks: a line in the inputs, " in told
     assert f"Chosen: {learner.choice}." in told
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), progress=console)
+    assert f"Chosen: {learner.choice}." in console.file.getvalue()
 
 
 def test_an_interruption_ends_the_comparison(monkeypatch):
@@ -171,7 +186,7 @@ def test_an_interruption_ends_the_comparison(monkeypatch):
     original = Trainer.fit
     monkeypatch.setattr(Trainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        MetaLearner(likelihood="gaussian").fit(tasks(np.sin), num_steps=1)
+        MetaLearner().fit(of_classes(), num_steps=1)
 
 
 def test_few_tasks_of_classes_get_learned_features():

@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from ibaml.networks import MLP, Conv4, NetworkSettings, ResNet12, network_settings
+from ibaml.networks import MLP, Conv4, NetworkSettings, RadialBasis, ResNet12, network_settings
 from ibaml.networks.settings import NETWORKS
 
 ARGUMENTS = {
     "Conv4": {"num_outputs": 3, "channels": 4, "image_size": (16, 16), "norm": "group"},
     "MLP": {"num_outputs": 3, "input_shape": (2, 2), "hidden_sizes": (5, 4), "activation": "gelu"},
+    "RadialBasis": {"num_outputs": 3, "input_shape": (2, 2), "num_centres": 4},
     "ResNet12": {"num_outputs": 3, "image_size": (16, 16)},
 }
 
 
 def test_every_network_is_listed():
-    assert NETWORKS == {"Conv4": Conv4, "MLP": MLP, "ResNet12": ResNet12}
+    assert NETWORKS == {"Conv4": Conv4, "MLP": MLP, "RadialBasis": RadialBasis, "ResNet12": ResNet12}
     assert ARGUMENTS.keys() == NETWORKS.keys()
 
 
@@ -49,7 +50,9 @@ def test_modules_of_ones_own_have_no_settings():
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match="network name must be one of Conv4, MLP, ResNet12, but is 'Conv5'"):
+    with pytest.raises(
+        ValueError, match="network name must be one of Conv4, MLP, RadialBasis, ResNet12, but is 'Conv5'"
+    ):
         NetworkSettings(name="Conv5")
     message = "MLP has no argument widths; there are num_outputs, input_shape, hidden_sizes, activation, norm"
     with pytest.raises(ValueError, match=re.escape(message)):

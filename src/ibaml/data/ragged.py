@@ -229,6 +229,11 @@ class TaskSplits(RaggedTasks):
         targets = task.y if labels is None else labels
         return Episode(Batch(task.x[support], targets[support]), Batch(task.x[query], targets[query]))
 
+    def split(self, index: int, *, generator: torch.Generator) -> Episode:
+        """Splits one task with a support size as draws have it, without a task axis; see ``RaggedTasks.episode``."""
+        num_support = self._draw_support(int(self.capacities[index]), int(self._smallest[index]), generator)
+        return self.episode(index, num_support, self.num_query, generator=generator)
+
     def _order(self, groups: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Returns the rows in random order, groups together, one row of each class and the rest of its group first."""
         order = torch.randperm(len(groups), generator=generator)

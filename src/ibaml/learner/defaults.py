@@ -3,8 +3,9 @@
 A task adapts the last linear layer, the head, on features that all tasks share. So the inner problem is Bayesian linear
 or logistic regression, or a generalised linear model, on learned features, which is solved exactly where the likelihood
 allows. The network for tables is a small perceptron whose head sees the inputs as well as the learned features, that
-for images is Conv4. For numbers, and for classes that all tasks share, there are up to four candidates, among which
-held-out tasks choose (``ibaml.learner.choice``).
+for images is Conv4. For numbers, and for classes, there are up to four candidates, among which held-out tasks choose
+(``ibaml.learner.choice``); for numbers with Gaussian noise on few inputs they are hierarchical models that are
+estimated from the whole table at once (``ibaml.learner.hierarchical``).
 
 Where a likelihood has no head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -27,7 +28,7 @@ from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source
 from ibaml.data.ragged import TaskSplits
-from ibaml.likelihoods import Likelihood, find_likelihood
+from ibaml.likelihoods import Gaussian, Likelihood, find_likelihood
 from ibaml.networks import MLP, Conv4, NormPolicy
 from ibaml.priors import DiagonalColumnPrior, DiagonalPrior, FullColumnPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
@@ -41,15 +42,18 @@ HEAD_PATTERN = "head.*"
 """Parameters that a task adapts in a default network."""
 
 LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
-PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
+CURVES, LEARNED_CURVES = "common and own curves", "curves with correlated weights"
+BOTH, CLUSTERS = "learned features and inputs", "Gaussian classes in learned features"
 """Names of the candidates for tables."""
 
 LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
+MOST_STEPS = 200
+"""Of an estimation in closed form, which ends long before."""
+
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
-_MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
@@ -177,13 +181,34 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     both = Suited(network, algorithm, likelihood, adapt)
     # Names of layers are those of the network with learned features.
     is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
-    if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
+    if is_image or not is_open or not isinstance(tasks, TaskSplits):
         return {BOTH: both}
+    if tasks.num_ways is not None:
+        # New classes in each task leave nothing to say of a line beforehand.
+        return {**_clusters(both, tied=True), BOTH: both}
     return _candidates(tasks, both)
 
 
+def _clusters(both: Suited, *, tied: bool) -> dict[str, Suited]:
+    """Returns Gaussian classes in the features of the same network."""
+    return {CLUSTERS: both._replace(algorithm=make_algorithm("gaussian_classes", tied=tied))}
+
+
+def is_hierarchical(tasks: TaskSampler, candidates: Mapping[str, Suited]) -> bool:
+    """Whether the candidates can be estimated in closed form from whole tasks (``ibaml.learner.hierarchical``).
+
+    Args:
+        tasks: The training tasks.
+        candidates: What ``suited_to`` returned for them: with correlated weights where there are few inputs.
+    """
+    if CORRELATED not in candidates or not isinstance(tasks, TaskSplits):
+        return False
+    likelihood = candidates[CORRELATED].likelihood
+    return isinstance(likelihood, Gaussian) and gaussian.solves(likelihood)
+
+
 def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
-    """Returns lines in the inputs, for Gaussian noise a process on them, and features beside them, simplest first.
+    """Returns lines in the inputs, and learned features beside them, simplest first.
 
     Those for numbers maximise the marginal likelihood of whole tasks, which needs fewer tasks than the density of their
     queries.
@@ -212,12 +237,9 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     found = {LINE: on_inputs(independent)}
     if is_narrow:
         found[CORRELATED] = on_inputs(correlated)
-    has_process = is_narrow and gaussian.solves(both.likelihood)
-    if has_process and int(tasks.capacities.max()) <= _MOST_ROWS_OF_PROCESS:
-        found[PROCESS] = on_inputs(make_algorithm("gp", outer="marginal"))
-    if not of_classes:
-        both = both._replace(algorithm=correlated if is_narrow else independent)
-    return {**found, BOTH: both}
+    if of_classes:
+        return {**found, **_clusters(both, tied=False), BOTH: both}
+    return {**found, BOTH: both._replace(algorithm=correlated if is_narrow else independent)}
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Training of a learner's model, with or without a run folder."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,14 @@ from ibaml.algorithms import Algorithm
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.data.prepare import Source, SplitSettings
+from ibaml.learner.defaults import TABLE_TRAINER
+from ibaml.learner.held_out import calibrated
 from ibaml.learner.identity import data_identity
 from ibaml.learner.online import experience_of
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
+from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
 from ibaml.train.result import Chosen
 
@@ -89,6 +93,53 @@ def fit_model(
     if run_folder is not None:
         processes.on_first(lambda: _finish(run_folder))
     return fitted(result.chosen), result
+
+
+def store_solved(
+    fitted: FittedModel,
+    source: Source,
+    *,
+    seconds: float,
+    seed: int,
+    run_folder: Path | None,
+    write: Callable[[Path, FittedModel], object],
+    processes: Processes,
+) -> tuple[FittedModel, TrainingResult]:
+    """Does for a model that was estimated in closed form what training does at its end.
+
+    Args:
+        fitted: The model.
+        source: Its tasks; those of validation tell the output temperature.
+        seconds: Time of its estimation.
+        seed: Seed of the learner.
+        run_folder: Folder for the model, if it is to be stored.
+        write: Stores it there.
+        processes: The processes that share the validation tasks.
+
+    Raises:
+        ValueError: If a validation task does not fit.
+        OSError: If the folder cannot be written.
+    """
+    nll, num_steps = math.inf, fitted.step or 0
+    if source.validation is not None:
+        # As many tasks, and the same ones, as a trainer of tables takes.
+        seed += 10**6
+        held_out = evaluate(
+            fitted, source.validation, num_tasks=TABLE_TRAINER.num_validation_tasks, seed=seed, processes=processes
+        )
+        fitted, nll = calibrated(fitted, held_out), held_out.report["nll"].mean
+    chosen = Chosen(fitted.meta, num_steps, nll, fitted.temperature, fitted.abstention)
+    if run_folder is not None:
+        processes.on_first(lambda: _store(run_folder, fitted, write, processes))
+    return fitted, TrainingResult(chosen, fitted.meta, num_steps, "completed", seconds)
+
+
+def _store(
+    folder: Path, fitted: FittedModel, write: Callable[[Path, FittedModel], object], processes: Processes
+) -> None:
+    write(folder, fitted)
+    write_environment(folder, num_processes=processes.size)
+    write_summary(folder)
 
 
 def _finish(run_folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
-from ibaml.data.prepare import SplitSettings, prepare
+from ibaml.data.prepare import Source, SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
+from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
-from ibaml.learner.fitting import console_of, fit_model
+from ibaml.learner.fitting import console_of, fit_model, store_solved
 from ibaml.learner.folder import read_model, write_model
+from ibaml.learner.hierarchical import Solved, fit_hierarchical
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.likelihoods import Likelihood, find_likelihood
@@ -192,6 +195,7 @@ class MetaLearner(Predictor):
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
         """
+        begun = time.monotonic()
         splits = splits or SplitSettings()
         source = prepare(
             train_tasks,
@@ -210,10 +214,16 @@ class MetaLearner(Predictor):
         usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
         if self._parameters["network"] is None:
             candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
+            solved = None
+            if defaults.is_hierarchical(source.train, candidates):
+                solved = self._solve(source, candidates, num_steps, console)
+                if settings is None:
+                    return self._keep(solved, source, splits, run_folder, time.monotonic() - begun, processes)
+                candidates = {"": solved.suited}
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
                 trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
-            suited, self.choice = choose(
+            suited, choice = choose(
                 candidates,
                 self._become,
                 source,
@@ -224,6 +234,7 @@ class MetaLearner(Predictor):
                 processes=processes or Processes(),
                 console=console,
             )
+            self.choice = choice if solved is None else solved.choice
             self._become(suited)
             usual = usual if suited.trainer is None else dataclasses.replace(suited.trainer, seed=self.seed)
         settings = settings or usual
@@ -320,6 +331,56 @@ class MetaLearner(Predictor):
         # By name: requires_grad=False freezes as well, which no pattern would tell.
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits, choice=self.choice)
+
+    def _solve(
+        self,
+        source: Source,
+        candidates: Mapping[str, defaults.Suited],
+        num_steps: int | None,
+        console: "Console | None",
+    ) -> Solved:
+        assert isinstance(source.train, TaskSplits) and source.preprocessing is not None
+        targets = source.preprocessing.targets
+        assert targets is not None
+        return fit_hierarchical(
+            source.train,
+            candidates[defaults.CORRELATED],
+            scale=targets.scale,
+            most_steps=defaults.MOST_STEPS if num_steps is None else num_steps,
+            seed=self.seed,
+            console=console,
+        )
+
+    def _keep(
+        self,
+        solved: Solved,
+        source: Source,
+        splits: SplitSettings,
+        run_folder: str | Path | None,
+        seconds: float,
+        processes: Processes | None,
+    ) -> "MetaLearner":
+        self._splits, self.choice = splits, solved.choice
+        model = self._become(solved.suited)
+        like = tree.leaves(model.adapted)[0]
+        meta = tree.map(lambda leaf: leaf.to(device=like.device, dtype=like.dtype), solved.meta)
+        self._fitted, self.training_result = store_solved(
+            FittedModel(
+                model=model,
+                algorithm=self.algorithm,
+                meta=meta,
+                preprocessing=source.preprocessing,
+                device=self.device,
+                step=solved.num_steps,
+            ),
+            source,
+            seconds=seconds,
+            seed=self.seed,
+            run_folder=None if run_folder is None else Path(run_folder),
+            write=self._write,
+            processes=processes or Processes(),
+        )
+        return self
 
     def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt

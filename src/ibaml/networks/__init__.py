@@ -8,6 +8,7 @@ policy in the attribute ``norm``.
 from ibaml.networks.conv4 import Conv4, Downsample
 from ibaml.networks.layers import NormPolicy
 from ibaml.networks.mlp import MLP, Activation
+from ibaml.networks.radial_basis import RadialBasis
 from ibaml.networks.resnet12 import ResNet12
 from ibaml.networks.settings import NetworkSettings, network_settings
 
@@ -18,6 +19,7 @@ __all__ = [
     "Downsample",
     "NetworkSettings",
     "NormPolicy",
+    "RadialBasis",
     "ResNet12",
     "network_settings",
 ]

@@ -10,9 +10,10 @@ from torch import nn
 
 from ibaml.networks.conv4 import Conv4
 from ibaml.networks.mlp import MLP
+from ibaml.networks.radial_basis import RadialBasis
 from ibaml.networks.resnet12 import ResNet12
 
-NETWORKS: Mapping[str, type[nn.Module]] = {"Conv4": Conv4, "MLP": MLP, "ResNet12": ResNet12}
+NETWORKS: Mapping[str, type[nn.Module]] = {"Conv4": Conv4, "MLP": MLP, "RadialBasis": RadialBasis, "ResNet12": ResNet12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class NetworkSettings:
     """Name and constructor arguments of one of this package's networks.
 
     Attributes:
-        name: ``"Conv4"``, ``"MLP"`` or ``"ResNet12"``.
+        name: ``"Conv4"``, ``"MLP"``, ``"RadialBasis"`` or ``"ResNet12"``.
         arguments: Keyword arguments of its constructor, JSON-serialisable.
 
     Examples:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from ibaml.experiments.groups.baselines import Rows, gaussian_nll, mixed_effects, per_group_ridge, pooled
+from ibaml.experiments.groups.baselines import Rows, boosting, gaussian_nll, mixed_effects, per_group_ridge, pooled
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,25 @@ def test_intervals_of_the_mixed_model_cover_what_they_claim_and_the_others_predi
         if name == "mixed":
             assert abs(np.mean(inside) - 0.9) < 0.02
     assert losses["mixed"] < losses["ridge"] < losses["pooled"]
+
+
+def test_boosting_uses_what_the_support_says_of_its_group(made):
+    rows, covariance = made
+    predict = boosting(rows, num_support=3)
+    generator = np.random.default_rng(2)
+    effects = generator.multivariate_normal([1.0, -2.0], covariance, size=200)
+    x = generator.normal(size=(200, 13))
+    y = effects[:, :1] + effects[:, 1:] * x + 0.4 * generator.normal(size=x.shape)
+    population = pooled(rows)
+    errors, inside = {"boosting": [], "pooled": []}, []
+    for group in range(200):
+        parts = x[group, :3, None], y[group, :3], x[group, 3:, None]
+        mean, variance = predict(*parts)
+        inside.append((np.abs(y[group, 3:] - mean) < 1.6449 * np.sqrt(variance)).mean())
+        errors["boosting"].append(((y[group, 3:] - mean) ** 2).mean())
+        errors["pooled"].append(((y[group, 3:] - population(*parts)[0]) ** 2).mean())
+    assert np.mean(errors["boosting"]) < 0.75 * np.mean(errors["pooled"])
+    assert 0.85 < np.mean(inside) < 0.95
 
 
 def test_the_pooled_fit_is_least_squares(made):

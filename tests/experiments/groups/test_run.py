@@ -11,7 +11,7 @@ from ibaml.experiments.groups.report import GROUPS, rows, summary, verdict
 from ibaml.experiments.groups.run import GroupsSettings, Scores
 from ibaml.experiments.groups.tables import DATASETS, folds, load, orthogonalise
 from ibaml.experiments.report import Place, run_experiment
-from ibaml.learner import defaults, learner
+from ibaml.learner import defaults
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +55,21 @@ def test_report_tables_and_figure_hold_the_numbers(result):
     table = rows(result)
     assert [row["method"] for row in table] == list(groups.METHODS[1:])
     assert table[0]["nll"] == pytest.approx(float(result.scores["oxboys"]["ibaml_linear"].nll.mean()))
-    assert table[2]["nll_minus_mixed_effects"] == 0
+    assert next(row for row in table if row["method"] == "mixed_effects")["nll_minus_mixed_effects"] == 0
     text = summary(result)
     assert "## oxboys: height (cm) over age, by boy" in text and "40 groups, 400 rows" in text
     assert text.count("| mixed effects |") == 1 and "- iBaML, linear: coverage within 85-95% on" in text
     assert len(groups_figure(result).axes) == 2
 
 
-def test_the_default_chooses_by_training_groups(monkeypatch):
-    for name in ("SHORT_TRAINER", "TABLE_TRAINER"):
-        monkeypatch.setattr(defaults, name, dataclasses.replace(getattr(defaults, name), num_steps=2))
-    chosen = []
-    choose = learner.choose
-    monkeypatch.setattr(learner, "choose", lambda *given, **how: chosen.append(choose(*given, **how)) or chosen[-1])
-    result = groups.run(GroupsSettings(datasets=("oxboys",), methods=("ibaml",), num_folds=2, num_draws=1))
-    assert [choice.num_tasks for _, choice in chosen] == [3, 3]
-    assert result.scores["oxboys"]["ibaml"].nll.isfinite().all()
+def test_the_default_chooses_by_training_groups():
+    settings = GroupsSettings(datasets=("oxboys",), methods=("ibaml", "mixed_effects"), num_folds=2, num_draws=1)
+    result = groups.run(settings)
+    scores = result.scores["oxboys"]["ibaml"]
+    assert scores.nll.isfinite().all() and set(scores.choices) <= {defaults.CORRELATED, defaults.CURVES}
+    assert len(scores.choices) == 2 and 0 < scores.milliseconds < 5
+    assert f"The default chose, in so many folds: {scores.choices[0]} (" in summary(result)
+    assert rows(result)[0]["milliseconds"] == round(scores.milliseconds, 2)
 
 
 def test_the_command_leaves_tables_and_a_picture(tmp_path):
@@ -81,7 +80,7 @@ def test_the_command_leaves_tables_and_a_picture(tmp_path):
 
 def test_the_verdict_asks_for_coverage_and_for_the_interval_of_the_difference():
     def scores(nll, coverage):
-        return Scores(torch.ones(4), torch.tensor(nll), torch.full((4,), coverage), 1.0)
+        return Scores(torch.ones(4), torch.tensor(nll), torch.full((4,), coverage), 1.0, 1.0)
 
     reference = scores([1.0, 1.0, 1.0, 1.0], 0.9)
     result = groups.GroupsResult(

@@ -137,6 +137,7 @@ class GaussianHead(HeadOfFunctions):
 
     Predictions and outer losses are exact, without samples.
     """
+
     def joint_moments(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> JointMoments:
         """Returns the joint distribution of the functions at some inputs, differentiable in them; see ``outputs``.
 

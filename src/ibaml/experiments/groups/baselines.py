@@ -1,4 +1,4 @@
-"""What a statistician would do with grouped data: a mixed-effects model, a ridge regression per group, a pooled fit.
+"""What a statistician would do with grouped data: mixed-effects models, boosting, a ridge regression per group.
 
 Each function learns from the rows of the training groups and returns a predictor for a new group: it maps the group's
 support rows and query inputs to predictive means and variances, noise included. Gaussian throughout.
@@ -104,6 +104,61 @@ def per_group_ridge(rows: Rows, *, num_support: int, num_draws: int = 5, seed: i
 
     grid = [(prior, noise) for prior in np.logspace(-2, 1, 7) for noise in np.logspace(-3, 0.5, 8)]
     return _ridge(*min(grid, key=lambda pair: loss(*pair)))
+
+
+def boosting(rows: Rows, *, num_support: int, num_draws: int = 5, seed: int = 0) -> Predictor:
+    """Gradient-boosted trees of scikit-learn with the group as features: what its support rows say of it.
+
+    These are mean and standard deviation of the support's targets, and their mean error under the pooled fit. Trees are
+    trained on random support sets of the training groups. The variance is that of the errors for groups that a second
+    fit has not seen.
+
+    Args:
+        rows: Training groups.
+        num_support: Support rows.
+        num_draws: Random support sets per training group.
+        seed: Seed of those.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    regressor = require("sklearn.ensemble", "scikit-learn", "experiments").HistGradientBoostingRegressor
+    generator = np.random.default_rng(seed)
+    groups, population = np.asarray(rows.groups), pooled(rows)
+
+    def inputs(x_support: Array, y_support: Array, x_query: Array) -> Array:
+        error = y_support - population(x_support, y_support, x_support)[0]
+        of_group = np.array([y_support.mean(), y_support.std(), error.mean()])
+        return np.column_stack([x_query, np.broadcast_to(of_group, (len(x_query), 3))])
+
+    x: list[Array] = []
+    y: list[Array] = []
+    names: list[npt.NDArray[np.object_]] = []
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        if len(members) <= num_support:
+            continue
+        for _ in range(num_draws):
+            order = generator.permutation(members)
+            known, asked = order[:num_support], order[num_support:]
+            x.append(inputs(rows.x[known], rows.y[known], rows.x[asked]))
+            y.append(rows.y[asked])
+            names.append(np.full(len(asked), group, dtype=object))
+    all_x, all_y, all_names = np.concatenate(x), np.concatenate(y), np.concatenate(names)
+    distinct = generator.permutation(np.unique(groups))
+    first = np.isin(all_names, distinct[: len(distinct) // 2])
+    errors = [
+        all_y[~part] - regressor(random_state=seed).fit(all_x[part], all_y[part]).predict(all_x[~part])
+        for part in (first, ~first)
+    ]
+    variance = float((np.concatenate(errors) ** 2).mean())
+    trees = regressor(random_state=seed).fit(all_x, all_y)
+
+    def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
+        mean = np.asarray(trees.predict(inputs(x_support, y_support, x_query)))
+        return mean, np.full_like(mean, variance)
+
+    return predict
 
 
 def pooled(rows: Rows) -> Predictor:

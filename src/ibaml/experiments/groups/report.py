@@ -1,5 +1,6 @@
 """What the study of grouped tables says: a table per data set and a verdict per iBaML variant."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from ibaml.experiments.groups.plot import groups_figure
@@ -25,7 +26,7 @@ def rows(result: GroupsResult) -> list[dict[str, object]]:
             for metric in ("rmse", "nll", "coverage"):
                 row |= interval_columns(metric, estimate(getattr(one, metric)))
             row |= half_width_columns("nll_minus_mixed_effects", _difference(one, by_method))
-            found.append(row | {"seconds": round(one.seconds, 1)})
+            found.append(row | {"seconds": round(one.seconds, 1), "milliseconds": round(one.milliseconds, 2)})
     return found
 
 
@@ -45,9 +46,13 @@ def summary(result: GroupsResult) -> str:
         lines += ["", f"## {name}: {dataset.title}", ""]
         lines += [f"{num_groups} groups, {num_rows:,} rows ({dataset.package}::{dataset.table}).", ""]
         lines += markdown_table(
-            ["", "rmse", "nll", "inside 90% intervals", "learned in (s)"],
+            ["", "rmse", "nll", "inside 90% intervals", "learned in (CPU s)", "a group predicted in (ms)"],
             [_cells(method, one, by_method) for method, one in by_method.items()],
         )
+        if "ibaml" in by_method:
+            counts = Counter(by_method["ibaml"].choices)
+            chosen = ", ".join(f"{choice} ({number})" for choice, number in counts.most_common())
+            lines += ["", f"The default chose, in so many folds: {chosen}."]
     verdicts = [verdict(result, method) for method in settings.methods if method.startswith("ibaml")]
     return "\n".join([*lines, "", *verdicts]) + "\n"
 
@@ -72,7 +77,14 @@ def _cells(method: str, one: Scores, by_method: Mapping[str, Scores]) -> list[st
     nll, difference = f"{estimate(one.nll)}", _difference(one, by_method)
     if method != "mixed_effects" and difference is not None:
         nll += f" ({difference:+.3f})"
-    return [DISPLAY_NAMES[method], f"{estimate(one.rmse)}", nll, f"{estimate(one.coverage):.1%}", f"{one.seconds:.1f}"]
+    return [
+        DISPLAY_NAMES[method],
+        f"{estimate(one.rmse)}",
+        nll,
+        f"{estimate(one.coverage):.1%}",
+        f"{one.seconds:.1f}",
+        f"{one.milliseconds:.2f}",
+    ]
 
 
 def _difference(one: Scores, by_method: Mapping[str, Scores]) -> Estimate | None:

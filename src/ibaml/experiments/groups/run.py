@@ -3,7 +3,7 @@
 Groups are left out fold by fold. All methods learn from the other groups; then a left-out group shows a few of its rows
 at random and the rest is predicted. A linear-Gaussian head on the features alone is a mixed-effects model in which
 every feature has a random slope; with hidden units it learns further features. The default, ``MetaLearner`` without a
-network, chooses among such heads by training groups that it holds out.
+network, chooses among hierarchical models of lines and curves by predicting each training group from the others.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from ibaml.experiments.groups.baselines import (
     Array,
     Predictor,
     Rows,
+    boosting,
     gaussian_nll,
     mixed_effects,
     per_group_ridge,
@@ -32,23 +33,27 @@ from ibaml.experiments.report import require_at_least
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP
+from ibaml.optional import require
 from ibaml.priors import FullColumnPrior
 from ibaml.seeds import task_generator
 from ibaml.train import TrainerSettings
 
-METHODS = ("ibaml", "ibaml_linear", "ibaml_mlp", "mixed_effects", "ridge", "pooled")
+METHODS = ("ibaml", "ibaml_linear", "ibaml_mlp", "ibaml_gp", "mixed_effects", "boosting", "ridge", "pooled")
 """All methods."""
 
 DISPLAY_NAMES: Mapping[str, str] = {
     "ibaml": "iBaML, default",
     "ibaml_linear": "iBaML, linear",
     "ibaml_mlp": "iBaML, MLP",
+    "ibaml_gp": "iBaML, GP",
     "mixed_effects": "mixed effects",
+    "boosting": "boosting",
     "ridge": "ridge per group",
     "pooled": "pooled",
 }
 _NORMAL_95 = 1.6448536269514722
 _NUM_QUERY = 20
+_NUM_TIMED = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class GroupsSettings:
         num_support: Rows that a new group shows.
         num_folds: Folds of groups; each is left out once.
         num_draws: Random support sets per left-out group.
-        num_steps: Meta-steps of ``ibaml_linear`` and ``ibaml_mlp``; ``ibaml`` has its own.
+        num_steps: Meta-steps of ``ibaml_linear``, ``ibaml_mlp`` and ``ibaml_gp``; ``ibaml`` takes none.
         num_hidden: Hidden units of ``ibaml_mlp``.
         seed: Seed of folds, support sets and training.
     """
@@ -94,13 +99,18 @@ class Scores(NamedTuple):
         rmse: Root mean squared error, target's unit.
         nll: Nats per query row, for the target in its own unit.
         coverage: Fraction of query rows inside the central 90% interval.
-        seconds: Time that learning took, all folds together.
+        seconds: CPU seconds that learning took, all folds together.
+        milliseconds: CPU milliseconds that the prediction of a group took, mean over groups; of ``ibaml`` by
+            ``predict_new``, which takes many at once.
+        choices: Which model ``ibaml`` chose in each fold.
     """
 
     rmse: torch.Tensor
     nll: torch.Tensor
     coverage: torch.Tensor
     seconds: float
+    milliseconds: float
+    choices: tuple[str, ...] = ()
 
 
 class GroupsResult(NamedTuple):
@@ -126,6 +136,9 @@ def run(settings: GroupsSettings, *, on_progress: Callable[[int, int], None] | N
     Cost:
         One training of ``num_steps`` meta-steps per data set, fold and iBaML method.
     """
+    if "mixed_effects" in settings.methods:
+        # The import of the package is no part of the first fit.
+        require("statsmodels.regression.mixed_linear_model", "statsmodels", "experiments")
     scores: dict[str, dict[str, Scores]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     total = len(settings.datasets) * settings.num_folds
@@ -157,9 +170,16 @@ def _fold(rows: Rows, held_out: set[object], dataset: Dataset, settings: GroupsS
     )
     found: dict[str, Scores] = {}
     for method in settings.methods:
-        start = time.monotonic()
+        start = time.process_time()
+        if method == "ibaml":
+            learner = _default(train, settings)
+            seconds = time.process_time() - start
+            scores = _score(_predictor(learner), test, float(y_std), settings, seconds)
+            chosen = "the only one" if learner.choice is None else learner.choice.name
+            found[method] = scores._replace(milliseconds=_predict_new_ms(learner, test), choices=(chosen,))
+            continue
         predict = _learn(method, train, dataset, settings)
-        found[method] = _score(predict, test, float(y_std), settings, time.monotonic() - start)
+        found[method] = _score(predict, test, float(y_std), settings, time.process_time() - start)
     return found
 
 
@@ -170,9 +190,9 @@ def _learn(method: str, train: Rows, dataset: Dataset, settings: GroupsSettings)
         return per_group_ridge(train, num_support=settings.num_support, seed=settings.seed)
     if method == "pooled":
         return pooled(train)
-    if method == "ibaml":
-        return _default(train, settings)
-    learner = _fit(train, num_hidden=0 if method == "ibaml_linear" else settings.num_hidden, settings=settings)
+    if method == "boosting":
+        return boosting(train, num_support=settings.num_support, seed=settings.seed)
+    learner = _fit(method, train, settings)
 
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
         posterior = learner.adapt(torch.from_numpy(x_support), torch.from_numpy(y_support)[:, None])
@@ -182,13 +202,22 @@ def _learn(method: str, train: Rows, dataset: Dataset, settings: GroupsSettings)
     return predict
 
 
-def _default(train: Rows, settings: GroupsSettings) -> Predictor:
-    groups = np.asarray(train.groups)
-    tasks = {str(name): (train.x[groups == name], train.y[groups == name]) for name in np.unique(groups)}
-    large = {name: task for name, task in tasks.items() if len(task[1]) > settings.num_support}
+def _default(train: Rows, settings: GroupsSettings) -> MetaLearner:
+    """Fits as users do: a table in, no settings but the number of rows that a new group will show."""
+    table = _table(train.x, train.groups, y=train.y)
+    large = table[table.groupby("group")["y"].transform("size") > settings.num_support]
     splits = SplitSettings(num_support=settings.num_support, num_query=_NUM_QUERY, group_duplicates=False)
-    learner = MetaLearner(likelihood="gaussian", seed=settings.seed).fit(large, splits=splits)
+    learner = MetaLearner(likelihood="gaussian", seed=settings.seed)
+    return learner.fit(large, task="group", target="y", splits=splits)
 
+
+def _table(x: Array, groups: Sequence[object], **columns: Array) -> Any:
+    pandas = require("pandas", "pandas", "experiments")
+    table = pandas.DataFrame(x, columns=[f"x{place}" for place in range(x.shape[1])])
+    return table.assign(group=[str(group) for group in groups], **columns)
+
+
+def _predictor(learner: MetaLearner) -> Predictor:
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
         prediction: Any = learner.adapt(x_support, y_support).predict(x_query)
         return prediction.mean, prediction.total_uncertainty
@@ -196,7 +225,23 @@ def _default(train: Rows, settings: GroupsSettings) -> Predictor:
     return predict
 
 
-def _fit(train: Rows, *, num_hidden: int, settings: GroupsSettings) -> MetaLearner:
+def _predict_new_ms(learner: MetaLearner, test: GroupedTasks) -> float:
+    """Times ``predict_new`` of so many groups that its fixed cost is shared, the left-out ones over and over."""
+    known: list[Any] = []
+    asked: list[Any] = []
+    for place in range(_NUM_TIMED):
+        support, query = test.episode(place % len(test), generator=task_generator(0, place))
+        known.append(_table(support.x.numpy(), [place] * len(support.y), y=support.y[:, 0].numpy()))
+        asked.append(_table(query.x.numpy(), [place] * len(query.y)))
+    join = require("pandas", "pandas", "experiments").concat
+    known_rows, asked_rows = join(known, ignore_index=True), join(asked, ignore_index=True)
+    start = time.process_time()
+    learner.predict_new(known_rows, asked_rows)
+    return 1000 * (time.process_time() - start) / _NUM_TIMED
+
+
+def _fit(method: str, train: Rows, settings: GroupsSettings) -> MetaLearner:
+    num_hidden = settings.num_hidden if method == "ibaml_mlp" else 0
     x, y = torch.from_numpy(train.x), torch.from_numpy(train.y)
     network = MLP(
         1,
@@ -209,6 +254,8 @@ def _fit(train: Rows, *, num_hidden: int, settings: GroupsSettings) -> MetaLearn
     )
     # As mixed models do: correlated effects, and the marginal likelihood of whole groups. In float64 as the tables are.
     head = make_algorithm("linear_gaussian", prior=FullColumnPrior(), outer="marginal")
+    if method == "ibaml_gp":
+        head = make_algorithm("gp", outer="marginal")
     noise = Gaussian(initial_noise_variance=0.1)
     learner = MetaLearner(network.double(), head, noise, "head.*", seed=settings.seed)
     outer_loop = TrainerSettings(
@@ -220,19 +267,25 @@ def _fit(train: Rows, *, num_hidden: int, settings: GroupsSettings) -> MetaLearn
 
 def _score(predict: Predictor, test: GroupedTasks, y_std: float, settings: GroupsSettings, seconds: float) -> Scores:
     values: list[list[float]] = []
+    spent = 0.0
     for index in range(len(test)):
         draws: list[tuple[float, float, float]] = []
         for draw in range(settings.num_draws):
             support, query = test.episode(index, generator=task_generator(settings.seed + draw, index))
+            start = time.process_time()
             mean, variance = predict(support.x.numpy(), support.y[:, 0].numpy(), query.x.numpy())
+            spent += time.process_time() - start
             error = query.y[:, 0].numpy() - mean
             inside = np.abs(error) <= _NORMAL_95 * np.sqrt(variance)
             nll = gaussian_nll(mean, variance, query.y[:, 0].numpy()).mean() + math.log(y_std)
             draws.append((y_std * math.sqrt((error**2).mean()), float(nll), float(inside.mean())))
         values.append(np.mean(draws, axis=0).tolist())
-    return Scores(*torch.tensor(values, dtype=torch.float64).T, seconds=seconds)
+    milliseconds = 1000 * spent / (len(test) * settings.num_draws)
+    return Scores(*torch.tensor(values, dtype=torch.float64).T, seconds=seconds, milliseconds=milliseconds)
 
 
 def _concatenate(values: Sequence[Scores]) -> Scores:
     stacked = [torch.cat(vectors) for vectors in zip(*(value[:3] for value in values), strict=True)]
-    return Scores(*stacked, seconds=sum(value.seconds for value in values))
+    milliseconds = sum(value.milliseconds * len(value.nll) for value in values) / len(stacked[0])
+    choices = tuple(choice for value in values for choice in value.choices)
+    return Scores(*stacked, seconds=sum(value.seconds for value in values), milliseconds=milliseconds, choices=choices)
