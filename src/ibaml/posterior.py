@@ -10,10 +10,12 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
+from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
-from ibaml.data.tables import Array, as_tensor
+from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
@@ -174,6 +176,8 @@ class FittedModel:
             num_outputs: Classes of the task where any number is served. None: those that are known, or of the support.
 
         Raises:
+            FloatingPointError: If the solution is not finite.
+            TypeError: If the network does what functional derivatives do not support.
             MemoryError: If the support set does not fit into memory.
         """
         noise = self.inner_noise(seed=seed)
@@ -193,12 +197,19 @@ class FittedModel:
                     with_grad_norm=with_grad_norm,
                 )
         except (MemoryError, RuntimeError) as error:
+            if is_beyond_torch_func(error):
+                raise TypeError(advice_on_torch_func(self.model.network, error)) from error
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
                 raise MemoryError(
                     f"adapting to {len(support.y)} support examples at once does not fit into memory: pass a random "
                     "part of them. A prior matters little where examples are that many."
                 ) from error
             raise
+        if not bool(tree.all_finite(solution.value)) or (with_grad_norm and not math.isfinite(solution.grad_norm)):
+            raise FloatingPointError(
+                f"adapting to the {len(support.y)} support examples gives numbers that are not finite. Likely causes: "
+                f"{_far_from_training(support)}, or inner steps that are too large ({self.algorithm.describe()})."
+            )
         return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
 
     def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
@@ -252,7 +263,16 @@ class FittedModel:
             return self.algorithm.outputs(network, shared, posterior, x, noise)
 
     def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
-        """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units."""
+        """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units.
+
+        Raises:
+            FloatingPointError: If they are not finite.
+        """
+        if not bool(tree.all_finite(outputs)):
+            raise FloatingPointError(
+                "the prediction is not finite. Likely causes: inputs of another scale than in training (a fill value "
+                f"such as 1e20?), or inner steps that are too large ({self.algorithm.describe()})."
+            )
         with torch.no_grad():
             prediction = self.model.likelihood.predict(
                 outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")
@@ -379,12 +399,18 @@ class TaskPosterior:
 
         Raises:
             TypeError: If the inputs are no numbers.
-            ValueError: If the inputs hold NaN or do not fit the network; if ``max_error`` is out of range, or given to
-                a model of numbers or one that has not been calibrated.
+            FloatingPointError: If the prediction is not finite.
+            ValueError: If the inputs hold NaN, require a gradient or do not fit the network; if ``max_error`` is out of
+                range, or given to a model of numbers or one that has not been calibrated.
 
         Cost:
             ``num_evaluation_samples`` forward passes.
         """
+        if isinstance(x_query, torch.Tensor) and x_query.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "x_query requires a gradient, and predictions are made without one: pass x_query.detach(), or for "
+                "derivatives in the inputs take differences of predictions."
+            )
         fitted = self._fitted
         min_confidence = None if max_error is None else fitted.min_confidence(max_error)
         encoded = fitted.encode("x_query", x_query)
@@ -432,6 +458,16 @@ class TaskPosterior:
             return self
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
         return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
+
+
+def _far_from_training(support: Batch) -> str:
+    """Says how large a support set's numbers are."""
+    largest = [
+        f"{float(values.abs().max()):.3g} among the {what}"
+        for what, values in (("inputs", support.x), ("targets", support.y))
+        if values.is_floating_point() and values.numel()
+    ]
+    return f"values of another scale than in training (as the network sees them, up to {' and '.join(largest)})"
 
 
 def _is_empty(values: Any) -> bool:

@@ -1,6 +1,7 @@
 """What a learner has to know about its data to turn arrays into tensors, and predictions back into the data's terms."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibaml.data.arrays import to_array
 from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
 from ibaml.data.images import WHITE
-from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
+from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets
 from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, ClassScope, Tensor
 
 CLASS_SCOPES: tuple[ClassScope, ...] = ("shared", "per_task")
 _LARGEST = float(torch.finfo(torch.float32).max)
+_FAR = 1e4
 # A standard deviation this far below the mean is rounding, not data.
 _ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
@@ -189,6 +192,7 @@ class Preprocessing:
                 f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
                 "another scale than in training; check their units."
             )
+        _warn_if_far(argument, scaled, x.index if is_table(x) else None)
         return torch.from_numpy(scaled)
 
     def encode_targets(
@@ -207,16 +211,19 @@ class Preprocessing:
             ValueError: If a label is unknown, the shape is wrong or a value is not finite.
         """
         if self.targets is not None:
-            values = read_targets(argument, to_array(y))
+            values = read_targets(argument, to_array(y, argument))
             if values.shape[1] != self.num_outputs:
                 raise ValueError(
                     f"{argument} has {values.shape[1]} columns, but the model was trained on {self.num_outputs} "
                     "targets: pass the same ones."
                 )
-            return torch.from_numpy(self.targets.transform(values)).to(dtype)
+            scaled = self.targets.transform(values)
+            if self.targets is not IDENTITY:
+                _warn_if_far(argument, scaled, y.index if hasattr(y, "iloc") else None)
+            return torch.from_numpy(scaled).to(dtype)
         labels = self.class_labels if labels is None else labels
         assert labels is not None
-        return _to_indices(argument, read_labels(argument, to_array(y)), labels)
+        return _to_indices(argument, read_labels(argument, to_array(y, argument)), labels)
 
     def labels_of_task(self, argument: str, y: Any, *, any_number: bool = False) -> Array:
         """Returns the class labels of one task in the order of the outputs.
@@ -231,7 +238,7 @@ class Preprocessing:
         """
         if self.class_labels is not None:
             return self.class_labels
-        found = np.unique(read_labels(argument, to_array(y)))
+        found = np.unique(read_labels(argument, to_array(y, argument)))
         if len(found) != self.num_outputs and not any_number:
             raise ValueError(
                 f"{argument} has {len(found)} classes ({shown(found.tolist())}), but the model tells "
@@ -334,7 +341,10 @@ def fit_preprocessing(
         "target_columns": table.target_columns,
     }
     if target_kind != "classes":
-        values = [read_targets(f"y of task {task.name!r}", task.y) for task in table.tasks]
+        values = [
+            read_targets(f"y of task {task.name!r}", task.y, task.x.index if is_table(task.x) else None)
+            for task in table.tasks
+        ]
         for task, targets in zip(table.tasks, values, strict=True):
             if targets.shape[1] != values[0].shape[1]:
                 raise ValueError(
@@ -356,6 +366,11 @@ def fit_preprocessing(
             )
     if classes == "shared":
         known = np.unique(np.concatenate(labels))
+        if known.dtype.kind == "f" and bool((np.abs(known) > 2**53).any()):
+            raise TypeError(
+                f"some tasks have labels that are integers, as large as {known[np.abs(known).argmax()]:.17g}, others "
+                "floating-point numbers, which cannot tell them apart: convert all to integers or text."
+            )
         if len(known) < 2:
             raise ValueError(
                 f"all training tasks have the single class {known[0].item()!r}: there is nothing to tell apart. For "
@@ -405,6 +420,21 @@ def _as_column(name: str, settings: Mapping[str, Any]) -> Column:
     categories = settings.get("categories")
     plain = Column(name, mean=settings.get("mean"), has_gaps=settings.get("has_gaps", False))
     return plain if categories is None else plain._replace(categories=tuple(categories))
+
+
+def _warn_if_far(argument: str, scaled: npt.NDArray[Any], rows: Any) -> None:
+    """Warns of values that are so far from those of training that nothing learned from these says much of them."""
+    far = np.abs(scaled) > _FAR
+    if bool(far.any()):
+        place = np.unravel_index(np.abs(scaled).argmax(), scaled.shape)
+        row = place[0] if rows is None else rows[place[0]]
+        warnings.warn(
+            f"{argument} has {far.sum()} values more than {_FAR:g} standard deviations of training away from its mean, "
+            f"the farthest by {abs(scaled[place]):.3g} in row {row}, column {', '.join(map(str, place[1:]))}: if it is "
+            "a fill value, drop or impute it; if not, check its units.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _to_indices(argument: str, y: Array, labels: Array) -> Tensor:

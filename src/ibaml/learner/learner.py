@@ -13,6 +13,7 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
+from ibaml.checks import require_int
 from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.learner import defaults
@@ -26,6 +27,7 @@ from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
+from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
 from ibaml.types import ClassScope, ColumnName
 
@@ -41,7 +43,8 @@ class MetaLearner(Predictor):
 
     Args:
         network: Any ``nn.Module`` whose forward takes a batch of inputs. None: one that
-            suits the data that ``fit`` gets (``ibaml.learner.defaults``).
+            suits the data that ``fit`` gets (``ibaml.learner.defaults``). What is learned is in ``meta_parameters`` and
+            what a task adapts in ``posterior.value``: the module itself keeps its weights of before.
         algorithm: ``"head"``: implicit Bayesian meta-learning of a prior over the last linear layer on shared
             features, solved exactly by the head that suits the likelihood. Or another name of ``ALGORITHMS``
             (``"ibaml"``: the paper's, on all weights; ``"maml"``, ...) with the settings of its publication or, for a
@@ -62,7 +65,8 @@ class MetaLearner(Predictor):
             by ``str``.
 
     Raises:
-        ValueError: If a name is unknown or a pattern matches nothing.
+        TypeError: If the seed is no integer.
+        ValueError: If a name is unknown, a pattern matches nothing, or there is no such device.
 
     Examples:
         >>> import numpy as np
@@ -97,8 +101,8 @@ class MetaLearner(Predictor):
         self.adapt_patterns = adapt
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
-        self.device = torch.device(device)
-        self.seed = seed
+        self.device = resolve_device(device)
+        self.seed = require_int("seed", seed)
         self.training_result: TrainingResult | None = None
         self.choice: Choice | None = None
         self._splits = SplitSettings()
@@ -195,7 +199,7 @@ class MetaLearner(Predictor):
             classes=self.classes,
             splits=splits,
             seed=self.seed,
-            dtype=torch.float32 if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
+            dtype=torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
             columns={"task": task, "target": target, "features": features},
         )
         console = console_of(progress)

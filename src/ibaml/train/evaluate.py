@@ -195,9 +195,13 @@ def evaluate(
                     any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
                     needs_support=False,
                 )
-            fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
+            for part, batch in (("support", task.support), ("query", task.query)):
+                fitted.model.check_inputs(f"test task {index} {part}.x", batch.x)
+                fitted.model.check_labels(f"test task {index} {part}.y", batch.y)
             classes = fitted.num_outputs(num_outputs, task.support.y, task.query.y)
-            fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, classes)
+            for part, targets in (("support", task.support.y), ("query", task.query.y)):
+                if len(targets):
+                    fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
             foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
             found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
             if on_progress is not None:

@@ -18,6 +18,7 @@ import torch
 
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
@@ -139,6 +140,7 @@ class Trainer:
         Raises:
             ValueError: If a task does not fit the model, or the run folder's checkpoint another run, or processes start
                 from different weights or settings.
+            TypeError: If the network does what functional derivatives do not support.
             OSError: If the run folder cannot be written; nothing has been computed then.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
@@ -151,6 +153,8 @@ class Trainer:
         except ProcessLostError as error:
             raise ProcessLostError(f"{error} {self._how_to_resume()}") from error
         except RuntimeError as error:
+            if is_beyond_torch_func(error):
+                raise TypeError(advice_on_torch_func(self.model.network, error)) from error
             if not is_device_lost(error):
                 raise
             # What is on the device is lost, so that nothing can be saved but what has been.
@@ -215,7 +219,7 @@ class Trainer:
         drawn = draw_step(tasks, self.algorithm, self._meta, settings, share, generator=self._generator)
         try:
             check_targets(
-                self.model.likelihood,
+                self.model,
                 drawn,
                 self.model.most_outputs(self.algorithm, self._num_outputs, *(part.y for part in drawn.episodes)),
                 self._step + 1,
