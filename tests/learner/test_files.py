@@ -240,10 +240,9 @@ def test_levels_and_models_it_refuses(tmp_path, model, monkeypatch):
 @pytest.mark.parametrize("labels", [("0", "1"), ("EU", "NA"), ("01", "1"), ("1.0", "true")])
 def test_text_that_looks_like_something_else_is_read_as_the_model_has_it(tmp_path, labels):
     """A CSV file does not say that its zeros and ones, or its NA, are text: labels, and categories of a feature."""
-    table = students().assign(
-        region=lambda t: np.where(t.sleep > 7, *labels), grade=lambda t: np.where(t.hours > 5, *labels)
-    )
-    table = table.drop(columns="score")
+    table = students().drop(columns="score")
+    table["region"] = pd.Categorical(np.where(table.sleep > 7, *labels))
+    table["grade"] = np.where(table.hours > 5, *labels)
     learner = MetaLearner().fit(table, task="school", target="grade", num_steps=1)
     learner.save(tmp_path)
     new = table[:12]

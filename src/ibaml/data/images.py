@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
+_END_OF_ARCHIVE = 22
 _MOST_PIXELS = 64_000_000
 _MOST_BYTES = 2**28
 """What is read of one image, so that a small file cannot fill the memory."""
@@ -276,7 +277,7 @@ def open_archive(path: Path) -> Generator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, LookupError, struct.error) as error:
         raise ValueError(
             f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
         ) from error
@@ -290,8 +291,17 @@ def check_names(archive: zipfile.ZipFile) -> None:
     Contents have checksums and names have none, but each name stands in the archive twice.
 
     Raises:
-        ValueError: If two differ, or a file is encrypted or packed in a way that Python cannot read.
+        ValueError: If two differ, the archive says that it has another number of files, or one is encrypted or packed
+            in a way that Python cannot read.
     """
+    assert archive.filename is not None
+    with Path(archive.filename).open("rb") as file:
+        file.seek(-_END_OF_ARCHIVE - len(archive.comment), io.SEEK_END)
+        end = file.read(_END_OF_ARCHIVE)
+    number, found = int.from_bytes(end[10:12], "little"), len(archive.infolist())
+    # Archives with more files than two bytes count say so elsewhere.
+    if end.startswith(b"PK\5\6") and number != min(found, 0xFFFF):
+        raise ValueError(f"{archive.filename} is damaged: it says that it has {number} files, but lists {found}.")
     for info in archive.infolist():
         try:
             archive.open(info).close()

@@ -266,7 +266,10 @@ class _Predicted(NamedTuple):
 def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
     """Returns what is found for a task, on the CPU."""
     num_outputs = fitted.num_outputs(fitted.model.num_outputs, task.support.y, task.query.y)
-    posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
+    try:
+        posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"test task {index}: {error}") from error
 
     def predict(x: Tensor) -> Prediction:
         outputs = fitted.outputs(posterior.value, x, seed=seed)

@@ -211,9 +211,7 @@ DEEP = {
 @pytest.mark.parametrize("name", DEEP)
 def test_pixels_of_more_than_eight_bits_are_refused(make, name):
     """Pillow would cut them off at 255."""
-    with pytest.raises(
-        ValueError, match=r"the image train/a/\S+ of \S+ has pixels of more than 8 bits \(mode \S+\), .*8 b"
-    ):
+    with pytest.raises(ValueError, match=r"the image train/a/\S+ of \S+ has pixels of more than 8 bits \(mode \S+\)"):
         load_image_folder(make({f"train/a/{name}": DEEP[name]}), "train", channels=1)
 
 

@@ -181,7 +181,8 @@ def load_assays(
 def _read(file: Path) -> dict[str, npt.NDArray]:
     """Reads the arrays and refuses what does not fit together."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        # Opened here, as numpy leaves a file open that is no archive.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             missing = [name for name in _ARRAYS if name not in archive.files]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")
