@@ -10,6 +10,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.checks import require_finite_outputs, require_finite_solution
 from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
@@ -205,11 +206,7 @@ class FittedModel:
                     "part of them. A prior matters little where examples are that many."
                 ) from error
             raise
-        if not bool(tree.all_finite(solution.value)) or (with_grad_norm and not math.isfinite(solution.grad_norm)):
-            raise FloatingPointError(
-                f"adapting to the {len(support.y)} support examples gives numbers that are not finite. Likely causes: "
-                f"{_far_from_training(support)}, or inner steps that are too large ({self.algorithm.describe()})."
-            )
+        require_finite_solution(self.algorithm, solution, support, with_norm=with_grad_norm)
         return TaskPosterior(self, solution.value, float(solution.grad_norm), support=support, labels=labels, seed=seed)
 
     def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
@@ -268,11 +265,7 @@ class FittedModel:
         Raises:
             FloatingPointError: If they are not finite.
         """
-        if not bool(tree.all_finite(outputs)):
-            raise FloatingPointError(
-                "the prediction is not finite. Likely causes: inputs of another scale than in training (a fill value "
-                f"such as 1e20?), or inner steps that are too large ({self.algorithm.describe()})."
-            )
+        require_finite_outputs(self.algorithm, outputs)
         with torch.no_grad():
             prediction = self.model.likelihood.predict(
                 outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")
@@ -458,16 +451,6 @@ class TaskPosterior:
             return self
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
         return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
-
-
-def _far_from_training(support: Batch) -> str:
-    """Says how large a support set's numbers are."""
-    largest = [
-        f"{float(values.abs().max()):.3g} among the {what}"
-        for what, values in (("inputs", support.x), ("targets", support.y))
-        if values.is_floating_point() and values.numel()
-    ]
-    return f"values of another scale than in training (as the network sees them, up to {' and '.join(largest)})"
 
 
 def _is_empty(values: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ibaml.algorithms.checks import check_labels
 from ibaml.algorithms.guard import Guard, guard_of
 from ibaml.algorithms.kernels import Kernels, kernels_of
 from ibaml.algorithms.nll import PlainNll
@@ -271,29 +272,12 @@ class Model(PlainNll):
                 f"{argument} has {batch.x.shape[0]} inputs and {batch.y.shape[0]} targets; expected as many of "
                 "the one as of the other, and at least one."
             )
-        self.check_labels(f"{argument}.y", batch.y)
+        check_labels(self.likelihood, f"{argument}.y", batch.y)
         num_outputs = self._num_outputs_at(argument, batch.x)
         if any_number_of_classes and not batch.y.is_floating_point():
             num_outputs = max(num_outputs, 1 + int(batch.y.max()))
         self.likelihood.check_targets(f"{argument}.y", batch.y, num_outputs)
         return num_outputs
-
-    def check_labels(self, argument: str, targets: Tensor, *, num_axes: int = 1) -> None:
-        """Refuses class labels with an axis too many, which would be compared with those of all other examples.
-
-        Args:
-            argument: How messages call the targets.
-            targets: Targets of any likelihood.
-            num_axes: How many axes class indices have: that of the examples, and before it those of the tasks.
-
-        Raises:
-            ValueError: Saying how to get class indices.
-        """
-        if self.likelihood.target_kind == "classes" and targets.ndim != num_axes:
-            raise ValueError(
-                f"{argument} has shape {tuple(targets.shape[num_axes - 1 :])}, but expected one class index per "
-                "example, [num_examples]: of a column take y.squeeze(-1), of one-hot labels y.argmax(-1)."
-            )
 
     def _num_outputs_at(self, argument: str, x: Tensor) -> int:
         """Returns how many outputs the network gives at some inputs, by a pass of the first of their shape."""

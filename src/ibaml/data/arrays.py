@@ -5,6 +5,7 @@ that numpy could turn into an array, such as those with units, are refused by na
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ibaml.data.columns import Array, as_table, is_table
 
+_FAR = 1e4
 _LIBRARIES = ("array", "builtins", "collections", "numpy", "pandas", "polars", "pyarrow")
 
 
@@ -103,6 +105,21 @@ def to_int64(argument: str, values: Array) -> Array:
             f"{argument} has the integer {values.max()}, beyond the range of int64: give smaller ones, or text."
         )
     return values.astype(np.int64)
+
+
+def warn_if_far(argument: str, scaled: Array, rows: Any) -> None:
+    """Warns of values that are so far from those of training that nothing learned from these says much of them."""
+    far = np.abs(scaled) > _FAR
+    if bool(far.any()):
+        place = np.unravel_index(np.abs(scaled).argmax(), scaled.shape)
+        row = place[0] if rows is None else rows[place[0]]
+        warnings.warn(
+            f"{argument} has {far.sum()} values more than {_FAR:g} standard deviations of training away from its mean, "
+            f"the farthest by {abs(scaled[place]):.3g} in row {row}, column {', '.join(map(str, place[1:]))}: if it is "
+            "a fill value, drop or impute it; if not, check its units.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _of_tensor(argument: str, value: torch.Tensor) -> Array:

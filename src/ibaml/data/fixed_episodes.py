@@ -37,7 +37,7 @@ class FixedEpisodes:
             for part, batch in zip(episode._fields, episode, strict=True):
                 values: tuple[Any, ...] = batch
                 for name, value in zip(batch._fields, values, strict=True):
-                    if not isinstance(value, torch.Tensor):
+                    if not torch.is_tensor(value):
                         raise TypeError(
                             f"episode {index} has a {type(value).__name__} as {part}.{name}; expected one tensor, "
                             "[num_examples, ...]: put several inputs side by side in one, and take them apart in the "

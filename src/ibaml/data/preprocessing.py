@@ -1,7 +1,6 @@
 """What a learner has to know about its data to turn arrays into tensors, and predictions back into the data's terms."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibaml.data.arrays import to_array
+from ibaml.data.arrays import to_array, warn_if_far
 from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
 from ibaml.data.images import WHITE
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets
@@ -18,7 +17,6 @@ from ibaml.types import Batch, ClassScope, Tensor
 
 CLASS_SCOPES: tuple[ClassScope, ...] = ("shared", "per_task")
 _LARGEST = float(torch.finfo(torch.float32).max)
-_FAR = 1e4
 # A standard deviation this far below the mean is rounding, not data.
 _ROUNDING = 64 * float(np.finfo(np.float64).eps)
 
@@ -192,7 +190,7 @@ class Preprocessing:
                 f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
                 "another scale than in training; check their units."
             )
-        _warn_if_far(argument, scaled, x.index if is_table(x) else None)
+        warn_if_far(argument, scaled, x.index if is_table(x) else None)
         return torch.from_numpy(scaled)
 
     def encode_targets(
@@ -219,7 +217,7 @@ class Preprocessing:
                 )
             scaled = self.targets.transform(values)
             if self.targets is not IDENTITY:
-                _warn_if_far(argument, scaled, y.index if hasattr(y, "iloc") else None)
+                warn_if_far(argument, scaled, y.index if hasattr(y, "iloc") else None)
             return torch.from_numpy(scaled).to(dtype)
         labels = self.class_labels if labels is None else labels
         assert labels is not None
@@ -420,21 +418,6 @@ def _as_column(name: str, settings: Mapping[str, Any]) -> Column:
     categories = settings.get("categories")
     plain = Column(name, mean=settings.get("mean"), has_gaps=settings.get("has_gaps", False))
     return plain if categories is None else plain._replace(categories=tuple(categories))
-
-
-def _warn_if_far(argument: str, scaled: npt.NDArray[Any], rows: Any) -> None:
-    """Warns of values that are so far from those of training that nothing learned from these says much of them."""
-    far = np.abs(scaled) > _FAR
-    if bool(far.any()):
-        place = np.unravel_index(np.abs(scaled).argmax(), scaled.shape)
-        row = place[0] if rows is None else rows[place[0]]
-        warnings.warn(
-            f"{argument} has {far.sum()} values more than {_FAR:g} standard deviations of training away from its mean, "
-            f"the farthest by {abs(scaled[place]):.3g} in row {row}, column {', '.join(map(str, place[1:]))}: if it is "
-            "a fill value, drop or impute it; if not, check its units.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def _to_indices(argument: str, y: Array, labels: Array) -> Tensor:

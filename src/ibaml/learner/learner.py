@@ -29,6 +29,7 @@ from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
+from ibaml.train.signals import pass_on
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -188,8 +189,11 @@ class MetaLearner(Predictor):
             TypeError: If tasks are of no accepted form, or values of the wrong kind.
             ValueError: If a task does not fit the network or the likelihood, or cannot be split, or the run folder
                 holds a run with other settings or other data, or there are more processes than tasks in a step.
+            OSError: If the run folder cannot be written, or another training runs in it.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
+            KeyboardInterrupt: If training was interrupted and there is no run folder. SIGTERM and SIGHUP are passed on
+                to the program as well, after the running step and with all saved, which usually end it.
         """
         splits = splits or SplitSettings()
         source = prepare(
@@ -241,6 +245,13 @@ class MetaLearner(Predictor):
             console=console,
             processes=processes or Processes(),
         )
+        told = f"at step {self.training_result.num_steps} of {settings.num_steps}"
+        kept = (
+            "there is no run folder, so that it would start anew"
+            if run_folder is None
+            else (f"all is saved in {run_folder}, and the same call goes on from there")
+        )
+        pass_on(self.training_result.ended_by, f"{told}; {kept}.", is_saved=run_folder is not None)
         return self
 
     def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
+from ibaml.algorithms.checks import check_labels
 from ibaml.algorithms.model import Model
 from ibaml.seeds import noise_generator, task_seed
 from ibaml.train.evaluate import draw_tasks
@@ -70,7 +71,7 @@ def check_targets(model: Model, drawn: DrawnTasks, num_outputs: int, step: int) 
     """
     likelihood = model.likelihood
     for part, batch in (("support", drawn.episodes.support), ("query", drawn.episodes.query)):
-        model.check_labels(f"training tasks of step {step} {part}.y", batch.y, num_axes=2)
+        check_labels(likelihood, f"training tasks of step {step} {part}.y", batch.y, num_axes=2)
         if not bool(torch.isfinite(batch.x).all()):
             for index, inputs in enumerate(batch.x, start=drawn.first):
                 model.check_inputs(f"training task {index} of step {step} {part}.x", inputs)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml import metrics, tree
+from ibaml.algorithms.checks import check_labels
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
@@ -197,7 +198,7 @@ def evaluate(
                 )
             for part, batch in (("support", task.support), ("query", task.query)):
                 fitted.model.check_inputs(f"test task {index} {part}.x", batch.x)
-                fitted.model.check_labels(f"test task {index} {part}.y", batch.y)
+                check_labels(fitted.model.likelihood, f"test task {index} {part}.y", batch.y)
             classes = fitted.num_outputs(num_outputs, task.support.y, task.query.y)
             for part, targets in (("support", task.support.y), ("query", task.query.y)):
                 if len(targets):
