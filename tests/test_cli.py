@@ -204,6 +204,7 @@ def test_train_leaves_a_complete_run(trained):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "recipe.json",
+        "previous.checkpoint.safetensors",
         "environment.json",
         "README.md",
         METRICS,

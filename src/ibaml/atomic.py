@@ -1,7 +1,9 @@
 """Files written in one move: a reader sees the old file or the new one, never a part."""
 
+import errno
 import os
 import secrets
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,9 +34,49 @@ def atomic_write(path: Path) -> Generator[Path]:
     temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
     try:
         yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Gives a file a second name, which keeps its contents when another file takes the first.
+
+    Args:
+        path: The file.
+        copy: The second name, in the same folder; replaced if it exists.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    temporary = copy.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{copy.name}")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            # A file system without links.
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the list of names of a folder, is on the disk: after a power cut a rename alone may be."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        # Not every system opens folders.
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,29 @@
 """Checks of arguments that come from outside, each once."""
 
+import operator
+from typing import Any
+
 import torch
+
+
+def require_int(name: str, value: Any) -> int:
+    """Returns ``value`` as an int if it is an integer, of Python or numpy.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: What the caller passed.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+
+    Examples:
+        >>> require_int("seed", 3)
+        3
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.") from error
 
 
 def require_positive_int(name: str, value: object) -> int:

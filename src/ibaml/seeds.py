@@ -11,17 +11,23 @@ from typing import Literal
 
 import torch
 
+from ibaml.checks import require_int
+
 _SEED_STRIDE = 1_000_003
 _PURPOSES = ("inner", "prediction")
 
 
 def task_seed(seed: int, index: int) -> int:
-    """Returns the seed of task ``index`` in the fixed set of tasks named by ``seed``."""
-    return seed * _SEED_STRIDE + index
+    """Returns the seed of task ``index`` in the fixed set of tasks named by ``seed``.
+
+    Raises:
+        TypeError: If the seed is no integer.
+    """
+    return require_int("seed", seed) * _SEED_STRIDE + index
 
 
 def task_generator(seed: int, index: int) -> torch.Generator:
-    """Returns the generator that draws task ``index`` of the fixed set of tasks named by ``seed``."""
+    """Returns the generator that draws task ``index`` of the fixed set of tasks named by ``seed``; errors likewise."""
     return torch.Generator().manual_seed(task_seed(seed, index))
 
 
@@ -31,7 +37,11 @@ def noise_generator(purpose: Literal["inner", "prediction"], seed: int) -> torch
     Args:
         purpose: ``"inner"``: of the inner problem; ``"prediction"``: of the weight samples.
         seed: Seed of the adaptation, or of the prediction.
+
+    Raises:
+        TypeError: If it is no integer.
     """
+    seed = require_int("seed", seed)
     # A large offset is no other stream: the CPU's generator takes the low 32 bits of a seed alone.
     drawn = torch.randint(2**32, (len(_PURPOSES),), generator=torch.Generator().manual_seed(seed))
     return torch.Generator().manual_seed(int(drawn[_PURPOSES.index(purpose)]))

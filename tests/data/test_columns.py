@@ -286,8 +286,9 @@ REFUSED = [
     (
         with_column(age=pd.Series(["x", 1, 2, 3, 4, 5], dtype=object)),
         TypeError,
-        "column 'age' of the table has dtype object and holds values of the kind 'mixed-integer', such as 'x' (row 0); "
-        "expected only numbers, only text or categories: make all of one kind, with pandas.to_numeric or .astype(str)",
+        "column 'age' of the table has dtype object and holds values of the kind 'mixed-integer', such as 'x' (row 0) "
+        "among numbers; expected only numbers, only text or categories: make all of one kind, with "
+        "pandas.to_numeric or .astype(str)",
     ),
     (with_column(age=[1j] * 6), TypeError, "has dtype complex128 and holds values of the kind 'complex'"),
     (with_column(age=[[1], [2]] * 3), TypeError, "has dtype object and holds values of the kind 'mixed'"),

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ibaml.data.tables import read_inputs, read_labels, read_targets, read_tasks, to_array
+from ibaml.data.arrays import to_array
+from ibaml.data.tables import read_inputs, read_labels, read_targets, read_tasks
 from ibaml.types import Batch, Episode
 
 X = np.arange(6.0).reshape(3, 2)

@@ -247,3 +247,29 @@ def test_levels_and_models_it_refuses(tmp_path, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"this needs pandas, which is not installed: pip install 'ibaml\[tables\]'"):
         read_table(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), ("EU", "NA"), ("01", "1"), ("1.0", "true")])
+def test_text_that_looks_like_something_else_is_read_as_the_model_has_it(tmp_path, labels):
+    """A CSV file does not say that its zeros and ones, or its NA, are text: labels, and categories of a feature."""
+    table = students().drop(columns="score")
+    table["region"] = pd.Categorical(np.where(table.sleep > 7, *labels))
+    table["grade"] = np.where(table.hours > 5, *labels)
+    learner = MetaLearner().fit(table, task="school", target="grade", num_steps=1)
+    learner.save(tmp_path)
+    new = table[:12]
+    new[:6].to_csv(tmp_path / "support.csv", index=False)
+    new[6:].drop(columns="grade").to_csv(tmp_path / "query.csv", index=False)
+    predict_files(load_fitted(tmp_path, device=CPU), *(tmp_path / f"{n}.csv" for n in ("support", "query", "out")))
+    written = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
+    expected = learner.adapt(new[:6], new.grade[:6]).predict(new[6:])
+    assert written.predicted.tolist() == expected.labels.tolist()
+    np.testing.assert_allclose(written[f"probability_{labels[0]}"].astype(float), expected.probs[:, 0], rtol=1e-5)
+
+
+def test_gaps_in_text_stay_gaps(tmp_path):
+    pd.DataFrame({"grade": ["1", None, "2"], "other": [1.0, None, 2.0]}).to_csv(tmp_path / "a.csv", index=False)
+    read = read_table(tmp_path / "a.csv", {"grade": ("1", "2", "3"), "absent": ("1",)})
+    assert read.grade.isna().tolist() == [False, True, False] and read.grade[2] == "2" and read.other[2] == 2.0
+    # A label that the model does not know leaves the column as it was read, for the message.
+    assert read_table(tmp_path / "a.csv", {"grade": ("1", "3")}).grade[2] == 2.0

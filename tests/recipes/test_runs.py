@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from io import StringIO
 
 import numpy as np
@@ -99,6 +101,7 @@ def test_what_a_run_leaves(trained):
     assert names == {
         *(MODEL, SETTINGS, CHECKPOINT, METRICS),
         *("recipe.json", "environment.json", "README.md", "tensorboard", "training.png"),
+        "previous.checkpoint.safetensors",
     }
     assert runs.read_recipe(trained) == RECIPE
     environment = json.loads((trained / "environment.json").read_text())
@@ -274,6 +277,54 @@ def test_an_evaluation_is_read_back(tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["per_task.csv", "predictions.safetensors", "report.json"]
 
 
+def test_an_evaluation_that_was_cut_off(tmp_path, monkeypatch):
+    """The old report beside the new tasks is no evaluation."""
+    write(tmp_path, evaluation())
+    real = os.replace
+
+    def replace(old, new):
+        real(old, new)
+        if new.name == "per_task.csv":
+            raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", replace)
+    found = evaluation()
+    other = dataclasses.replace(found, per_task={name: value + 1 for name, value in found.per_task.items()})
+    with pytest.raises(InterruptedError):
+        write(tmp_path, other)
+    with pytest.raises(ValueError, match="per_task.csv is of another evaluation than report.json, or was changed"):
+        read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("change", ['"num_steps": 1', '"num_test_tasks": 600'])
+def test_a_changed_recipe_is_noticed(trained, tmp_path, change):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "recipe.json"
+    name, _, number = change.partition(" ")
+    text = path.read_text()
+    path.write_text(re.sub(rf"{name} \d+", f"{name} 7", text))
+    assert path.read_text() != text
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read \(it was changed since training wrote it"):
+        runs.evaluate_run(tmp_path / "run", num_tasks=1)
+
+
+def test_a_model_of_another_run_is_noticed(trained, tmp_path):
+    """With a recipe that was written as a whole."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").unlink()
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    runs.open_run(tmp_path / "run", RECIPE.replace({"algorithm.inner.num_steps": 7}))
+    with pytest.raises(ValueError, match="did not train: by the recipe, algorithm.inner.num_steps was 7 and is now"):
+        runs.evaluate_run(tmp_path / "run", num_tasks=1)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"name": 1}'])
+def test_a_damaged_recipe_is_named(tmp_path, content):
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read \(.*: restore it from a copy, or train in"):
+        runs.read_recipe(tmp_path)
+
+
 def test_no_evaluation(tmp_path):
     message = f"{tmp_path} has not been evaluated: run `ibaml evaluate {tmp_path}` first."
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
@@ -292,6 +343,9 @@ def test_no_evaluation(tmp_path):
         ("per_task.csv", lambda text: text[:-30]),
         ("per_task.csv", lambda text: "\n".join(text.splitlines()[:-1]) + "\n"),
         ("per_task.csv", lambda text: text.replace(".", "x")),
+        ("per_task.csv", lambda text: text.replace("1", "2", 1)),
+        ("report.json", lambda text: text.replace('"step": 2', '"step": 3')),
+        ("report.json", lambda text: "[" * 100_000),
     ],
 )
 def test_a_damaged_evaluation(tmp_path, name, change):

@@ -1,7 +1,6 @@
 """A fixed set of tasks, the same whoever computes them, scored by the package's own metrics."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -306,8 +305,8 @@ def test_later_tasks_are_checked_by_value(kind, message):
 def test_predictions_that_are_not_finite_name_the_task():
     fitted, tasks = set_up("gaussian", "maml")
     wild = dataclasses.replace(fitted.algorithm, inner=GradientDescent(num_steps=4, learning_rate=1e30))
-    message = "test task 0 gives predictions that are not finite. Likely causes: inner steps too large (unrolled"
-    with pytest.raises(FloatingPointError, match=re.escape(message)):
+    message = r"test task 0: adapting to the \d+ support examples gives numbers that are not .* too large \(unrolled"
+    with pytest.raises(FloatingPointError, match=message):
         evaluate(dataclasses.replace(fitted, algorithm=wild), tasks, num_tasks=2, seed=0)
 
 

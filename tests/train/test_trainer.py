@@ -1,8 +1,11 @@
 """The loop: what it learns, that it resumes with the same bits, and that it stops with the state saved and a reason."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -28,7 +31,7 @@ from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.train import evaluate as evaluation
 from ibaml.train import trainer
-from ibaml.train.checkpoint import CHECKPOINT, load_tensors, save_tensors
+from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, load_tensors, save_tensors
 from ibaml.train.draw import DrawnTasks, draw_step
 from ibaml.train.log import METRICS, read_metrics
 from ibaml.train.result import Chosen
@@ -423,9 +426,60 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     fit(tmp_path)
     content = (tmp_path / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(content[:-9])
+    (tmp_path / PREVIOUS).unlink()
     with pytest.raises(ValueError, match="is no readable checkpoint .*truncated"):
         fit(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == content[:-9]
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path):
+    """Nothing is lost but the steps since, and the run ends with the same bits."""
+    whole = fit(tmp_path / "whole")
+    for _ in range(2):
+        make(tmp_path / "parts").fit(image_tasks(0), image_tasks(1), max_minutes=1e-9)
+    (tmp_path / "parts" / CHECKPOINT).write_bytes(b"damaged")
+    with pytest.warns(RuntimeWarning, match="is no readable checkpoint .* goes on from the checkpoint before, of step"):
+        part = fit(tmp_path / "parts")
+    assert_same_meta(part.last_meta, whole.last_meta)
+    assert_same_meta(part.meta, whole.meta)
+
+
+class Killed(Exception):
+    """Stands for a process that ends at once."""
+
+
+@pytest.mark.parametrize("when", range(1, 13))
+def test_a_run_that_ends_at_any_write_resumes_with_the_same_bits_and_rows(tmp_path, monkeypatch, when):
+    settings = dataclasses.replace(SMALL, log_every=3, checkpoint_every=2, validate_every=4)
+    whole = fit(tmp_path / "whole", settings=settings)
+    real, count = os.replace, itertools.count(1)
+
+    def replace(old: Path, new: Path) -> None:
+        real(old, new)
+        if next(count) == when:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with contextlib.suppress(Killed):
+            fit(tmp_path / "parts", settings=settings)
+    part = fit(tmp_path / "parts", settings=settings)
+    assert_same_meta(part.last_meta, whole.last_meta)
+    assert_same_meta(part.meta, whole.meta)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_the_state_before_a_validation_is_saved(tmp_path, monkeypatch):
+    """And the validation is made up for."""
+    whole = fit(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            fit(tmp_path / "parts")
+    assert state_of(tmp_path / "parts")[1]["step"] == SMALL.validate_every
+    part = fit(tmp_path / "parts")
+    assert_same_meta(part.meta, whole.meta)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
 
 
 def test_resuming_is_announced(tmp_path):
@@ -885,8 +939,8 @@ def test_divergence_in_validation_is_reported_with_the_state_saved(tmp_path):
     wild = SinusoidTasks(num_shots=3, num_queries=3, amplitude=(1e30, 1e30))
     run = Trainer(sinusoid_model(), ALGORITHMS["maml"], settings, run_folder=tmp_path)
     message = (
-        r"validation after step 2: test task 0 gives predictions that are not finite\. Likely causes: "
-        r"inner steps too large \(unrolled gradient, .*\), or inputs far from unit scale\. The state before is saved"
+        r"validation after step 2: test task 0: adapting to the 3 support examples gives numbers that are not finite\. "
+        r"Likely causes: .* inner steps that are too large \(unrolled gradient, .*\)\. The state before is saved"
     )
     with pytest.raises(TrainingDivergedError, match=message):
         run.fit(SinusoidTasks(num_shots=3, num_queries=3), wild)

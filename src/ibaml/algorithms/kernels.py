@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ibaml.algorithms.guard import Guard
+
+_flags = Guard()
 _WITHOUT_ATTENTION = ("torch.nn.modules.", "ibaml.networks.")
 """Where modules are from that call no attention, but for torch's own attention layers."""
 
@@ -30,6 +33,8 @@ class Kernels(NamedTuple):
     def differentiable_twice(self) -> Generator[None, None, None]:
         """Switches to math attention and to recurrent layers without cuDNN, if the network may call them."""
         with contextlib.ExitStack() as stack:
+            if self.attention or self.recurrence:
+                stack.enter_context(_flags)
             if self.attention:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.attention_layers:
@@ -47,6 +52,23 @@ def kernels_of(network: nn.Module) -> Kernels:
         attention=layers or not all(type(module).__module__.startswith(_WITHOUT_ATTENTION) for module in modules),
         attention_layers=layers,
         recurrence=any(isinstance(module, nn.RNNBase) for module in modules),
+    )
+
+
+_BEYOND_TORCH_FUNC = ("saved tensor hooks", "setup_context", "torch.autograd.Function")
+
+
+def is_beyond_torch_func(error: BaseException) -> bool:
+    """Tells whether torch refuses a network's pass because ``torch.func`` supports no such part."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _BEYOND_TORCH_FUNC)
+
+
+def advice_on_torch_func(network: nn.Module, error: BaseException) -> str:
+    """Returns what to do about it."""
+    return (
+        f"the network ({type(network).__name__}) has a part that functional derivatives do not support: activation "
+        "checkpointing, or an autograd.Function without setup_context. Take it out; for less memory set "
+        f"max_examples_per_pass in TrainerSettings, or adapt the last layer alone. (torch says: {error})"
     )
 
 

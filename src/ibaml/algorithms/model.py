@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ibaml.algorithms.checks import check_labels
+from ibaml.algorithms.guard import Guard, guard_of
 from ibaml.algorithms.kernels import Kernels, kernels_of
 from ibaml.algorithms.nll import PlainNll
 from ibaml.algorithms.tail import FEATURES, Lookup, Tail, find_tail, keeps_statistics
@@ -41,6 +43,7 @@ class Model(PlainNll):
         frozen: Parameters that stay as they are.
         tail: The part of the network from the first adapted layer on, if it is known where that is.
         num_outputs: Classes or targets of a task, for heads that serve any number of them.
+        guard: Lets one thread at a time use the network.
     """
 
     network: nn.Module
@@ -50,6 +53,7 @@ class Model(PlainNll):
     frozen: Params
     tail: Tail | None = None
     num_outputs: int = 1
+    guard: Guard = dataclasses.field(default_factory=Guard, repr=False, compare=False)
 
     @property
     def shared_names(self) -> frozenset[str]:
@@ -68,7 +72,7 @@ class Model(PlainNll):
             ``[num_examples, num_outputs]``.
         """
         own = {name: value for name, value in shared.items() if name in self.shared_names}
-        with self._kernels.differentiable_twice():
+        with self.guard, self._kernels.differentiable_twice():
             return torch.func.functional_call(self.network, {**self.frozen, **own, **adapted}, (x,))
 
     def features(self, shared: Params, x: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class Model(PlainNll):
         if isinstance(self.tail.body, Lookup):
             return shared[FEATURES][x]
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}}
-        with self._kernels.differentiable_twice():
+        with self.guard, self._kernels.differentiable_twice():
             return torch.func.functional_call(self.tail.body, own, (x,))
 
     def splits(self, x: Tensor) -> bool:
@@ -177,7 +181,7 @@ class Model(PlainNll):
             if name.endswith("num_batches_tracked")
         }
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}, **moved, **counters}
-        with self._kernels.differentiable_twice():
+        with self.guard, self._kernels.differentiable_twice():
             return torch.func.functional_call(self.tail.training_body, own, (x,)), moved
 
     @property
@@ -268,6 +272,7 @@ class Model(PlainNll):
                 f"{argument} has {batch.x.shape[0]} inputs and {batch.y.shape[0]} targets; expected as many of "
                 "the one as of the other, and at least one."
             )
+        check_labels(self.likelihood, f"{argument}.y", batch.y)
         num_outputs = self._num_outputs_at(argument, batch.x)
         if any_number_of_classes and not batch.y.is_floating_point():
             num_outputs = max(num_outputs, 1 + int(batch.y.max()))
@@ -282,12 +287,18 @@ class Model(PlainNll):
             return self._seen[key]
         try:
             with torch.no_grad():
-                outputs = self.outputs(self.adapted, self.shared, x)
-        except (RuntimeError, ValueError, TypeError) as error:
+                outputs: Any = self.outputs(self.adapted, self.shared, x)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(
                 f"the network ({type(self.network).__name__}) cannot process {argument}.x of shape "
                 f"{tuple(x.shape)} and dtype {x.dtype}: {error}"
             ) from error
+        if not isinstance(outputs, Tensor):
+            raise ValueError(
+                f"the network ({type(self.network).__name__}) returned a {type(outputs).__name__} for {argument}.x; "
+                "expected one tensor, [num_examples, num_outputs]: let its forward return that alone, of a recurrent "
+                "layer the last output."
+            )
         if outputs.ndim != 2:
             raise ValueError(
                 f"the network returned shape {tuple(outputs.shape)} for {argument}.x of shape "
@@ -381,6 +392,7 @@ def build_model(
         network=network,
         likelihood=likelihood,
         tail=tail,
+        guard=guard_of(network),
         num_outputs=num_outputs_of(network),
         adapted=adapted,
         shared={

@@ -318,6 +318,11 @@ def _kind(argument: str, column: Any) -> Kind:
             f"{where} holds spans of time, {example}: make numbers of them, table[{column.name!r}] = "
             f"table[{column.name!r}].dt.total_seconds(), or leave the column out."
         )
+    are_text = column.dropna().map(lambda value: isinstance(value, str))
+    if 0 < are_text.sum() < len(are_text):
+        # The few among the many are what is to be corrected.
+        odd = are_text[are_text == (are_text.mean() < 0.5)].index[0]
+        example = f"such as {str(column[odd])!r} (row {odd}) among {'numbers' if are_text[odd] else 'text'}"
     raise TypeError(
         f"{where} has dtype {column.dtype} and holds values of the kind {found!r}, {example}; expected only numbers, "
         "only text or categories: make all of one kind, with pandas.to_numeric or .astype(str), or leave the column "

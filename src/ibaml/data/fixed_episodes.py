@@ -1,6 +1,7 @@
 """Tasks given as a list."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ class FixedEpisodes:
         episodes: Tasks with a support and a query set, without a task axis; inputs of one shape.
 
     Raises:
+        TypeError: If inputs or targets are no tensors, or inputs differ in dtype.
         ValueError: If there are none, or the shapes of single inputs differ.
 
     Examples:
@@ -31,6 +33,22 @@ class FixedEpisodes:
     def __init__(self, episodes: Sequence[Episode]) -> None:
         if not episodes:
             raise ValueError("episodes is empty; expected at least one Episode.")
+        for index, episode in enumerate(episodes):
+            for part, batch in zip(episode._fields, episode, strict=True):
+                values: tuple[Any, ...] = batch
+                for name, value in zip(batch._fields, values, strict=True):
+                    if not torch.is_tensor(value):
+                        raise TypeError(
+                            f"episode {index} has a {type(value).__name__} as {part}.{name}; expected one tensor, "
+                            "[num_examples, ...]: put several inputs side by side in one, and take them apart in the "
+                            "network's forward."
+                        )
+                    first = getattr(episodes[0].support, name)
+                    if name == "x" and value.dtype != first.dtype:
+                        raise TypeError(
+                            f"episode {index} has {part}.{name} of dtype {value.dtype}, episode 0 of {first.dtype}: "
+                            "convert all to one."
+                        )
         shapes = {tuple(batch.x.shape[1:]) for episode in episodes for batch in episode}
         if len(shapes) > 1:
             raise ValueError(f"episodes have inputs of different shapes {sorted(shapes)}; expected a single shape.")

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+_END_OF_ARCHIVE = 22
+_MOST_PIXELS = 64_000_000
+_MOST_BYTES = 2**28
+"""What is read of one image, so that a small file cannot fill the memory."""
 
 WHITE = 255
 """The largest value of a pixel, which networks see as one."""
@@ -201,21 +208,50 @@ def class_starts(sizes: Sequence[int]) -> Tensor:
 
 
 def decode_image(content: bytes, name: str, *, channels: int) -> "Image.Image":
-    """Decodes an image file, to RGB for three channels and to grey for one.
+    """Decodes an image file, to RGB for three channels and to grey for one, as viewers show it.
+
+    What is transparent becomes white, and an image that a camera marked as turned is turned.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, holds several pictures or more than 64 million pixels, or its pixels have more
+            than 8 bits: what they count up to is not in the file, and Pillow would cut them off at 255.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            return opened.convert("RGB" if channels == 3 else "L")
-    # SyntaxError: a broken PNG. An image of absurd size is refused by Pillow too.
-    except (OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+            problem = _find_problem(opened)
+            if problem is None:
+                turned = ImageOps.exif_transpose(opened)
+                if turned.has_transparency_data:
+                    turned = turned.convert("RGBA")
+                    turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+                return turned.convert("RGB" if channels == 3 else "L")
+    # SyntaxError: a broken PNG. The others are what Pillow and struct make of files whose parts contradict each other.
+    except (
+        *(OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError),
+        *(ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, struct.error),
+    ) as error:
         raise ValueError(
             f"cannot read the image {name} ({error}); replace or remove it, or get the archive again."
         ) from error
+    raise ValueError(f"the image {name} {problem}.")
+
+
+def _find_problem(image: "Image.Image") -> str | None:
+    """Says what keeps an image that was opened, but not decoded, from being taken."""
+    width, height = image.size
+    if width * height > _MOST_PIXELS:
+        return f"has {width} x {height} pixels, and at most {_MOST_PIXELS:,} are decoded: make it smaller"
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return (
+            f"has pixels of more than 8 bits (mode {image.mode}), and how bright the largest is meant to be is not in "
+            "the file: save it with 8 bits, such as Image.fromarray((255.0 / largest * numpy.asarray(image)).round()"
+            ".astype('uint8')), with one largest value for all images"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        return f"holds {getattr(image, 'n_frames', 1)} pictures: save the one that is meant as a file of its own"
+    return None
 
 
 def resize_image(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
@@ -241,12 +277,38 @@ def open_archive(path: Path) -> Generator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, LookupError, struct.error) as error:
         raise ValueError(
             f"{path} is not an intact zip archive ({error}): probably a copy or download that broke off. Get it again."
         ) from error
     with archive:
         yield archive
+
+
+def check_names(archive: zipfile.ZipFile) -> None:
+    """Refuses an archive whose list of contents names a file otherwise than the file itself does.
+
+    Contents have checksums and names have none, but each name stands in the archive twice.
+
+    Raises:
+        ValueError: If two differ, the archive says that it has another number of files, or one is encrypted or packed
+            in a way that Python cannot read.
+    """
+    assert archive.filename is not None
+    with Path(archive.filename).open("rb") as file:
+        file.seek(-_END_OF_ARCHIVE - len(archive.comment), io.SEEK_END)
+        end = file.read(_END_OF_ARCHIVE)
+    number, found = int.from_bytes(end[10:12], "little"), len(archive.infolist())
+    # Archives with more files than two bytes count say so elsewhere.
+    if end.startswith(b"PK\5\6") and number != min(found, 0xFFFF):
+        raise ValueError(f"{archive.filename} is damaged: it says that it has {number} files, but lists {found}.")
+    for info in archive.infolist():
+        try:
+            archive.open(info).close()
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
+            raise ValueError(
+                f"{archive.filename} is damaged at {info.filename} ({error}). Get the archive again."
+            ) from error
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -256,9 +318,22 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
         ValueError: If the archive is damaged there, or packed in a way that Python cannot read.
     """
     try:
+        size = archive.getinfo(name).file_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and at most {_MOST_BYTES:,} are read")
         return archive.read(name)
-    # RuntimeError: encrypted; its subclass NotImplementedError: compressed by a method that Python lacks.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    # RuntimeError: encrypted; its subclass NotImplementedError: compressed by a method that Python lacks. KeyError: the
+    # archive's list of contents has it under another name.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+    ) as error:
         raise ValueError(f"cannot read {name} of {archive.filename} ({error}). Get the archive again.") from error
 
 

@@ -178,9 +178,22 @@ def _columns_of(formula: Formula, tasks: Any, columns: dict[str, Any]) -> dict[s
 
 
 def table_splits(
-    preprocessing: Preprocessing, table: TaskTable, splits: SplitSettings, *, dtype: torch.dtype
+    preprocessing: Preprocessing,
+    table: TaskTable,
+    splits: SplitSettings,
+    *,
+    dtype: torch.dtype,
+    all_classes: bool = False,
 ) -> TaskSplits:
     """Returns the sampler over the tasks of a table.
+
+    Args:
+        preprocessing: How data become tensors.
+        table: The tasks.
+        splits: How tasks are split.
+        dtype: Of the tensors.
+        all_classes: Where each task has classes of its own, whether a draw takes all of them rather than as many as the
+            network has outputs.
 
     Raises:
         ValueError: If a task does not fit the preprocessing or cannot be split.
@@ -191,7 +204,7 @@ def table_splits(
     return TaskSplits(
         [Batch(x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in encoded],
         num_outputs=preprocessing.num_outputs,
-        num_ways=preprocessing.num_outputs if per_task else None,
+        num_ways=("all" if all_classes else preprocessing.num_outputs) if per_task else None,
         num_support=splits.num_support,
         num_query=splits.num_query,
         stratify=splits.stratify,

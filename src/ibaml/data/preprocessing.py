@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibaml.data.arrays import to_array, warn_if_far
 from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
 from ibaml.data.formulas import Formula, encode_formula, fit_formula
 from ibaml.data.images import WHITE
-from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets, to_array
+from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets
 from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, ClassScope, Tensor
 
@@ -197,6 +198,7 @@ class Preprocessing:
                 f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
                 "another scale than in training; check their units."
             )
+        warn_if_far(argument, scaled, x.index if is_table(x) else None)
         return torch.from_numpy(scaled)
 
     def encode_targets(
@@ -215,16 +217,19 @@ class Preprocessing:
             ValueError: If a label is unknown, the shape is wrong or a value is not finite.
         """
         if self.targets is not None:
-            values = read_targets(argument, to_array(y))
+            values = read_targets(argument, to_array(y, argument))
             if values.shape[1] != self.num_outputs:
                 raise ValueError(
                     f"{argument} has {values.shape[1]} columns, but the model was trained on {self.num_outputs} "
                     "targets: pass the same ones."
                 )
-            return torch.from_numpy(self.targets.transform(values)).to(dtype)
+            scaled = self.targets.transform(values)
+            if self.targets is not IDENTITY:
+                warn_if_far(argument, scaled, y.index if hasattr(y, "iloc") else None)
+            return torch.from_numpy(scaled).to(dtype)
         labels = self.class_labels if labels is None else labels
         assert labels is not None
-        return _to_indices(argument, read_labels(argument, to_array(y)), labels)
+        return _to_indices(argument, read_labels(argument, to_array(y, argument)), labels)
 
     def labels_of_task(self, argument: str, y: Any, *, any_number: bool = False) -> Array:
         """Returns the class labels of one task in the order of the outputs.
@@ -239,7 +244,7 @@ class Preprocessing:
         """
         if self.class_labels is not None:
             return self.class_labels
-        found = np.unique(read_labels(argument, to_array(y)))
+        found = np.unique(read_labels(argument, to_array(y, argument)))
         if len(found) != self.num_outputs and not any_number:
             raise ValueError(
                 f"{argument} has {len(found)} classes ({shown(found.tolist())}), but the model tells "
@@ -355,7 +360,10 @@ def fit_preprocessing(
         "target_columns": table.target_columns,
     }
     if target_kind != "classes":
-        values = [read_targets(f"y of task {task.name!r}", task.y) for task in table.tasks]
+        values = [
+            read_targets(f"y of task {task.name!r}", task.y, task.x.index if is_table(task.x) else None)
+            for task in table.tasks
+        ]
         for task, targets in zip(table.tasks, values, strict=True):
             if targets.shape[1] != values[0].shape[1]:
                 raise ValueError(
@@ -377,6 +385,11 @@ def fit_preprocessing(
             )
     if classes == "shared":
         known = np.unique(np.concatenate(labels))
+        if known.dtype.kind == "f" and bool((np.abs(known) > 2**53).any()):
+            raise TypeError(
+                f"some tasks have labels that are integers, as large as {known[np.abs(known).argmax()]:.17g}, others "
+                "floating-point numbers, which cannot tell them apart: convert all to integers or text."
+            )
         if len(known) < 2:
             raise ValueError(
                 f"all training tasks have the single class {known[0].item()!r}: there is nothing to tell apart. For "

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -87,7 +88,8 @@ class TaskSplits(RaggedTasks):
             real targets ``[num_examples, num_outputs]``.
         num_outputs: Number of network outputs.
         num_ways: Classes differ from task to task: each draw takes this many of a task's classes and numbers them
-            afresh in random order. None: class indices mean the same in all tasks, or the targets are real.
+            afresh in random order; ``"all"``: it takes all of them. None: class indices mean the same in all tasks, or
+            the targets are real.
         num_support: Support examples of every draw; None lets them vary.
         num_query: Largest number of query examples of a draw.
         stratify: Whether the support holds every class of the task, for classes that all tasks share: right only where
@@ -115,7 +117,7 @@ class TaskSplits(RaggedTasks):
         tasks: Sequence[Batch],
         *,
         num_outputs: int,
-        num_ways: int | None = None,
+        num_ways: int | Literal["all"] | None = None,
         num_support: int | None = None,
         num_query: int = 64,
         stratify: bool = False,
@@ -129,7 +131,7 @@ class TaskSplits(RaggedTasks):
             require_positive_int("num_support", num_support)
         self.tasks = tuple(tasks)
         self.num_outputs = num_outputs
-        self.num_ways = num_ways
+        self.num_ways: int | Literal["all"] | None = num_ways
         self.num_support = num_support
         self.stratify = stratify
         self.group_duplicates = group_duplicates
@@ -217,7 +219,7 @@ class TaskSplits(RaggedTasks):
         if self.num_ways is not None:
             assert labels is not None
             classes = labels.unique()
-            chosen = classes[torch.randperm(len(classes), generator=generator)[: self.num_ways]]
+            chosen = classes[torch.randperm(len(classes), generator=generator)[: self._ways(task)]]
             position = (labels.unsqueeze(1) == chosen).to(torch.int64)
             rows = torch.nonzero(position.any(1)).flatten()
             labels = position.argmax(1)
@@ -252,7 +254,11 @@ class TaskSplits(RaggedTasks):
     def _smallest_support(self, task: Batch) -> int:
         if task.y.is_floating_point() or not self._holds_every_class:
             return 1
-        return len(task.y.unique()) if self.num_ways is None else self.num_ways
+        return len(task.y.unique()) if self.num_ways is None else self._ways(task)
+
+    def _ways(self, task: Batch) -> int:
+        """Returns how many classes of a task a draw takes."""
+        return self.num_ways if isinstance(self.num_ways, int) else len(task.y.unique())
 
     def _usable(self, index: int) -> int:
         """Returns how many examples any split has: rows of a group cut by the end of the support go to neither side."""
@@ -260,12 +266,12 @@ class TaskSplits(RaggedTasks):
         total, most_cut = len(task.y), int(self._smallest[index]) + 1
         if self.num_ways is not None:
             _, sizes = task.y.unique(return_counts=True)
-            if len(sizes) < self.num_ways:
+            if len(sizes) < self._ways(task):
                 raise ValueError(
                     f"task {self.names[index]!r} has {len(sizes)} classes, but num_ways is {self.num_ways}: drop "
                     "the task or lower num_ways."
                 )
-            total = int(sizes.sort().values[: self.num_ways].sum())
+            total = int(sizes.sort().values[: self._ways(task)].sum())
         _, group_sizes = groups.unique(return_counts=True)
         return total - int((group_sizes.sort(descending=True).values[:most_cut] - 1).sum())
 

@@ -3,16 +3,18 @@
 Everything that comes in is checked here, once, and every message names the task, the column and what to do.
 """
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
+from ibaml.data.arrays import to_array, to_int64
 from ibaml.data.columns import Array, Column, as_table, encode_columns, is_table, take
 from ibaml.optional import require
 from ibaml.types import Batch, ColumnName, Episode
+
+_LARGEST_EXACT = {2: 2**11, 4: 2**24, 8: 2**53}
+"""Up to where every whole number is one of a floating-point dtype of so many bytes."""
 
 
 class TableTask(NamedTuple):
@@ -106,7 +108,7 @@ def read_tasks(
             raise TypeError(f"task {name!r} must be a pair (X, y), but is a {came}.")
         x, y = pair
         inputs = as_table(x) if is_table(x) else read_inputs(f"X of task {name!r}", x)
-        read.append(_checked(name, inputs, to_array(y)))
+        read.append(_checked(name, inputs, to_array(y, f"y of task {name!r}")))
     _require_one_kind(read)
     return TaskTable(tuple(read), tuple(read[0].x.columns) if is_table(read[0].x) else None)
 
@@ -125,7 +127,7 @@ def read_inputs(argument: str, x: Any) -> Array:
     if is_table(x):
         table = as_table(x)
         return encode_columns([Column(name) for name in table.columns], [(argument, table)])[0]
-    values = to_array(x)
+    values = to_array(x, argument)
     if values.dtype == object:
         try:
             values = values.astype(np.float64)
@@ -173,7 +175,8 @@ def read_labels(argument: str, y: Array) -> Array:
 
     Raises:
         TypeError: If the labels mix kinds, or are none of these.
-        ValueError: If there is more than one per example, or one is missing.
+        ValueError: If there is more than one per example, one is missing, or one cannot be told from others: text that
+            ends in a zero character, or a number that its dtype does not hold exactly.
     """
     if y.ndim != 1:
         raise ValueError(f"{argument} has shape {y.shape}, but expected one class label per example, [num_examples].")
@@ -185,6 +188,11 @@ def read_labels(argument: str, y: Array) -> Array:
             )
         kinds = {type(value) for value in y.tolist()}
         if kinds == {str}:
+            if cut := [value for value in y.tolist() if value.endswith("\0")]:
+                raise ValueError(
+                    f"{argument} has the label {cut[0]!r}, which ends in a zero character that numpy drops: give "
+                    "labels without it."
+                )
             return y.astype(np.str_)
         if len(kinds) > 1 or not kinds <= {bool, int, float}:
             raise TypeError(
@@ -200,11 +208,22 @@ def read_labels(argument: str, y: Array) -> Array:
             f"{argument} has labels that are no whole numbers, such as {y[y != np.round(y)][0]}: for real targets use "
             "likelihood='gaussian', or turn the labels into strings."
         )
-    return y
+    if y.dtype.kind == "f" and bool((np.abs(y) > _LARGEST_EXACT[y.dtype.itemsize]).any()):
+        raise ValueError(
+            f"{argument} has the label {y[np.abs(y).argmax()]:g}, and whole numbers that large are not all different "
+            f"in {y.dtype}: give labels as integers or text."
+        )
+    # Two kinds of integers together would become floating-point numbers.
+    return to_int64(argument, y) if y.dtype.kind in "iu" else y
 
 
-def read_targets(argument: str, y: Array) -> Array:
+def read_targets(argument: str, y: Array, rows: Sequence[Any] | None = None) -> Array:
     """Returns regression targets as float64 of shape ``[num_examples, num_outputs]``.
+
+    Args:
+        argument: How messages call them.
+        y: The targets.
+        rows: How messages call the examples. None: 0, 1, ...
 
     Raises:
         TypeError: If they are no real numbers.
@@ -214,8 +233,11 @@ def read_targets(argument: str, y: Array) -> Array:
         try:
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:
+            place = next(place for place, value in np.ndenumerate(y) if not _is_number(value))
             raise TypeError(
-                f"{argument} holds values that are no numbers ({error}): for class labels use likelihood='categorical'."
+                f"{argument} holds values that are no numbers, the first {str(y[place])!r} in row "
+                f"{place[0] if rows is None else rows[place[0]]}: correct or drop it, or for class labels use "
+                "likelihood='categorical'."
             ) from error
     if y.dtype.kind not in "biuf":
         raise TypeError(
@@ -227,33 +249,12 @@ def read_targets(argument: str, y: Array) -> Array:
     return y.reshape(len(y), -1).astype(np.float64)
 
 
-def to_array(value: Any) -> Array:
-    """Returns a numpy array of anything that holds values; never a view that torch would refuse later.
-
-    Raises:
-        ValueError: If rows of nested lists differ in length.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
-    value = as_table(value) if is_table(value) else value
-    pandas = sys.modules.get("pandas")
-    if pandas is not None and isinstance(value, pandas.Series | pandas.DataFrame | pandas.Index):
-        # Nullable integers and strings become objects otherwise, missing ones pandas.NA.
-        kinds = set(value.dtypes) if isinstance(value, pandas.DataFrame) else {value.dtype}
-        if all(pandas.api.types.is_numeric_dtype(kind) for kind in kinds):
-            if kinds == {np.dtype(bool)}:
-                return value.to_numpy()
-            if not bool(np.any(pandas.isna(value))):
-                return value.to_numpy()
-            return value.to_numpy(dtype=np.float64, na_value=np.nan)
-        array = value.to_numpy(dtype=object)
-        return np.asarray(np.where(np.asarray(pandas.isna(value)), None, array))
+def _is_number(value: Any) -> bool:
     try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(
-            f"rows of different lengths make no array ({error}): give every row as many values."
-        ) from error
+        float(value)
+    except (TypeError, ValueError):
+        return value is None
+    return True
 
 
 def _read_long_table(
@@ -344,24 +345,3 @@ def _require_one_kind(tasks: Sequence[TableTask]) -> None:
                 f"task {task.name!r} has inputs of shape {task.x.shape[1:]}, task {first.name!r} of "
                 f"{first.x.shape[1:]}: all tasks need the same features."
             )
-
-
-def as_tensor(argument: str, value: object) -> torch.Tensor:
-    """Returns a tensor, or a numeric array as one.
-
-    Args:
-        argument: How messages call the value.
-        value: What came.
-
-    Raises:
-        TypeError: If it is neither.
-    """
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        # A copy: torch warns about read-only arrays and refuses negative strides.
-        return torch.from_numpy(np.array(value))
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"{argument} must be a torch.Tensor or numeric numpy array, got {type(value).__name__}; "
-            "convert it with torch.as_tensor."
-        )
-    return value

@@ -35,6 +35,16 @@ def gradients_and_value(function: Callable[..., Any], *arguments: PyTree, has_au
     return pullback(torch.ones_like(value)), value, *aux
 
 
+def require_residual(solution: LinearSolution) -> LinearSolution:
+    """Returns the solution, as NaN where its residual is not finite.
+
+    Of a right-hand side that is not finite a solver returns where it started, zero, and a hypergradient would take that
+    for an outer loss that does not depend on the inner parameters.
+    """
+    has_residual = torch.isfinite(solution.residual_norm)
+    return solution._replace(value=tree.map(lambda leaf: torch.where(has_residual, leaf, torch.nan), solution.value))
+
+
 def diagnostics(
     outer_loss: Tensor,
     grad_norm: Tensor,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ibaml import tree
-from ibaml.hypergradients.base import diagnostics, gradients_and_value
+from ibaml.hypergradients.base import diagnostics, gradients_and_value, require_residual
 from ibaml.priors import DiagonalGaussian, DiagonalPrior, Prior
 from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp, vjp
 from ibaml.solvers.curvature import gradient as gradient_of
@@ -141,10 +141,12 @@ def regularised_implicit_hypergradient(
         outer_posterior = tree.axpy(outer_nll_weight, nll_gradient, outer_posterior)
 
     system = family.implicit_system(posterior, prior, weight, nll_gradient)
-    solution = solver(
-        lambda vector: system.add_curvature(nll_curvature(vector), vector),
-        outer_posterior,
-        preconditioner=system.preconditioner if precondition else None,
+    solution = require_residual(
+        solver(
+            lambda vector: system.add_curvature(nll_curvature(vector), vector),
+            outer_posterior,
+            preconditioner=system.preconditioner if precondition else None,
+        )
     )
     prior_gradient = system.add_mixed(outer_prior, solution.value)
     inner_gradient = tree.axpy(weight, family.divergence_gradient(posterior, prior), nll_gradient)

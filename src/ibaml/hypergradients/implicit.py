@@ -3,7 +3,7 @@
 import torch
 
 from ibaml import tree
-from ibaml.hypergradients.base import BilevelLoss, diagnostics, gradients_and_value
+from ibaml.hypergradients.base import BilevelLoss, diagnostics, gradients_and_value, require_residual
 from ibaml.solvers.curvature import at_fixed, value_gradient_and_hvp, vjp
 from ibaml.solvers.curvature import gradient as gradient_of
 from ibaml.solvers.linear import LinearSolver
@@ -33,7 +33,8 @@ def implicit_hypergradient(
         solver: Linear solver, for example ``CG(max_steps=10)``.
 
     Returns:
-        The gradient in the structure of ``meta_params`` and its diagnostics.
+        The gradient in the structure of ``meta_params`` and its diagnostics. The gradient is NaN where ``dO/dv`` is not
+        finite.
 
     Cost:
         Three gradients and one Hessian-vector product per solver step. Memory does not depend on how many steps the
@@ -52,7 +53,7 @@ def implicit_hypergradient(
     """
     (outer_v, outer_meta), value = gradients_and_value(outer_loss, inner_params, meta_params)
     _, inner_gradient, curvature = value_gradient_and_hvp(at_fixed(inner_loss, meta_params), inner_params)
-    solution = solver(curvature, outer_v)
+    solution = require_residual(solver(curvature, outer_v))
     pullback = vjp(lambda meta: gradient_of(inner_loss)(inner_params, meta), meta_params)[1]
     gradient = tree.sub(outer_meta, pullback(solution.value)[0])
     return gradient, diagnostics(value, tree.norm(inner_gradient), inner_params, solution, outer_v)

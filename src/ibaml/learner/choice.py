@@ -23,6 +23,7 @@ from ibaml.seeds import task_generator
 from ibaml.train import Trainer, TrainerSettings
 from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
+from ibaml.train.signals import pass_on
 from ibaml.types import Episode, Tensor
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def choose(
         trainer = Trainer(model, algorithm, settings, device=device, processes=processes)
         result = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates))
         if result.stop_reason == "interrupted":
+            pass_on(result.ended_by, "while models were compared.", is_saved=True)
             raise KeyboardInterrupt
         fitted = FittedModel(
             model=model, algorithm=algorithm, meta=result.chosen.meta, preprocessing=source.preprocessing, device=device

@@ -88,7 +88,7 @@ def _split(
     fitting = torch.nonzero(sampler.capacities > largest).flatten().tolist()
     if not fitting:
         raise too_large
-    if sampler.num_ways is not None and numbers[0] < sampler.num_ways:
+    if isinstance(sampler.num_ways, int) and numbers[0] < sampler.num_ways:
         raise ValueError(
             f"num_support holds {numbers[0]}, but each task has {sampler.num_ways} classes of its own and needs a "
             "known row of each: leave smaller numbers out."

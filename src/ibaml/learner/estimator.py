@@ -5,6 +5,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from ibaml.optional import require
+
 
 class NotFittedError(RuntimeError, ValueError, AttributeError):
     """The learner has not been fitted; it is caught as RuntimeError, ValueError and AttributeError alike."""
@@ -41,6 +43,17 @@ class Estimator:
             )
         type(self).__init__(self, **{**self._parameters, **parameters})
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        """Tells scikit-learn what to expect, for its cross-validation: tasks without a target of their own.
+
+        Raises:
+            ImportError: If scikit-learn is not installed.
+        """
+        utils = require("sklearn.utils", "scikit-learn", "experiments")
+        return utils.Tags(
+            estimator_type=None, target_tags=utils.TargetTags(required=False), input_tags=utils.InputTags()
+        )
 
     def __repr__(self) -> str:
         """Shows the arguments that are not the default ones; of a network or a record the kind."""

@@ -1,6 +1,8 @@
 """Results on test tasks, stored in the folder of the model that they are of."""
 
 import csv
+import hashlib
+import io
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ibaml.atomic import atomic_write, write_text
+from ibaml.atomic import write_text
 from ibaml.learner.run_folder import EVALUATION
 from ibaml.metrics import Estimate, reliability_curve
 from ibaml.train.checkpoint import save_tensors
@@ -59,14 +61,27 @@ def write_evaluation(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "metrics": {name: value._asdict() for name, value in evaluation.report.items()},
     }
-    write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
-    with atomic_write(target / "per_task.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", *evaluation.per_task])
-        for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
-            writer.writerow([index, *row])
     save_tensors(target / "predictions.safetensors", _predictions(evaluation), {"tasks": tasks})
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["task", *evaluation.per_task])
+    for index, row in enumerate(zip(*(value.tolist() for value in evaluation.per_task.values()), strict=True)):
+        writer.writerow([index, *row])
+    write_text(target / "per_task.csv", text.getvalue())
+    # Last, with checksums of what it belongs to and of itself.
+    report["per_task_sha256"] = _sha256(text.getvalue())
+    report["sha256"] = _sha256(_canonical(report))
+    write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
     return target
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(report: Mapping[str, Any]) -> str:
+    """Returns all of a report but its own checksum as text, after the way through JSON."""
+    return json.dumps(json.loads(json.dumps({**report, "sha256": None})), sort_keys=True)
 
 
 def _predictions(evaluation: Evaluation) -> dict[str, Tensor]:
@@ -88,9 +103,14 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     """
     target = folder / EVALUATION
     try:
-        report = json.loads((target / "report.json").read_text())
-        with (target / "per_task.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        report = json.loads((target / "report.json").read_text(encoding="utf-8"))
+        text = (target / "per_task.csv").read_bytes().decode()
+        # Evaluations of an earlier version have no checksums.
+        if "sha256" in report and report["sha256"] != _sha256(_canonical(report)):
+            raise ValueError("report.json was changed")
+        if "sha256" in report and report["per_task_sha256"] != _sha256(text):
+            raise ValueError("per_task.csv is of another evaluation than report.json, or was changed")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
         per_task = {
             name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64)
             for name in rows[0]
@@ -102,7 +122,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         return StoredEvaluation(report["tasks"], metrics, per_task, report["step"], report["algorithm"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} has not been evaluated: run `ibaml evaluate {folder}` first.") from error
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{target} is damaged ({error!r}): run `ibaml evaluate {folder}` again.") from error
 
 

@@ -59,7 +59,8 @@ def predict_files(
     if fitted.preprocessing is not None and fitted.preprocessing.image_size is not None:
         answers = _predict_images(fitted, fitted.preprocessing, support, query, max_error)
     else:
-        tables = read_table(support), read_table(query)
+        known = {} if fitted.preprocessing is None else text_columns(fitted.preprocessing)
+        tables = read_table(support, known), read_table(query, known)
         try:
             fitted = fitted if fitted.preprocessing is not None else _with_columns(fitted, tables[0])
             assert fitted.preprocessing is not None
@@ -71,8 +72,28 @@ def predict_files(
     return len(next(iter(answers.values())))
 
 
-def read_table(path: Path) -> Any:
+def text_columns(preprocessing: Preprocessing) -> dict[str, tuple[str, ...]]:
+    """Returns the columns that hold text of a known few kinds, labels and categories, each with the kinds."""
+    known = {
+        column.name: tuple(label for label in column.categories if label is not None)
+        for column in preprocessing.columns or ()
+        if column.categories is not None
+    }
+    labels = preprocessing.class_labels
+    if labels is not None and labels.dtype.kind == "U":
+        known |= {name: tuple(labels.tolist()) for name in preprocessing.target_columns or ()}
+    return known
+
+
+def read_table(path: Path, known: Mapping[str, Sequence[str]] | None = None) -> Any:
     """Returns a CSV or Parquet file as a DataFrame, as ``ibaml.data.columns.as_table`` does.
+
+    A CSV file does not say what its columns hold. One that holds nothing but known labels, or nothing, is read as these
+    labels, though they may look like numbers ("1") or like a gap ("NA").
+
+    Args:
+        path: The file.
+        known: Columns of text, each with the labels that it may hold.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -85,8 +106,16 @@ def read_table(path: Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}.")
     pandas = require("pandas", "pandas", "tables")
     try:
-        return as_table(pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path))
-    except (ValueError, OSError) as error:
+        if path.suffix.lower() != ".csv":
+            return as_table(pandas.read_parquet(path))
+        table = as_table(pandas.read_csv(path))
+        if wanted := [name for name in known or () if name in table.columns]:
+            text = pandas.read_csv(path, usecols=wanted, dtype=str, keep_default_na=False)
+            for name in wanted:
+                if set(text[name]) <= {"", *(known or {})[name]}:
+                    table[name] = text[name].mask(text[name] == "").astype(object)
+        return table
+    except (ValueError, OSError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 

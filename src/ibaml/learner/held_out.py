@@ -87,7 +87,16 @@ def held_out_tasks(
             "Episodes."
         )
     table = read_tasks(tasks, **columns_of(preprocessing, tasks))
-    sampler = table_splits(preprocessing, table, splits, dtype=fitted.dtype)
+    any_number = fitted.algorithm.serves_any_number_of_outputs
+    sampler = table_splits(preprocessing, table, splits, dtype=fitted.dtype, all_classes=any_number)
+    if sampler.num_ways is not None and not any_number:
+        for name, task in zip(sampler.names, sampler.tasks, strict=True):
+            # A draw of some of its classes would be scored as if it were the task.
+            if (found := len(task.y.unique())) > preprocessing.num_outputs:
+                raise ValueError(
+                    f"task {name!r} has {found} classes, but the model tells {preprocessing.num_outputs} apart: give "
+                    "tasks of as many classes, or use an algorithm that serves any number, such as algorithm='head'."
+                )
     return [sampler.episode(index, generator=task_generator(seed, index)) for index in range(len(sampler))]
 
 

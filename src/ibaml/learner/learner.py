@@ -14,6 +14,7 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
+from ibaml.checks import require_int
 from ibaml.data.prepare import Source, SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.data.ragged import TaskSplits
@@ -29,7 +30,9 @@ from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
+from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
+from ibaml.train.signals import pass_on
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -44,7 +47,8 @@ class MetaLearner(Predictor):
 
     Args:
         network: Any ``nn.Module`` whose forward takes a batch of inputs. None: one that
-            suits the data that ``fit`` gets (``ibaml.learner.defaults``).
+            suits the data that ``fit`` gets (``ibaml.learner.defaults``). What is learned is in ``meta_parameters`` and
+            what a task adapts in ``posterior.value``: the module itself keeps its weights of before.
         algorithm: ``"head"``: implicit Bayesian meta-learning of a prior over the last linear layer on shared
             features, solved exactly by the head that suits the likelihood. Or another name of ``ALGORITHMS``
             (``"ibaml"``: the paper's, on all weights; ``"maml"``, ...) with the settings of its publication or, for a
@@ -65,7 +69,8 @@ class MetaLearner(Predictor):
             by ``str``.
 
     Raises:
-        ValueError: If a name is unknown or a pattern matches nothing.
+        TypeError: If the seed is no integer.
+        ValueError: If a name is unknown, a pattern matches nothing, or there is no such device.
 
     Examples:
         >>> import numpy as np
@@ -100,8 +105,8 @@ class MetaLearner(Predictor):
         self.adapt_patterns = adapt
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
-        self.device = torch.device(device)
-        self.seed = seed
+        self.device = resolve_device(device)
+        self.seed = require_int("seed", seed)
         self.training_result: TrainingResult | None = None
         self.choice: Choice | None = None
         self._splits = SplitSettings()
@@ -192,8 +197,11 @@ class MetaLearner(Predictor):
             ValueError: If a formula cannot be read, or a task does not fit the network or the likelihood, or cannot be
                 split, or the run folder holds a run with other settings or other data, or there are more processes than
                 tasks in a step.
+            OSError: If the run folder cannot be written, or another training runs in it.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
+            KeyboardInterrupt: If training was interrupted and there is no run folder. SIGTERM and SIGHUP are passed on
+                to the program as well, after the running step and with all saved, which usually end it.
         """
         begun = time.monotonic()
         splits = splits or SplitSettings()
@@ -204,7 +212,7 @@ class MetaLearner(Predictor):
             classes=self.classes,
             splits=splits,
             seed=self.seed,
-            dtype=torch.float32 if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
+            dtype=torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
             columns={"task": task, "target": target, "features": features},
             formula=formula,
         )
@@ -254,6 +262,13 @@ class MetaLearner(Predictor):
             console=console,
             processes=processes or Processes(),
         )
+        told = f"at step {self.training_result.num_steps} of {settings.num_steps}"
+        kept = (
+            "there is no run folder, so that it would start anew"
+            if run_folder is None
+            else (f"all is saved in {run_folder}, and the same call goes on from there")
+        )
+        pass_on(self.training_result.ended_by, f"{told}; {kept}.", is_saved=run_folder is not None)
         return self
 
     def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":

@@ -78,6 +78,7 @@ class Predictor(Estimator):
             NotFittedError: Before ``fit`` or ``load``.
             TypeError: If values are of the wrong kind.
             ValueError: If the examples do not fit the network or the likelihood, or there are none and no prior.
+            FloatingPointError: If values are so far from those of training that the solution is not finite.
             MemoryError: If the support set is too large for the memory at hand.
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)

@@ -4,6 +4,7 @@
 |---|---|
 | model.safetensors, model.json | the chosen state, for ``MetaLearner.load`` (``ibaml.learner.folder``) |
 | checkpoint.safetensors | the state to resume from |
+| previous.checkpoint.safetensors | the one before, for when that is damaged |
 | recipe.json | the complete configuration, if a recipe was trained |
 | environment.json | versions, hardware, command |
 | README.md | what this folder is and what to do with it |
@@ -24,7 +25,7 @@ import torch
 from ibaml import records
 from ibaml.atomic import write_text
 from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata
-from ibaml.train.checkpoint import CHECKPOINT, load_tensors
+from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, load_tensors
 from ibaml.train.log import METRICS, read_metrics
 
 ENVIRONMENT = "environment.json"
@@ -37,6 +38,7 @@ _FILES = {
     MODEL: "the chosen state",
     SETTINGS: "its settings, to read",
     CHECKPOINT: "the state to resume training from",
+    PREVIOUS: "the one before",
     RECIPE: "the complete configuration",
     ENVIRONMENT: "versions, hardware, command",
     METRICS: "what was measured while training",

@@ -302,10 +302,18 @@ class Categorical:
 
         Args:
             outputs: Logits, ``[..., num_examples, num_classes]``.
-            targets: Class indices, ``[..., num_examples]``.
+            targets: Class indices, ``[..., num_examples]``, or fewer leading axes for the same of all.
             parameters: Not used.
+
+        Raises:
+            ValueError: If there is not one target for each example: a label would be compared with other examples.
         """
         del parameters
+        if targets.ndim >= outputs.ndim or outputs.shape[:-1][-targets.ndim :] != targets.shape:
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)}, but outputs are of examples {tuple(outputs.shape[:-1])}: "
+                "expected one class index for each."
+            )
         (outputs,) = wide(outputs)
         log_probs = torch.log_softmax(outputs, dim=-1)
         # A comparison rather than `one_hot`, which reads its values and so fails under vmap, or `gather`, whose

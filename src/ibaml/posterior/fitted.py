@@ -10,12 +10,15 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
+from ibaml.algorithms.checks import require_finite_outputs, require_finite_solution
 from ibaml.algorithms.heads.empirical_bayes import Experience
 from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
+from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
+from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
-from ibaml.data.tables import Array, as_tensor
+from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve
@@ -179,6 +182,8 @@ class FittedModel:
             num_outputs: Classes of the task where any number is served. None: those that are known, or of the support.
 
         Raises:
+            FloatingPointError: If the solution is not finite.
+            TypeError: If the network does what functional derivatives do not support.
             MemoryError: If the support set does not fit into memory.
         """
         noise = self.inner_noise(seed=seed)
@@ -198,12 +203,15 @@ class FittedModel:
                     with_grad_norm=with_grad_norm,
                 )
         except (MemoryError, RuntimeError) as error:
+            if is_beyond_torch_func(error):
+                raise TypeError(advice_on_torch_func(self.model.network, error)) from error
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
                 raise MemoryError(
                     f"adapting to {len(support.y)} support examples at once does not fit into memory: pass a random "
                     "part of them. A prior matters little where examples are that many."
                 ) from error
             raise
+        require_finite_solution(self.algorithm, solution, support, with_norm=with_grad_norm)
         return TaskPosterior(
             self,
             solution.value,
@@ -226,7 +234,10 @@ class FittedModel:
         model, shared, x = self.on_features(more.x)
         nll = dataclasses.replace(model, num_outputs=self.num_outputs(model.num_outputs, more.y))
         with torch.no_grad():
-            return self.algorithm.update(nll, MetaParameters(self.meta.prior, shared), posterior, Batch(x, more.y))
+            found = self.algorithm.update(nll, MetaParameters(self.meta.prior, shared), posterior, Batch(x, more.y))
+        if found is not None:
+            require_finite_solution(self.algorithm, found, more, with_norm=True)
+        return found
 
     def _view(self, x: Tensor) -> tuple[Nll, Params, Tensor]:
         """Returns the losses of a task, the shared parameters and the inputs that they are functions of.
@@ -279,7 +290,12 @@ class FittedModel:
             return self.algorithm.outputs(network, shared, posterior, x, noise)
 
     def prediction(self, outputs: dict[str, Tensor]) -> Prediction:
-        """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units."""
+        """Returns the prediction that ``outputs`` make, tempered; numbers in the targets' units.
+
+        Raises:
+            FloatingPointError: If they are not finite.
+        """
+        require_finite_outputs(self.algorithm, outputs)
         with torch.no_grad():
             prediction = self.model.likelihood.predict(
                 outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")

@@ -65,12 +65,18 @@ class TaskPosterior:
 
         Raises:
             TypeError: If the inputs are no numbers.
-            ValueError: If the inputs hold NaN or do not fit the network; if ``max_error`` is out of range, or given to
-                a model of numbers or one that has not been calibrated.
+            FloatingPointError: If the prediction is not finite.
+            ValueError: If the inputs hold NaN, require a gradient or do not fit the network; if ``max_error`` is out of
+                range, or given to a model of numbers or one that has not been calibrated.
 
         Cost:
             ``num_evaluation_samples`` forward passes.
         """
+        if isinstance(x_query, torch.Tensor) and x_query.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "x_query requires a gradient, and predictions are made without one: pass x_query.detach(), or for "
+                "derivatives in the inputs take to_botorch() or differences of predictions."
+            )
         fitted = self._fitted
         min_confidence = None if max_error is None else fitted.min_confidence(max_error)
         encoded = fitted.encode("x_query", x_query)

@@ -1,6 +1,8 @@
 """Recipes trained and evaluated in run folders (``ibaml.learner.run_folder``)."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,9 @@ from ibaml.recipes.settings import Recipe
 from ibaml.train import TrainingResult
 from ibaml.train.checkpoint import CHECKPOINT, first_difference, load_tensors
 from ibaml.train.evaluate import Evaluation, draw_tasks
+from ibaml.train.lock import only_training_in
 from ibaml.train.processes import Processes
+from ibaml.train.signals import results_are_read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +99,7 @@ def train_run(
         FileNotFoundError: If a data file is not found.
         ValueError: If a data file is damaged, the tasks do not fit the network, the folder holds another run, or there
             are more processes than tasks in a step.
-        OSError: If the folder cannot be written.
+        OSError: If the folder cannot be written, or another training runs in it.
         TrainingDivergedError: If a loss or gradient is not finite.
         ProcessLostError: If another process has died or hangs.
     """
@@ -104,8 +108,30 @@ def train_run(
         lambda: tuple(recipe.data.sampler(split, data=data, device=device) for split in ("train", "validation"))
     )
     learner = processes.together(lambda: recipe.learner(device=device))
-    processes.on_first(lambda: open_run(folder, recipe))
+    with contextlib.ExitStack() as stack:
+        # Before recipe.json is written, which another training in the folder would not fit.
+        processes.on_first(lambda: _hold(folder, stack))
+        stack.enter_context(results_are_read())
+        processes.on_first(lambda: open_run(folder, recipe))
+        return _train(learner, recipe, folder, train_tasks, validation_tasks, max_minutes, console, processes)
+
+
+def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(only_training_in(folder))
+
+
+def _train(
+    learner: MetaLearner,
+    recipe: Recipe,
+    folder: Path,
+    train_tasks: Any,
+    validation_tasks: Any,
+    max_minutes: float | None,
+    console: "Console | None",
+    processes: Processes,
+) -> TrainingResult:
     if console is not None and processes.is_first:
+        device = learner.device
         where = device.type if processes.size == 1 else f"{processes.size} processes on {device.type}"
         console.print(
             f"Training {recipe.name} on {where}: {recipe.trainer.num_steps:,} meta-steps of "
@@ -159,8 +185,10 @@ def evaluate_run(
         FloatingPointError: If predictions are not finite, naming the task.
     """
     learner = MetaLearner.load(folder, device=device)
-    if recipe is None and (folder / RECIPE).is_file():
-        recipe = read_recipe(folder)
+    if (folder / RECIPE).is_file():
+        stored = read_recipe(folder)
+        _require_own(folder, stored, learner)
+        recipe = recipe or stored
     if recipe is not None and recipe.algorithm != learner.algorithm:
         learner = learner.adapting_with(recipe.algorithm)
     if test is not None:
@@ -196,6 +224,22 @@ def evaluate_run(
         draw_evaluation(target, evaluation, draw_tasks(tasks, 0, 1, seed=seed), title=name)
     write_summary(folder)
     return EvaluatedRun(name, learner, evaluation, seed, target, tasks)
+
+
+def _require_own(folder: Path, recipe: Recipe, learner: MetaLearner) -> None:
+    """Refuses a model that the recipe beside it did not train.
+
+    Raises:
+        ValueError: With the first difference.
+    """
+    made = {"algorithm": records.to_json(recipe.algorithm)}
+    found = {"algorithm": records.to_json(learner.algorithm)}
+    difference = first_difference(made, found)
+    if difference is not None:
+        raise ValueError(
+            f"{folder} holds a model that its {RECIPE} did not train: by the recipe, {difference} in the model. "
+            "Restore the folder from a copy."
+        )
 
 
 def compare_run_with_baselines(
@@ -286,7 +330,8 @@ def open_run(folder: Path, recipe: Recipe) -> None:
     check_run(folder, recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECIPE, recipe.to_json())
+        text = json.loads(recipe.to_json())
+        write_text(folder / RECIPE, json.dumps({**text, "sha256": _sha256(text)}, indent=2) + "\n")
     except OSError as error:
         raise OSError(
             f"run folder {folder} cannot be written ({error.strerror or error}): choose another with --run-folder, or "
@@ -326,7 +371,22 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / RECIPE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run of a recipe: it has no {RECIPE}. `ibaml train` makes one.")
-    return Recipe.from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+        # A recipe of an earlier version has no checksum.
+        known = text.pop("sha256", None)
+        if known is not None and known != _sha256(text):
+            raise ValueError("it was changed since training wrote it: settings of an evaluation are flags")
+        return Recipe.from_json(json.dumps(text))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error or type(error).__name__}): restore it from a copy, or train in another "
+            "folder."
+        ) from error
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:

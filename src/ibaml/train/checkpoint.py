@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters
-from ibaml.atomic import atomic_write
+from ibaml.atomic import atomic_write, keep_copy
 from ibaml.metrics import AbstentionCurve
 from ibaml.train.result import Chosen
 from ibaml.train.settings import ONLY_HOW
@@ -24,6 +25,9 @@ FORMAT = "ibaml-1"
 
 CHECKPOINT = "checkpoint.safetensors"
 """The file in a run folder that training resumes from."""
+
+PREVIOUS = f"previous.{CHECKPOINT}"
+"""The one before, in case that is damaged."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -133,6 +137,8 @@ class TrainingState(NamedTuple):
         generator: State of the generator of tasks and noise.
         step: Steps taken.
         seconds: Seconds spent.
+        is_validation_due: Whether the validation after that step has not been made.
+        running: What has been measured since the last row of metrics, JSON values.
     """
 
     meta: MetaParameters
@@ -141,6 +147,8 @@ class TrainingState(NamedTuple):
     generator: Tensor
     step: int
     seconds: float
+    is_validation_due: bool = False
+    running: Mapping[str, Any] = {}
 
 
 def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any]) -> None:
@@ -168,8 +176,38 @@ def save_state(folder: Path, state: TrainingState, description: Mapping[str, Any
         "best_step": state.chosen.step,
         "best_nll": state.chosen.nll if math.isfinite(state.chosen.nll) else None,
         "best_temperature": state.chosen.temperature,
+        "is_validation_due": state.is_validation_due,
+        "running": dict(state.running),
     }
-    save_tensors(folder / CHECKPOINT, tensors, {**progress, "description": description})
+    path = folder / CHECKPOINT
+    if path.exists():
+        keep_copy(path, folder / PREVIOUS)
+    save_tensors(path, tensors, {**progress, "description": description})
+
+
+def find_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the checkpoint of a run, or the one before if that is damaged.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If both are damaged, or of another format.
+
+    Warns:
+        RuntimeWarning: If it is the one before.
+    """
+    try:
+        return load_tensors(folder / CHECKPOINT)
+    except ValueError as error:
+        try:
+            tensors, metadata = load_tensors(folder / PREVIOUS)
+        except (ValueError, FileNotFoundError):
+            raise error from None
+        warnings.warn(
+            f"{error} Training goes on from the checkpoint before, of step {metadata.get('step')}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return tensors, metadata
 
 
 def restore_state(
@@ -229,6 +267,9 @@ def restore_state(
         tensors["generator"],
         step=metadata["step"],
         seconds=metadata["seconds"],
+        # A checkpoint of an earlier version has neither.
+        is_validation_due=metadata.get("is_validation_due", False),
+        running=metadata.get("running", {}),
     )
 
 
@@ -242,6 +283,25 @@ def load_progress(folder: Path) -> tuple[int, float]:
         return 0, 0.0
     metadata = load_tensors(folder / CHECKPOINT)[1]
     return int(metadata["step"]), float(metadata["seconds"])
+
+
+def where_saved(run_folder: Path | None) -> str:
+    """Says where the state before a failed step is."""
+    if run_folder is None:
+        return "The state before is lost, because there is no run folder to save it in."
+    return f"The state before is saved in {run_folder / CHECKPOINT}."
+
+
+def how_to_resume(run_folder: Path | None) -> str:
+    """Says what a new start of the same command does."""
+    if run_folder is None:
+        return "The state is lost, because there is no run folder to save it in."
+    if not (run_folder / CHECKPOINT).exists():
+        return f"There is no checkpoint in {run_folder} yet: the same command starts anew."
+    return (
+        f"The last checkpoint is {run_folder / CHECKPOINT}: the same command resumes from it, with any number of "
+        "processes."
+    )
 
 
 def first_difference(saved: Any, current: Any, path: str = "") -> str | None:

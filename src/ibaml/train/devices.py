@@ -3,8 +3,8 @@
 import torch
 
 
-def resolve_device(name: str) -> torch.device:
-    """Returns the device of a name; ``"auto"`` is CUDA if present.
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Returns the device of a name, or a device itself; ``"auto"`` is CUDA if present.
 
     Raises:
         ValueError: If it is no device of this kind, or CUDA is asked for and absent.
@@ -18,5 +18,5 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"device is {name!r}, but this torch finds {count or 'no'} CUDA device(s): use cpu.")
+            raise ValueError(f"device is {str(name)!r}, but this torch finds {count or 'no'} CUDA device(s): use cpu.")
     return device

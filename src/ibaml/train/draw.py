@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
-from ibaml.likelihoods import Likelihood
+from ibaml.algorithms.checks import check_labels
+from ibaml.algorithms.model import Model
 from ibaml.seeds import noise_generator, task_seed
 from ibaml.train.evaluate import draw_tasks
 from ibaml.train.settings import TrainerSettings
@@ -56,16 +57,24 @@ def draw_step(
     return DrawnTasks(episodes, 0, [noise for index, noise in enumerate(drawn) if index in share])
 
 
-def check_targets(likelihood: Likelihood, drawn: DrawnTasks, num_outputs: int, step: int) -> None:
-    """Refuses targets out of range, which would give a finite loss and so a wrong gradient.
+def check_targets(model: Model, drawn: DrawnTasks, num_outputs: int, step: int) -> None:
+    """Refuses inputs and targets that would give a finite loss and a wrong gradient.
+
+    Targets out of range are no class, and labels with an axis too many are compared with those of other examples. An
+    infinite input is no input that training can learn from, even where the loss is finite (after a ``tanh``).
 
     Raises:
         ValueError: Naming the task.
 
     Cost:
-        One comparison for the support sets of all tasks and one for their query sets.
+        A few comparisons for the support sets of all tasks, and as many for their query sets.
     """
+    likelihood = model.likelihood
     for part, batch in (("support", drawn.episodes.support), ("query", drawn.episodes.query)):
+        check_labels(likelihood, f"training tasks of step {step} {part}.y", batch.y, num_axes=2)
+        if not bool(torch.isfinite(batch.x).all()):
+            for index, inputs in enumerate(batch.x, start=drawn.first):
+                model.check_inputs(f"training task {index} of step {step} {part}.x", inputs)
         try:
             likelihood.check_targets(f"training tasks of step {step} {part}.y", batch.y.flatten(0, 1), num_outputs)
         except ValueError:

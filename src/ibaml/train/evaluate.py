@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml import metrics, tree
+from ibaml.algorithms.checks import check_labels
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
@@ -195,9 +196,13 @@ def evaluate(
                     any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
                     needs_support=False,
                 )
-            fitted.model.check_inputs(f"test task {index} support.x", task.support.x)
+            for part, batch in (("support", task.support), ("query", task.query)):
+                fitted.model.check_inputs(f"test task {index} {part}.x", batch.x)
+                check_labels(fitted.model.likelihood, f"test task {index} {part}.y", batch.y)
             classes = fitted.num_outputs(num_outputs, task.support.y, task.query.y)
-            fitted.model.likelihood.check_targets(f"test task {index} query.y", task.query.y, classes)
+            for part, targets in (("support", task.support.y), ("query", task.query.y)):
+                if len(targets):
+                    fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
             foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
             found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
             if on_progress is not None:
@@ -262,7 +267,10 @@ class _Predicted(NamedTuple):
 def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
     """Returns what is found for a task, on the CPU."""
     num_outputs = fitted.num_outputs(fitted.model.num_outputs, task.support.y, task.query.y)
-    posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
+    try:
+        posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"test task {index}: {error}") from error
 
     def predict(x: Tensor) -> Prediction:
         outputs = fitted.outputs(posterior.value, x, seed=seed)

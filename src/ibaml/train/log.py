@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibaml.atomic import atomic_write
 from ibaml.train.progress import ProgressBar
@@ -15,12 +15,21 @@ METRICS = "metrics.csv"
 
 
 class TrainingLog:
-    """``metrics.csv`` and TensorBoard. Rows after the resumed step are dropped, so each step appears once."""
+    """``metrics.csv`` and TensorBoard. Rows after the resumed step are dropped, so each step appears once.
 
-    def __init__(self, run_folder: Path | None, step: int) -> None:
+    Args:
+        run_folder: Where they are. None: nothing is written.
+        step: Steps taken before.
+        running: The sums since the last row, of a run that is resumed.
+
+    Raises:
+        ValueError: If the file of metrics is damaged.
+    """
+
+    def __init__(self, run_folder: Path | None, step: int, running: Mapping[str, Any] | None = None) -> None:
         self._rows: list[dict[str, float]] = []
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._sums: dict[str, float] = dict((running or {}).get("sums", {}))
+        self._count: int = (running or {}).get("count", 0)
         self._path = None if run_folder is None else run_folder / METRICS
         self._writer = None
         if run_folder is not None:
@@ -39,6 +48,11 @@ class TrainingLog:
         if self._writer is not None:
             self._writer.close()
 
+    @property
+    def running(self) -> dict[str, Any]:
+        """The sums since the last row, as JSON values for a checkpoint."""
+        return {"sums": dict(self._sums), "count": self._count}
+
     def add(self, row: Mapping[str, float]) -> None:
         """Adds one step to the running averages."""
         for name, value in row.items():
@@ -54,6 +68,9 @@ class TrainingLog:
             self._sums, self._count = {}, 0
         if self._path is None or self._writer is None:
             return
+        if extra is not None:
+            # A validation that is made again after a kill has one row.
+            self._rows = [row for row in self._rows if row["step"] != step or not extra.keys() <= row.keys()]
         self._rows.append({"step": step, "seconds": round(seconds, 2), **values})
         columns = list(dict.fromkeys(name for row in self._rows for name in row))
         with atomic_write(self._path) as temporary, temporary.open("w", newline="") as file:
@@ -65,12 +82,25 @@ class TrainingLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Reads a ``metrics.csv``; empty cells are left out of their rows."""
-    with path.open(newline="") as file:
-        return [
-            {name: float(value) for name, value in row.items() if value not in ("", None)}
-            for row in csv.DictReader(file)
-        ]
+    """Reads a ``metrics.csv``; empty cells are left out of their rows.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = [
+                {name: float(value) for name, value in row.items() if value not in ("", None)}
+                for row in csv.DictReader(file, strict=True)
+            ]
+        if not all("step" in row for row in rows):
+            raise ValueError("a row has no step")
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): restore it from a copy, or remove it to go on without the history of "
+            "metrics; the model and its checkpoint do not need it."
+        ) from error
+    return rows
 
 
 class TrainingBar(ProgressBar):

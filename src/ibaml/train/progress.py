@@ -1,6 +1,8 @@
 """The one display of progress: a bar on a terminal, a line now and then elsewhere."""
 
+import contextlib
 import time
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -40,16 +42,29 @@ class ProgressBar:
         self._task = self._progress.add_task(name, total=total, completed=done, status="")
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        with self._unless_it_fails():
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        with self._unless_it_fails():
+            self._progress.stop()
+
+    @contextlib.contextmanager
+    def _unless_it_fails(self) -> Generator[None]:
+        """Shows nothing any more once that fails: a closed terminal or pipe, or a full disk, ends no work."""
+        try:
+            yield
+        # SystemExit: what rich makes of a pipe that nobody reads. ValueError: a closed file.
+        except (OSError, ValueError, SystemExit):
+            self._console = None
+            self._progress.disable = True
 
     def update(self, done: int, total: int | None = None, *, status: str = "") -> None:
         """Shows that so many parts are done."""
         self._total = total or self._total
-        self._progress.update(self._task, completed=done, total=self._total, status=status)
+        with self._unless_it_fails():
+            self._progress.update(self._task, completed=done, total=self._total, status=status)
         if self._console is None or self._console.is_terminal or self._total is None or done <= self._first:
             return
         now = time.monotonic()
@@ -61,5 +76,6 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        if self._console is not None:
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        with self._unless_it_fails():
+            if self._console is not None:
+                self._console.print(line, soft_wrap=True, markup=False, highlight=False)

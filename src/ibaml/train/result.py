@@ -40,6 +40,7 @@ class TrainingResult(NamedTuple):
         num_steps: Steps taken in all, over all resumptions.
         stop_reason: Why training ended.
         seconds: Seconds spent in all, validations but the last included.
+        ended_by: The signal that ended it; None if it was none, or came to another process.
     """
 
     chosen: Chosen
@@ -47,6 +48,7 @@ class TrainingResult(NamedTuple):
     num_steps: int
     stop_reason: StopReason
     seconds: float
+    ended_by: int | None = None
 
     @property
     def meta(self) -> MetaParameters:

@@ -6,6 +6,7 @@ interrupted and resumed ends with the same bits as one that was not (on a CPU, w
 number of processes; with another number of processes sums are rounded in another order).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 
 from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
@@ -25,14 +27,17 @@ from ibaml.train.checkpoint import (
     CHECKPOINT,
     TrainingState,
     digest,
-    load_tensors,
+    find_checkpoint,
+    how_to_resume,
     meta_to_tensors,
     require_writable,
     restore_state,
     save_state,
+    where_saved,
 )
 from ibaml.train.draw import check_targets, draw_step
 from ibaml.train.evaluate import evaluate, tempered
+from ibaml.train.lock import only_training_in
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.optimizer import parameter_groups
 from ibaml.train.processes import Processes, ProcessLostError, placed
@@ -110,6 +115,8 @@ class Trainer:
         self._data_identity = data_identity
         self._on_chosen = on_chosen
         self._written_step = 0
+        self._is_validation_due = False
+        self._running: dict[str, Any] = {}
         self._num_outputs = 0
         self._stop_wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
         self._agreed_stop = (False, False)
@@ -128,7 +135,8 @@ class Trainer:
     ) -> TrainingResult:
         """Trains until ``num_steps``, the time limit, or a signal; resumes from the run folder's checkpoint.
 
-        SIGINT and SIGTERM end training after the running step, with everything saved; a second SIGINT stops at once.
+        SIGINT, SIGTERM and SIGHUP end training after the running step, with everything saved; a second SIGINT stops at
+        once.
         With several processes a signal to one, or the time limit of one, ends them all after the same step.
 
         Args:
@@ -139,7 +147,8 @@ class Trainer:
         Raises:
             ValueError: If a task does not fit the model, or the run folder's checkpoint another run, or processes start
                 from different weights or settings.
-            OSError: If the run folder cannot be written; nothing has been computed then.
+            TypeError: If the network does what functional derivatives do not support.
+            OSError: If the run folder cannot be written, or another training runs in it, before anything is computed.
             TrainingDivergedError: If a loss or gradient is not finite.
             ProcessLostError: If another process has died or hangs.
             DeviceLostError: If a kernel fails on a CUDA device.
@@ -147,16 +156,21 @@ class Trainer:
         if max_minutes is not None and not max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, but is {max_minutes}.")
         try:
-            return self._fit(train_tasks, validation_tasks, max_minutes)
+            with contextlib.ExitStack() as stack:
+                self.processes.on_first(lambda: stack.enter_context(only_training_in(self.run_folder)))
+                return self._fit(train_tasks, validation_tasks, max_minutes)
         except ProcessLostError as error:
-            raise ProcessLostError(f"{error} {self._how_to_resume()}") from error
+            raise ProcessLostError(f"{error} {how_to_resume(self.run_folder)}") from error
         except RuntimeError as error:
+            if is_beyond_torch_func(error):
+                raise TypeError(advice_on_torch_func(self.model.network, error)) from error
             if not is_device_lost(error):
                 raise
             # What is on the device is lost, so that nothing can be saved but what has been.
             raise DeviceLostError(
                 f"step {self._step + 1}: {str(error).splitlines()[0]}. No further step is possible in this process. "
-                f"{self._how_to_resume()} If it happens again, try fast=False, which neither captures nor replays."
+                f"{how_to_resume(self.run_folder)} If it happens again, try fast=False, which neither captures nor "
+                "replays."
             ) from error
 
     def _fit(
@@ -173,11 +187,13 @@ class Trainer:
         deadline = math.inf if max_minutes is None else start + 60 * max_minutes
         stop_reason: StopReason = "completed"
         with (
-            TrainingLog(self.run_folder if self.processes.is_first else None, self._step) as log,
+            TrainingLog(self.run_folder if self.processes.is_first else None, self._step, self._running) as log,
             TrainingBar(self.console, self.settings.num_steps, self._step) as bar,
         ):
             with caught_signals() as caught:
                 self._stop_wishes = lambda: (bool(caught), time.monotonic() > deadline)
+                if self._is_validation_due and validation_tasks is not None:
+                    bar.say(self._validate(validation_tasks, log))
                 while self._step < self.settings.num_steps:
                     step_start = time.monotonic()
                     row = self._train_step(train_tasks)
@@ -186,18 +202,24 @@ class Trainer:
                     log.add(row)
                     bar.advance(row)
                     last = self._step == self.settings.num_steps
+                    # Before the state is saved, so that a run killed in between has each row once.
+                    if self._step % self.settings.log_every == 0:
+                        log.write(self._step, self._seconds)
+                    self._running = log.running
                     if validation_tasks is not None and (self._step % self.settings.validate_every == 0 or last):
+                        # A validation may take longer than the steps before it.
+                        self._is_validation_due = True
+                        self._save()
                         bar.say(self._validate(validation_tasks, log))
                     elif self._step % self.settings.checkpoint_every == 0:
                         self._save()
-                    if self._step % self.settings.log_every == 0:
-                        log.write(self._step, self._seconds)
                     interrupted, late = self._agreed_stop if self.processes.size > 1 else self._stop_wishes()
                     if interrupted or late:
                         if not last:
                             stop_reason = "interrupted" if interrupted else "time limit"
                         break
             log.write(self._step, self._seconds)
+            self._running = log.running
             if validation_tasks is None:
                 self._chosen = Chosen(self._snapshot(), self._step)
             elif self._chosen.nll == math.inf and stop_reason == "time limit":
@@ -206,7 +228,8 @@ class Trainer:
                 bar.say(self._validate(validation_tasks, log))
                 self._chosen = self._chosen._replace(nll=math.inf)
             self._save()
-        return TrainingResult(self._chosen, self._snapshot(), self._step, stop_reason, self._seconds)
+        ended_by = caught[0] if caught and stop_reason == "interrupted" else None
+        return TrainingResult(self._chosen, self._snapshot(), self._step, stop_reason, self._seconds, ended_by)
 
     def _train_step(self, tasks: TaskSampler) -> dict[str, float]:
         generator_state = self._generator.get_state()
@@ -215,7 +238,7 @@ class Trainer:
         drawn = draw_step(tasks, self.algorithm, self._meta, settings, share, generator=self._generator)
         try:
             check_targets(
-                self.model.likelihood,
+                self.model,
                 drawn,
                 self.model.most_outputs(self.algorithm, self._num_outputs, *(part.y for part in drawn.episodes)),
                 self._step + 1,
@@ -299,7 +322,7 @@ class Trainer:
         except (ValueError, FloatingPointError) as error:
             self._save()
             kind = ValueError if isinstance(error, ValueError) else TrainingDivergedError
-            raise kind(f"validation after step {self._step}: {error} {self._where()}") from error
+            raise kind(f"validation after step {self._step}: {error} {where_saved(self.run_folder)}") from error
         temperature = 1.0
         if self.settings.output_temperature:
             temperature = output_temperature(result.predictions, result.query_targets)
@@ -311,6 +334,7 @@ class Trainer:
         if improved:
             abstention = fit_abstention(result.predictions, result.query_targets)
             self._chosen = Chosen(self._snapshot(), self._step, nll, temperature, abstention)
+        self._is_validation_due = False
         self._save()
         shown = ", ".join(
             f"{name} {result.report[name]}" for name in ("accuracy", "mse", "nll", "ece") if name in result.report
@@ -347,22 +371,7 @@ class Trainer:
             f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
             f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
             f"inner steps ({self.algorithm.describe()}) or learning_rate ({self.settings.learning_rate}) too large, or "
-            f"inputs far from unit scale. {self._where()}"
-        )
-
-    def _where(self) -> str:
-        if self.run_folder is None:
-            return "The state before is lost, because there is no run folder to save it in."
-        return f"The state before is saved in {self.run_folder / CHECKPOINT}."
-
-    def _how_to_resume(self) -> str:
-        if self.run_folder is None:
-            return "The state is lost, because there is no run folder to save it in."
-        if not (self.run_folder / CHECKPOINT).exists():
-            return f"There is no checkpoint in {self.run_folder} yet: the same command starts anew."
-        return (
-            f"The last checkpoint is {self.run_folder / CHECKPOINT}: the same command resumes from it, with any number "
-            "of processes."
+            f"inputs far from unit scale. {where_saved(self.run_folder)}"
         )
 
     def _snapshot(self) -> MetaParameters:
@@ -389,6 +398,8 @@ class Trainer:
             self._generator.get_state(),
             step=self._step,
             seconds=self._seconds,
+            is_validation_due=self._is_validation_due,
+            running=self._running,
         )
         save_state(self.run_folder, state, self._description())
         # Before the first choice the best state is the untrained one, which is no model.
@@ -428,7 +439,7 @@ class Trainer:
             return None
         require_writable(self.run_folder)
         path = self.run_folder / CHECKPOINT
-        return load_tensors(path) if path.exists() else None
+        return find_checkpoint(self.run_folder) if path.exists() else None
 
     def _resume(self, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         state = restore_state(
@@ -440,5 +451,6 @@ class Trainer:
         self._optimizer.load_state_dict({"state": state.optimizer, "param_groups": groups})
         self._generator.set_state(state.generator)
         self._step, self._seconds, self._chosen = state.step, state.seconds, state.chosen
+        self._is_validation_due, self._running = state.is_validation_due, dict(state.running)
         if self.console is not None:
             self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")

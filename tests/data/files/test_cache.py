@@ -65,3 +65,14 @@ def test_warns_when_nothing_can_be_written(images, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.warns(RuntimeWarning, match="cannot write the cache file a.npz.*made anew each time"):
         assert write_class_images([tmp_path / "file"], "a.npz", images) is None
+
+
+def test_a_changed_byte_counts_as_absent(images, tmp_path):
+    """Bytes here and there, changed in their lowest and in their highest bit."""
+    path = write_class_images([tmp_path], "a.npz", images)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 13):
+        for flip in (1, 0x80):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            found = read_class_images([tmp_path], "a.npz")
+            assert found is None or found.images.equal(images.images), place

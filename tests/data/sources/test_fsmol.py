@@ -66,11 +66,36 @@ def test_assays_and_fingerprints_are_those_of_the_file(write):
         ({"fp_ptr": np.array([0, 4, 2, 6, 8, 10, 12])}, "fp_ptr does not rise from 0"),
         ({"label": np.array([0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0])}, "assay A1 has 4 rows of a single class"),
         ({"task_name": np.array(["A1", "A2", None], dtype=object)}, "cannot be read as an assay file: Object arrays"),
+        (
+            {"fp_count": np.full(12, np.nan)},
+            "fp_count has shape .* dtype float64, but expected a vector of whole",
+        ),
+        ({"fp_count": np.full(12, -1)}, "fp_count has negative counts"),
+        ({"label": np.zeros((11, 1), np.uint8)}, r"label has shape \(11, 1\) and dtype uint8, but expected a vector"),
+        ({"task_name": np.arange(3)}, "task_name has shape .* dtype int64, but expected a vector of text"),
     ],
 )
 def test_damaged_files_are_refused(write, changes, problem):
     with pytest.raises(ValueError, match=problem):
         load_assays("train", root=write(**changes))
+
+
+def test_a_changed_byte_is_noticed(write):
+    """Bytes here and there, changed in their lowest and in their highest bit: refused, or nothing differs."""
+    path = write() / FILE_NAME
+    whole = path.read_bytes()
+    expected = load_assays("train", path=path)
+    for place in range(0, len(whole), 29):
+        for flip in (1, 0x80):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                found = load_assays("train", path=path)
+            except ValueError as error:
+                assert FILE_NAME in str(error)
+                continue
+            assert found.names == expected.names
+            np.testing.assert_array_equal(np.concatenate(found.rows), np.concatenate(expected.rows))
+            np.testing.assert_array_equal(found.counts, expected.counts)
 
 
 def test_missing_files_and_splits_are_named(write, tmp_path, monkeypatch):

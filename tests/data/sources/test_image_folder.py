@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ibaml.data import images as of_images
 from ibaml.data import load_class_folder, load_image_folder
 from ibaml.data.sources.image_folder import load_images
 
@@ -190,3 +191,95 @@ def test_class_folders_it_refuses(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="class 'empty' in .* has no image"):
         load_class_folder(tmp_path)
+
+
+def saved(image: Image.Image, suffix: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, suffix, **options)
+    return stream.getvalue()
+
+
+RAMP = np.linspace(0, 4095, 24).reshape(4, 6)
+DEEP = {
+    "16-bit.png": saved(Image.fromarray(RAMP.astype(np.uint16))),
+    "16-bit.tif": saved(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"),
+    "32-bit.tif": saved(Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
+    "float.tif": saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_pixels_of_more_than_eight_bits_are_refused(make, name):
+    """Pillow would cut them off at 255."""
+    with pytest.raises(ValueError, match=r"the image train/a/\S+ of \S+ has pixels of more than 8 bits \(mode \S+\)"):
+        load_image_folder(make({f"train/a/{name}": DEEP[name]}), "train", channels=1)
+
+
+@pytest.mark.parametrize("suffix", ["GIF", "TIFF", "WEBP"])
+def test_several_pictures_in_a_file_are_refused(make, suffix):
+    frames = [Image.new("L", (4, 4), value) for value in (0, 255, 90)]
+    several = saved(frames[0], suffix, save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="holds 3 pictures: save the one that is meant as a file of its own"):
+        load_image_folder(make({f"train/a/0.{suffix.lower()}": several}), "train")
+
+
+def test_what_is_transparent_is_white(make):
+    """Ink on nothing, where nothing is black: without its transparency the picture is all black."""
+    ink = np.zeros((4, 4), np.uint8)
+    ink[1, 2] = 255
+    rgba = Image.fromarray(np.dstack([np.zeros((4, 4, 3), np.uint8), ink]))
+    files = {f"train/a/{mode}.png": saved(rgba.convert(mode)) for mode in ("RGBA", "LA")}
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putpixel((2, 1), 1)
+    files["train/a/P.png"] = saved(palette, transparency=0)
+    for channels in (1, 3):
+        found = load_image_folder(make(files), "train", channels=channels).images
+        for image in found:
+            assert image[0, 1, 2] <= 9 and (image == 255).sum() == channels * 15
+
+
+def test_turned_photographs_are_turned(make):
+    """A camera that was held upright writes the picture lying, and a note of it."""
+    pixels = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = load_image_folder(make({"train/a/0.png": saved(Image.fromarray(pixels), exif=exif)}), "train", channels=1)
+    np.testing.assert_array_equal(found.images[0, 0], np.rot90(pixels, -1))
+
+
+def test_images_of_absurd_size_are_refused_unread(make, monkeypatch):
+    monkeypatch.setattr(of_images, "_MOST_PIXELS", 20)
+    with pytest.raises(ValueError, match="has 6 x 4 pixels, and at most 20 are decoded: make it smaller"):
+        load_image_folder(make({"train/a/0.png": picture(9)}), "train")
+
+
+def test_members_of_absurd_size_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(of_images, "_MOST_BYTES", 20)
+    with pytest.raises(ValueError, match=r"cannot read train/a/0.png of .* has \d+ bytes, and at most 20 are read"):
+        load_image_folder(write(tmp_path / "data", "zip", {"train/a/0.png": picture(9)}), "train")
+
+
+def test_names_that_some_programs_write(tmp_path):
+    files = {"./train/a/0.png": picture(1), "train//a/1.png": picture(2), "train/b/./2.png": picture(3)}
+    found = load_image_folder(write(tmp_path / "data", "zip", files), "train")
+    assert found.images[:, 0, 0, 0].tolist() == [1, 2, 3] and found.class_sizes.tolist() == [2, 1]
+
+
+def test_a_changed_byte_changes_no_image_without_a_word(tmp_path):
+    """Seeded sample of one-byte changes, of stored and of packed members."""
+    rng = np.random.default_rng(0)
+    for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = tmp_path / f"{packing}.zip"
+        with zipfile.ZipFile(path, "w", packing) as archive:
+            for index in range(4):
+                archive.writestr(f"train/{'ab'[index % 2]}/{index}.png", picture(20 * index))
+        whole = path.read_bytes()
+        expected = load_image_folder(path, "train")
+        for place in rng.choice(len(whole), 150, replace=False):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
+            try:
+                found = load_image_folder(path, "train")
+            except ValueError:
+                continue
+            assert found.images.equal(expected.images) and found.class_names == expected.class_names, place

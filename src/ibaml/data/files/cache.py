@@ -54,7 +54,11 @@ def read_class_images(folders: Sequence[Path], name: str) -> ClassImages | None:
                 )
         except FileNotFoundError:
             continue
-        except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error):
+        # RuntimeError: an encrypted member, or one compressed in an unknown way; MemoryError: a header that lies.
+        except (
+            *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError),
+            *(zipfile.BadZipFile, zlib.error),
+        ):
             continue
     return None
 

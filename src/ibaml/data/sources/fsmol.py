@@ -7,6 +7,7 @@ compressed sparse rows. Labels are 1 for active. A support set is stratified: it
 import dataclasses
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -180,13 +181,31 @@ def load_assays(
 def _read(file: Path) -> dict[str, npt.NDArray]:
     """Reads the arrays and refuses what does not fit together."""
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        # Opened here, as numpy leaves a file open that is no archive.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             missing = [name for name in _ARRAYS if name not in archive.files]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")
             arrays = {name: archive[name] for name in _ARRAYS}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    # RuntimeError: an encrypted member; its subclass NotImplementedError: one compressed by a method that Python lacks.
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise ValueError(f"{file} cannot be read as an assay file: {error}.") from error
+    for name, array in arrays.items():
+        kinds = "U" if name in ("task_name", "task_split") else "iub"
+        if array.ndim != 1 or array.dtype.kind not in kinds:
+            raise ValueError(
+                f"{file} is damaged: {name} has shape {array.shape} and dtype {array.dtype}, but expected a vector of "
+                f"{'text' if kinds == 'U' else 'whole numbers'}."
+            )
     num_tasks, num_rows = len(arrays["task_name"]), len(arrays["row_task"])
     num_molecules, num_entries = len(arrays["fp_ptr"]) - 1, len(arrays["fp_index"])
     problems = {
@@ -196,6 +215,7 @@ def _read(file: Path) -> dict[str, npt.NDArray]:
         "row_mol has indices out of range": _outside(arrays["row_mol"], num_molecules),
         "label has values other than 0 and 1": not np.isin(arrays["label"], (0, 1)).all(),
         "fp_count and fp_index differ in length": len(arrays["fp_count"]) != num_entries,
+        "fp_count has negative counts": bool((arrays["fp_count"] < 0).any()),
         "fp_index has entries of 2048 or more": _outside(arrays["fp_index"], 2048),
         "fp_ptr does not rise from 0 to the number of entries": num_molecules < 0
         or arrays["fp_ptr"][0] != 0

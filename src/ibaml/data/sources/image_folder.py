@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from ibaml.checks import require_positive_int
-from ibaml.data.images import ClassImages, Pixels, decode_image, open_archive, read_member, resize_image, to_pixels
+from ibaml.data.images import (
+    ClassImages,
+    Pixels,
+    check_names,
+    decode_image,
+    open_archive,
+    read_member,
+    resize_image,
+    to_pixels,
+)
 from ibaml.data.sources.base import ImageSource, Split
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -240,11 +249,10 @@ def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str,
         yield _list_folder(path), lambda parts: path.joinpath(*parts).read_bytes()
         return
     with open_archive(path) as archive:
-        entries = [
-            _Entry(PurePosixPath(info.filename).parts, info.is_dir())
-            for info in archive.infolist()
-            if not _is_hidden(PurePosixPath(info.filename).parts)
-        ]
+        check_names(archive)
+        # By their parts: some programs write ./ or // into names, under which a file has to be read.
+        names = {PurePosixPath(info.filename).parts: info.filename for info in archive.infolist()}
+        entries = [_Entry(parts, name.endswith("/")) for parts, name in names.items() if not _is_hidden(parts)]
         outer: tuple[str, ...] = ()
         files = [entry.parts for entry in entries if not entry.is_folder]
         # outer/split/class/image: as produced by zipping the folder itself instead of what is in it.
@@ -253,7 +261,7 @@ def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str,
             entries = [_Entry(parts[1:], is_folder) for parts, is_folder in entries if len(parts) > 1]
 
         def read(parts: tuple[str, ...]) -> bytes:
-            return read_member(archive, "/".join(outer + parts))
+            return read_member(archive, names[outer + parts])
 
         yield entries, read
 

@@ -1,0 +1,59 @@
+"""One thread at a time where state is shared that cannot be avoided: a module's parameters, flags of the process."""
+
+import os
+import threading
+import weakref
+from typing import Any
+
+from torch import nn
+
+
+class Guard:
+    """A lock that a thread may take again, and that copies and pickles as a new one.
+
+    ``torch.func.functional_call`` puts tensors into a module for the time of a call, and torch's flags say for the
+    whole process which kernels are used: without a lock two threads would see each other's.
+
+    A fork waits until no other thread holds it, so that the child does not start with a module in the middle of a call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _guards.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies share no module with the original."""
+        return Guard, ()
+
+
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
+_of_networks: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary()
+_access = Guard()
+_held_at_fork: list[Guard] = []
+
+
+def guard_of(network: nn.Module) -> Guard:
+    """Returns the guard of a module, the same for all who build a model of it."""
+    with _access:
+        return _of_networks.setdefault(network, Guard())
+
+
+def _before_fork() -> None:
+    for guard in [_access, *(guard for guard in _guards if guard is not _access)]:
+        guard.__enter__()
+        _held_at_fork.append(guard)
+
+
+def _after_fork() -> None:
+    while _held_at_fork:
+        _held_at_fork.pop().__exit__()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
