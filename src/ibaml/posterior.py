@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from ibaml import tree
@@ -12,6 +13,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
+from ibaml.backbones import Extractor
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array, as_tensor
 from ibaml.fast import NllInParts
@@ -35,6 +37,7 @@ class FittedModel:
         abstention: How often confident predictions of held-out tasks were wrong, at that temperature; for classes.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
+        backbone: What makes features of inputs, which are the data of ``preprocessing``; None: inputs are data.
     """
 
     model: Model
@@ -46,6 +49,7 @@ class FittedModel:
     abstention: AbstentionCurve | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
+    backbone: Extractor | None = None
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
@@ -55,6 +59,9 @@ class FittedModel:
             ValueError: If they are not finite or of the wrong shape.
         """
         if self.preprocessing is not None:
+            if self.backbone is not None:
+                shape = self.preprocessing.input_shape
+                x = np.empty((0, *shape)) if _is_empty(x) else self.backbone.features(argument, x)
             return self.preprocessing.encode_inputs(argument, x, dtype=self.dtype).to(self.device)
         x = as_tensor(argument, x)
         return x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)

@@ -8,6 +8,7 @@ import torch
 
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model
+from ibaml.backbones import Extractor
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.identity import data_identity
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
@@ -33,6 +34,7 @@ def fit_model(
     max_minutes: float | None,
     console: "Console | None",
     processes: Processes,
+    backbone: Extractor | None = None,
 ) -> tuple[FittedModel, TrainingResult]:
     """Trains a model on prepared tasks; arguments and errors are those of ``MetaLearner.fit``.
 
@@ -48,6 +50,7 @@ def fit_model(
         max_minutes: Time limit of this call.
         console: Where progress is shown, if anywhere.
         processes: The processes that share each step's tasks.
+        backbone: What makes features of inputs, if anything does.
     """
 
     def fitted(chosen: Chosen) -> FittedModel:
@@ -60,6 +63,7 @@ def fit_model(
             temperature=chosen.temperature,
             abstention=chosen.abstention,
             step=chosen.step,
+            backbone=backbone,
         )
 
     def store(chosen: Chosen) -> None:

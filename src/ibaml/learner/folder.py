@@ -66,6 +66,7 @@ class StoredModel(NamedTuple):
         abstention: How often confident predictions of held-out tasks were wrong; None if that is not stored.
         step: Meta-step of the state; None for a model that was not stored by training.
         choice: How the learner chose among candidates, if it did.
+        backbone: Settings and digest of the backbone, if it has one; see ``Extractor.settings``.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class StoredModel(NamedTuple):
     abstention: AbstentionCurve | None
     step: int | None
     choice: Choice | None
+    backbone: Mapping[str, Any] | None = None
 
     def build_network(self) -> nn.Module:
         """Builds the network that the settings name.
@@ -157,6 +159,7 @@ def write_model(
         "preprocessing": None if preprocessing is None else preprocessing.settings(),
         "calibration_temperature": fitted.temperature,
         "choice": None if choice is None else choice._asdict(),
+        "backbone": None if fitted.backbone is None else fitted.backbone.settings(),
         "tensors_sha256": digest(plain),
     }
     save_tensors(folder / MODEL, plain, metadata)
@@ -191,6 +194,7 @@ def read_model(folder: Path) -> StoredModel:
         abstention=AbstentionCurve(**abstention) if abstention else None,
         step=metadata["step"],
         choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
+        backbone=metadata.get("backbone"),
     )
 
 
