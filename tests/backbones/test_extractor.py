@@ -201,6 +201,24 @@ class TestCache:
         assert of_tasks(double, torch.ones(3, 2), name="double").num_known == 1 and cache.is_dir()
 
 
+class TestSquareRoot:
+    def test_of_features_that_are_never_negative(self):
+        own = extractor(nn.Identity())
+        features = [np.array([[0.0, 4.0]]), np.array([[9.0, 1.0]])]
+        assert [each.tolist() for each in own.choose_root(features)] == [[[0.0, 2.0]], [[3.0, 1.0]]]
+        assert own.features("x", torch.tensor([[4.0, -9.0]])).tolist() == [[2.0, -3.0]]
+
+    def test_not_of_others(self):
+        own = extractor(nn.Identity())
+        assert own.choose_root([np.array([[0.0, 4.0]]), np.array([[-1.0, 4.0]])])[0].tolist() == [[0.0, 4.0]]
+        assert own.features("x", torch.tensor([[4.0]])).tolist() == [[4.0]]
+
+    def test_as_one_wants(self):
+        assert extractor(nn.Identity(), square_root=True).features("x", torch.tensor([[4.0]])).tolist() == [[2.0]]
+        own = extractor(nn.Identity(), square_root=False)
+        assert own.choose_root([np.array([[4.0]])])[0].tolist() == [[4.0]] and not own.square_root
+
+
 class TestRefused:
     def test_weights_that_changed(self):
         module = nn.Linear(2, 3)
@@ -239,6 +257,13 @@ class TestRestore:
     def test_other_settings(self):
         with pytest.raises(ValueError, match=r"image_size=\(8, 8\), but the model of runs/a was trained with \(7, 7\)"):
             self.restored(Backbone(module=Counting(), image_size=8), image_size=7)
+
+    def test_the_square_root_is_remembered(self):
+        own = extractor(Counting())
+        own.choose_root([np.ones((1, 2))])
+        assert Extractor.restore(own.settings(), Counting(), CPU, source="runs/a").square_root
+        with pytest.raises(ValueError, match="square_root=False, but the model of runs/a was trained with True"):
+            Extractor.restore(own.settings(), Backbone(module=Counting(), square_root=False), CPU, source="runs/a")
 
     def test_none(self):
         with pytest.raises(

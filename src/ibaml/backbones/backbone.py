@@ -36,6 +36,9 @@ class Backbone:
         batch_size: Inputs of one forward pass.
         name: Tells this backbone from others where its weights cannot: a callable that is no module has features on
             disk only if it has a name. Change it when the function changes.
+        square_root: Whether the square root of each feature is taken, its sign kept. It makes skewed features less so,
+            as averages of rectified maps are (Tukey's ladder of powers). None: where no training task has a negative
+            one.
         cache: Whether features of tasks are kept on disk, to be computed once.
 
     Raises:
@@ -56,6 +59,7 @@ class Backbone:
     std: Sequence[float] | None = None
     batch_size: int = 64
     name: str | None = None
+    square_root: bool | None = None
     cache: bool = True
 
     def __post_init__(self) -> None:
@@ -107,7 +111,7 @@ class Backbone:
         return hashlib.sha256("\n".join([self.name or "", method, weights]).encode()).hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """Returns what decides the features beside the function itself, as JSON values."""
+        """Returns what decides the module's outputs beside itself, as JSON values."""
         return {
             "image_size": None if self.size is None else list(self.size),
             "channels": self.channels,

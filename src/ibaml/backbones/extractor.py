@@ -66,6 +66,7 @@ class Extractor:
         backbone: The backbone.
         device: Where it computes.
         digest: Of the backbone when this was made; None for a function without a name.
+        square_root: Whether the square root of features is taken; see ``Backbone``.
 
     Raises:
         ValueError: If the weights changed since, at every use.
@@ -75,6 +76,7 @@ class Extractor:
         self.backbone = backbone
         self.device = device
         self.digest = backbone.digest()
+        self.square_root = bool(backbone.square_root)
         self._inputs_of_a_part = inputs_of_a_part
         owner = backbone.owner
         self._stamp = None if owner is None else weights_stamp(owner)
@@ -114,6 +116,7 @@ class Extractor:
         if not isinstance(backbone, Backbone):
             backbone = Backbone(module=backbone, **settings)
         given = {name: _as_setting(value) for name, value in backbone.settings().items()}
+        given["square_root"] = settings["square_root"] if backbone.square_root is None else backbone.square_root
         for name, value in settings.items():
             if given[name] != value:
                 raise ValueError(
@@ -126,11 +129,26 @@ class Extractor:
                 f"backbone has the digest {_short(found.digest)}, but the model of {source} was trained on the "
                 f"features of {_short(digest)}: its weights or its structure differ; give the same backbone."
             )
+        found.square_root = settings["square_root"]
         return found
 
     def settings(self) -> dict[str, Any]:
         """Returns the backbone's settings and digest, as JSON values."""
-        return {**self.backbone.settings(), "digest": self.digest}
+        return {**self.backbone.settings(), "square_root": self.square_root, "digest": self.digest}
+
+    def choose_root(self, features: Sequence[Features]) -> list[Features]:
+        """Decides by features of training tasks whether the square root is taken, and returns them so.
+
+        Args:
+            features: From ``features_of_tasks``, before anything was decided.
+        """
+        if self.backbone.square_root is None:
+            self.square_root = all(bool((each >= 0).all()) for each in features)
+            return [self._transformed(each) for each in features]
+        return list(features)
+
+    def _transformed(self, features: Features) -> Features:
+        return np.sign(features) * np.sqrt(np.abs(features)) if self.square_root else features
 
     def features(self, argument: str, x: Any) -> Features:
         """Returns the features of inputs, computed now, ``[num_inputs, num_features]``.
@@ -147,7 +165,7 @@ class Extractor:
         inputs = read_backbone_inputs(argument, x)
         size, total = self.backbone.batch_size, num_inputs_of(inputs)
         batches = [take(inputs, range(start, min(start + size, total))) for start in range(0, total, size)]
-        return np.concatenate([self._pass(argument, batch) for batch in batches])
+        return self._transformed(np.concatenate([self._pass(argument, batch) for batch in batches]))
 
     def features_of_tasks(self, tasks: Sequence[tuple[str, Any]], *, on_progress: Progress | None = None) -> Extraction:
         """Returns the features of several tasks; equal inputs are computed once, and once for all with a cache.
@@ -188,7 +206,7 @@ class Extractor:
         if self.cache is None:
             self._memory |= known
         return Extraction(
-            [np.stack([known[digest] for digest in of_task]) for of_task in named],
+            [self._transformed(np.stack([known[digest] for digest in of_task])) for of_task in named],
             len(wanted),
             num_known,
             None if self.cache is None else self.cache.num_bytes,

@@ -44,10 +44,14 @@ LINE, CORRELATED = "a line in the inputs", "a line with correlated weights"
 PROCESS, BOTH = "a Gaussian process", "learned features and inputs"
 """Names of the candidates for tables."""
 
+ON_FEATURES = "a line in the features"
+"""Name of the candidate for classes of each task's own on the features of a backbone."""
+
 LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
 _NUM_FEATURES = 16
+_VARIANCE_ON_FEATURES = 20.0  # Of a logit at the start: those of a good backbone are nearly separable.
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
 _MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
@@ -66,6 +70,12 @@ TABLE_TRAINER = TrainerSettings(
 
 SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=3e-2, log_var_learning_rate=0.1)
 """Outer loop for few parameters, and to tell candidates apart."""
+
+FEATURE_TRAINER = dataclasses.replace(
+    TABLE_TRAINER, num_steps=60, tasks_per_step=4, log_var_learning_rate=0.05, validate_every=20
+)
+"""Outer loop for the prior over many given features. It is short: of dozens of classes, more steps learn what tells
+these apart and no others."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
@@ -177,6 +187,8 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     both = Suited(network, algorithm, likelihood, adapt)
     # Names of layers are those of the network with learned features.
     is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
+    if parameters.get("backbone") is not None and is_open and algorithm.serves_any_number_of_outputs and not is_image:
+        return {ON_FEATURES: _on_features(both, tasks)} if likelihood.target_kind == "classes" else {BOTH: both}
     if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
         return {BOTH: both}
     return _candidates(tasks, both)
@@ -217,6 +229,23 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     if not of_classes:
         both = both._replace(algorithm=correlated if is_narrow else independent)
     return {**found, BOTH: both}
+
+
+def _on_features(both: Suited, tasks: TaskSampler) -> Suited:
+    """Returns softmax regression on the features of a backbone, as they are but for their length.
+
+    Few tasks tell what a backbone has learned from millions of examples, so that no layer is learned beside it: of each
+    feature the prior learns how much it tells, which is one variance.
+    """
+    network = MLP(
+        num_outputs_of(both.network),
+        input_shape=tuple(tasks.input_shape),
+        hidden_sizes=(),
+        zero_head=True,
+        equal_lengths=True,
+    )
+    prior = DiagonalColumnPrior(tied=True, learn_mean=False, initial_variance=_VARIANCE_ON_FEATURES)
+    return both._replace(network=network, algorithm=make_algorithm("softmax", prior=prior), trainer=FEATURE_TRAINER)
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:

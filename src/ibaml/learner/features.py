@@ -62,12 +62,12 @@ def prepare_features(
     how: dict[str, Any] = {"target_kind": target_kind, "classes": classes, "seed": seed, "dtype": dtype}
     if not is_raw(tasks) and not is_folder(tasks):
         given = None if isinstance(validation, float) else validation
-        train, held_out = _features_of_pairs(extractor, [tasks, given], console)
+        train, held_out = _features_of_pairs(extractor, [tasks, given], console, of_training=True)
         validation = validation if isinstance(validation, float) else held_out
         return prepare(train, validation, splits=splits, columns=columns, **how)
     source = prepare(tasks, validation, splits=_splits_of(extractor, splits, tasks), columns=columns, **how)
     train, held_out = _pieces(source.train, seed=seed), _pieces(source.validation, seed=seed)
-    found = _extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console)
+    found = _extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console, of_training=True)
     features = found[: len(train)]
     preprocessing = Preprocessing(
         inputs=fit_standardizer(features),
@@ -99,7 +99,7 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
         return tasks
     _refuse_tables(tasks)
     if not is_raw(tasks) and not is_folder(tasks):
-        return _features_of_pairs(extractor, [tasks], None)[0]
+        return _features_of_pairs(extractor, [tasks])[0]
     if is_folder(tasks):
         size = _splits_of(extractor, splits, tasks)
         sampler: TaskSampler = EpisodeSampler(
@@ -112,7 +112,7 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
         sampler = as_sampler(tasks)
     is_drawn = not isinstance(sampler, FixedEpisodes) and not _has_images(sampler)
     pieces = [] if is_drawn else _pieces(sampler, seed=0)
-    features = _extract(extractor, [("the tasks", piece) for piece in pieces], None)
+    features = _extract(extractor, [("the tasks", piece) for piece in pieces])
     encoded = _Encoder(extractor, preprocessing, fitted.dtype).sampler(sampler, features)
     return encoded.episodes if isinstance(encoded, FixedEpisodes) else encoded
 
@@ -140,23 +140,31 @@ def _splits_of(extractor: Extractor, splits: SplitSettings, tasks: Any) -> Split
     return dataclasses.replace(splits, image_size=size, channels=backbone.channels)
 
 
-def _extract(extractor: Extractor, tasks: Sequence[tuple[str, Any]], console: "Console | None") -> list[Features]:
+def _extract(
+    extractor: Extractor,
+    tasks: Sequence[tuple[str, Any]],
+    console: "Console | None" = None,
+    *,
+    of_training: bool = False,
+) -> list[Features]:
     if not tasks:
         return []
     with ProgressBar(console, "features") as bar:
         found = extractor.features_of_tasks(tasks, on_progress=bar.update)
         bar.say(str(found))
-    return found.features
+    return extractor.choose_root(found.features) if of_training else found.features
 
 
-def _features_of_pairs(extractor: Extractor, several: Sequence[Any], console: "Console | None") -> list[Any]:
+def _features_of_pairs(
+    extractor: Extractor, several: Sequence[Any], console: "Console | None" = None, *, of_training: bool = False
+) -> list[Any]:
     """Returns collections of pairs with features as inputs, computed together; what is no pair stays as it is."""
     named: list[tuple[str, Any]] = []
     for tasks in several:
         named += [(f"X of task {name!r}", pair[0]) for name, pair in _pairs(tasks).items() if _is_pair(pair)]
     if not named:
         return list(several)
-    features = iter(_extract(extractor, named, console))
+    features = iter(_extract(extractor, named, console, of_training=of_training))
 
     def replaced(tasks: Any) -> Any:
         if not (pairs := _pairs(tasks)):
@@ -223,7 +231,7 @@ class _Encoder(NamedTuple):
             )
         return FeatureTasks(
             sampler,
-            lambda x: self._scaled(_extract(self.extractor, [("the tasks", x)], None)[0], x),
+            lambda x: self._scaled(_extract(self.extractor, [("the tasks", x)])[0], x),
             self.preprocessing.input_shape[0],
         )
 
