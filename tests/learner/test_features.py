@@ -15,6 +15,7 @@ from torch import nn
 import ibaml
 from ibaml import Batch, Episode, MetaLearner, SplitSettings
 from ibaml.backbones import Backbone
+from ibaml.cli import main
 from ibaml.data import ClassImages, EpisodeSampler
 from ibaml.learner.files import predict_files
 
@@ -227,6 +228,20 @@ class TestFolder:
         expected = posterior.predict(images[[2, 3, 7, 8]]).probs[:, 0]
         assert [float(row["probability_a"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
 
+    def test_the_command_line_names_the_backbone(self, saved, folder, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        text = "import torch\nfrom torch import nn\ntorch.manual_seed(0)\n"
+        layers = "nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.5), nn.ReLU()"
+        (tmp_path / "backbones_of_a_test.py").write_text(f"{text}own = nn.Sequential({layers})\n")
+        files = ["--support", str(folder), "--query", str(folder / "a"), "--out", "out.csv", "--device", "cpu"]
+        for arguments, code in ((["--backbone", "backbones_of_a_test:own"], 0), ([], 2)):
+            with pytest.raises(SystemExit) as caught:
+                main(["predict", "model", *files, *arguments])
+            assert caught.value.code == code
+        with open("out.csv") as file:
+            assert [row["file"] for row in csv.DictReader(file)] == [f"{number}.png" for number in range(5)]
+        assert "holds a model on the features of a backbone" in " ".join(capsys.readouterr().err.split())
+
     def test_files_without_a_size_of_images(self, tmp_path):
         batch = Batch(torch.randn(6, 2), torch.tensor([0, 1] * 3))
         learner = MetaLearner(backbone=nn.Linear(2, 3)).fit([Episode(batch, batch)] * 2, num_steps=1)
@@ -239,7 +254,7 @@ class TestDefaults:
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
         learner = MetaLearner(backbone=backbone()).fit(sampler, num_steps=2)
         assert learner.network.equal_lengths and not list(learner.network.features.children())
-        assert learner.algorithm.prior.tied and learner.algorithm.prior.initial_variance == 20.0
+        assert learner.algorithm.prior.tied and learner.algorithm.prior.initial_variance == 100.0
         assert learner.choice is None
         images = class_images().images
         # Any number of classes, whatever training had.
@@ -249,6 +264,6 @@ class TestDefaults:
     def test_what_one_chooses_is_kept(self):
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
         own = MetaLearner(backbone=backbone(), algorithm="gaussian_classes").fit(sampler, num_steps=2)
-        assert own.algorithm.name == "gaussian_classes"
+        assert own.algorithm.name == "gaussian_classes" and own.network.equal_lengths
         line = nn.Linear(6, 2)
         assert MetaLearner(line, backbone=backbone()).fit(sampler, num_steps=2).network is line

@@ -8,6 +8,7 @@ numbers. One plain forward pass without gradients is all that is asked of it, so
 from ibaml.backbones.backbone import Backbone, as_backbone
 from ibaml.backbones.cache import FeatureCache
 from ibaml.backbones.extractor import Extraction, Extractor
+from ibaml.backbones.named import import_backbone
 from ibaml.backbones.outputs import as_features
 
-__all__ = ["Backbone", "Extraction", "Extractor", "FeatureCache", "as_backbone", "as_features"]
+__all__ = ["Backbone", "Extraction", "Extractor", "FeatureCache", "as_backbone", "as_features", "import_backbone"]

@@ -51,7 +51,7 @@ LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
 _NUM_FEATURES = 16
-_VARIANCE_ON_FEATURES = 20.0  # Of a logit at the start: those of a good backbone are nearly separable.
+_VARIANCE_ON_FEATURES = 100.0  # Of a logit at the start: those of a good backbone are nearly separable.
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
 _MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
@@ -181,14 +181,16 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     num_outputs = likelihood.num_outputs(tasks.num_outputs)
     norm = "running" if algorithm.uses_features else "group"
     network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
-    if likelihood.target_kind == "classes" and getattr(tasks, "class_scope", parameters["classes"]) == "shared":
+    scope = getattr(tasks, "class_scope", parameters["classes"])
+    if likelihood.target_kind == "classes" and scope == "shared":
         likelihood.check_targets("y of the training tasks", targets, num_outputs)
         _start_from_base_rates(network, targets)
     both = Suited(network, algorithm, likelihood, adapt)
+    has_own_classes = likelihood.target_kind == "classes" and scope == "per_task"
+    if parameters.get("backbone") is not None and algorithm.uses_features and has_own_classes:
+        return {ON_FEATURES: _on_features(both, tasks, is_open=parameters["algorithm"] == HEAD)}
     # Names of layers are those of the network with learned features.
     is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
-    if parameters.get("backbone") is not None and is_open and algorithm.serves_any_number_of_outputs and not is_image:
-        return {ON_FEATURES: _on_features(both, tasks)} if likelihood.target_kind == "classes" else {BOTH: both}
     if is_image or not is_open or not isinstance(tasks, TaskSplits) or tasks.num_ways is not None:
         return {BOTH: both}
     return _candidates(tasks, both)
@@ -231,8 +233,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     return {**found, BOTH: both}
 
 
-def _on_features(both: Suited, tasks: TaskSampler) -> Suited:
-    """Returns softmax regression on the features of a backbone, as they are but for their length.
+def _on_features(both: Suited, tasks: TaskSampler, *, is_open: bool) -> Suited:
+    """Returns a head, if open softmax regression, on the features of a backbone, as they are but for their length.
 
     Few tasks tell what a backbone has learned from millions of examples, so that no layer is learned beside it: of each
     feature the prior learns how much it tells, which is one variance.
@@ -244,8 +246,9 @@ def _on_features(both: Suited, tasks: TaskSampler) -> Suited:
         zero_head=True,
         equal_lengths=True,
     )
+    found = both._replace(network=network, trainer=FEATURE_TRAINER)
     prior = DiagonalColumnPrior(tied=True, learn_mean=False, initial_variance=_VARIANCE_ON_FEATURES)
-    return both._replace(network=network, algorithm=make_algorithm("softmax", prior=prior), trainer=FEATURE_TRAINER)
+    return found._replace(algorithm=make_algorithm("softmax", prior=prior)) if is_open else found
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
