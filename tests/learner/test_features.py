@@ -254,7 +254,7 @@ class TestDefaults:
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
         learner = MetaLearner(backbone=backbone()).fit(sampler, num_steps=2)
         assert learner.network.equal_lengths and not list(learner.network.features.children())
-        assert learner.algorithm.prior.tied and learner.algorithm.prior.initial_variance == 100.0
+        assert learner.algorithm.name == "gaussian_classes" and learner.algorithm.tied
         assert learner.choice is None
         images = class_images().images
         # Any number of classes, whatever training had.
@@ -263,7 +263,7 @@ class TestDefaults:
 
     def test_what_one_chooses_is_kept(self):
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
-        own = MetaLearner(backbone=backbone(), algorithm="gaussian_classes").fit(sampler, num_steps=2)
-        assert own.algorithm.name == "gaussian_classes" and own.network.equal_lengths
+        own = MetaLearner(backbone=backbone(), algorithm="prototypes").fit(sampler, num_steps=2)
+        assert own.algorithm.name == "prototypes" and own.network.equal_lengths
         line = nn.Linear(6, 2)
         assert MetaLearner(line, backbone=backbone()).fit(sampler, num_steps=2).network is line

@@ -4,7 +4,8 @@ A task adapts the last linear layer, the head, on features that all tasks share.
 or logistic regression on learned features, which is solved exactly where the likelihood allows. The network for tables
 is a small perceptron whose head sees the inputs as well as the learned features, that for images is Conv4. For numbers
 with Gaussian noise, and for classes that all tasks share, there are up to four candidates, among which held-out tasks
-choose (``ibaml.learner.choice``).
+choose (``ibaml.learner.choice``). On the features of a backbone no network is learned where each task has classes of
+its own.
 
 Where a likelihood has no exact head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -51,7 +52,6 @@ LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
 _NUM_FEATURES = 16
-_VARIANCE_ON_FEATURES = 100.0  # Of a logit at the start: those of a good backbone are nearly separable.
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
 _MOST_ROWS_OF_PROCESS = 1000
 _NUM_TASKS_TO_START_FROM = 32
@@ -72,10 +72,9 @@ SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=
 """Outer loop for few parameters, and to tell candidates apart."""
 
 FEATURE_TRAINER = dataclasses.replace(
-    TABLE_TRAINER, num_steps=60, tasks_per_step=4, log_var_learning_rate=0.05, validate_every=20
+    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=50, num_validation_tasks=60
 )
-"""Outer loop for the prior over many given features. It is short: of dozens of classes, more steps learn what tells
-these apart and no others."""
+"""Outer loop for the prior over many given features."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
@@ -234,10 +233,12 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
 
 
 def _on_features(both: Suited, tasks: TaskSampler, *, is_open: bool) -> Suited:
-    """Returns a head, if open softmax regression, on the features of a backbone, as they are but for their length.
+    """Returns a head on the features of a backbone as they are but for their length; if open, Gaussian classes.
 
     Few tasks tell what a backbone has learned from millions of examples, so that no layer is learned beside it: of each
-    feature the prior learns how much it tells, which is one variance.
+    feature the prior learns how it varies between classes and within one. That needs no output temperature, and softmax
+    regression, whose variances say what tells the classes of training apart, learned too much of these in 150 steps
+    (``benchmarks/results/2026-11-28-backbones.md``).
     """
     network = MLP(
         num_outputs_of(both.network),
@@ -247,8 +248,7 @@ def _on_features(both: Suited, tasks: TaskSampler, *, is_open: bool) -> Suited:
         equal_lengths=True,
     )
     found = both._replace(network=network, trainer=FEATURE_TRAINER)
-    prior = DiagonalColumnPrior(tied=True, learn_mean=False, initial_variance=_VARIANCE_ON_FEATURES)
-    return found._replace(algorithm=make_algorithm("softmax", prior=prior)) if is_open else found
+    return found._replace(algorithm=make_algorithm("gaussian_classes")) if is_open else found
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:
