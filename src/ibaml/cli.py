@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ibaml.backbones import import_backbone
 from ibaml.baselines import BaselineComparison
 from ibaml.experiments.registry import EXPERIMENTS, experiment_name
 from ibaml.experiments.report import Place, run_experiment
@@ -306,6 +307,7 @@ def predict(
     out: Path,
     level: float = 0.9,
     max_error: float | None = None,
+    backbone: str | None = None,
     device: str = "auto",
 ) -> None:
     """Adapt a trained model to the examples of a new task and predict the rest.
@@ -319,9 +321,12 @@ def predict(
         level: Probability that a regression interval holds the target.
         max_error: Abstain from examples such that no more than this share of the other labels is wrong; for classes,
             of a model that was trained with validation tasks, or calibrated.
+        backbone: The feature extractor that the model was trained with, if it had one: module:name, such as
+            my_backbones:resnet for an object of my_backbones.py in this folder, whose code is run.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
-    fitted = runs.load_fitted(run, device=resolve_device(device))
+    extractor = None if backbone is None else import_backbone(backbone)
+    fitted = runs.load_fitted(run, backbone=extractor, device=resolve_device(device))
     count = predict_files(fitted, support, query, out, level=level, max_error=max_error)
     _tell(f"{count} predictions are in {out}.")
 

@@ -11,6 +11,7 @@ from ibaml.data.prepare import SplitSettings, is_folder, is_raw, table_splits
 from ibaml.data.preprocessing import encode_tasks
 from ibaml.data.ragged import row_groups
 from ibaml.data.tables import read_tasks
+from ibaml.learner.features import tasks_of_features
 from ibaml.learner.held_out import columns_of
 from ibaml.metrics import Estimate, LearningCurve
 from ibaml.posterior import FittedModel
@@ -74,6 +75,7 @@ def _split(
             f"tasks is a {type(tasks).__name__}, but a learning curve splits the rows of tasks: fit on data and give a "
             "DataFrame or (X, y) pairs."
         )
+    tasks = tasks_of_features(fitted, tasks, splits)
     table = read_tasks(tasks, **columns_of(preprocessing, tasks))
     sizes = [_num_different(task, splits) for task in encode_tasks(preprocessing, table, dtype=torch.float64)]
     large = tuple(task for task, size in zip(table.tasks, sizes, strict=True) if size > largest)

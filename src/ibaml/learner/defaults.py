@@ -5,7 +5,8 @@ or logistic regression, or a generalised linear model, on learned features, whic
 allows. The network for tables is a small perceptron whose head sees the inputs as well as the learned features, that
 for images is Conv4. For numbers, and for classes, there are up to four candidates, among which held-out tasks choose
 (``ibaml.learner.choice``); for numbers with Gaussian noise on few inputs they are hierarchical models that are
-estimated from the whole table at once (``ibaml.learner.hierarchical``).
+estimated from the whole table at once (``ibaml.learner.hierarchical``). On the features of a backbone no network is
+learned where each task has classes of its own.
 
 Where a likelihood has no head, or another algorithm is asked for by name, a few steps of Adam nearly solve the
 same convex problem. For regression the temperature is then 1, Bayes' rule, and a diagonal Gaussian describes the
@@ -46,6 +47,9 @@ CURVES, LEARNED_CURVES = "common and own curves", "curves with correlated weight
 BOTH, CLUSTERS = "learned features and inputs", "Gaussian classes in learned features"
 """Names of the candidates for tables."""
 
+ON_FEATURES = "a line in the features"
+"""Name of the candidate for classes of each task's own on the features of a backbone."""
+
 LEAST_TASKS = 10
 """With fewer tasks nothing is held out: the first candidate is taken, for classes learned features."""
 
@@ -70,6 +74,11 @@ TABLE_TRAINER = TrainerSettings(
 
 SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=3e-2, log_var_learning_rate=0.1)
 """Outer loop for few parameters, and to tell candidates apart."""
+
+FEATURE_TRAINER = dataclasses.replace(
+    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=50, num_validation_tasks=60
+)
+"""Outer loop for the prior over many given features."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
@@ -175,10 +184,14 @@ def suited_to(tasks: TaskSampler, parameters: Mapping[str, Any], algorithm: Algo
     num_outputs = likelihood.num_outputs(tasks.num_outputs)
     norm = "running" if algorithm.uses_features else "group"
     network = default_network(tasks.input_shape, num_outputs, is_image=is_image, norm=norm, seed=seed)
-    if likelihood.target_kind == "classes" and getattr(tasks, "class_scope", parameters["classes"]) == "shared":
+    scope = getattr(tasks, "class_scope", parameters["classes"])
+    if likelihood.target_kind == "classes" and scope == "shared":
         likelihood.check_targets("y of the training tasks", targets, num_outputs)
         _start_from_base_rates(network, targets)
     both = Suited(network, algorithm, likelihood, adapt)
+    has_own_classes = likelihood.target_kind == "classes" and scope == "per_task"
+    if parameters.get("backbone") is not None and algorithm.uses_features and has_own_classes:
+        return {ON_FEATURES: _on_features(both, tasks, is_open=parameters["algorithm"] == HEAD)}
     # Names of layers are those of the network with learned features.
     is_open = parameters["algorithm"] == HEAD and algorithm.uses_features and not parameters["freeze"]
     if is_image or not is_open or not isinstance(tasks, TaskSplits):
@@ -240,6 +253,25 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     if of_classes:
         return {**found, **_clusters(both, tied=False), BOTH: both}
     return {**found, BOTH: both._replace(algorithm=correlated if is_narrow else independent)}
+
+
+def _on_features(both: Suited, tasks: TaskSampler, *, is_open: bool) -> Suited:
+    """Returns a head on the features of a backbone as they are but for their length; if open, Gaussian classes.
+
+    Few tasks tell what a backbone has learned from millions of examples, so that no layer is learned beside it: of each
+    feature the prior learns how it varies between classes and within one. That needs no output temperature, and softmax
+    regression, whose variances say what tells the classes of training apart, learned too much of these in 150 steps
+    (``benchmarks/results/2026-11-28-backbones.md``).
+    """
+    network = MLP(
+        num_outputs_of(both.network),
+        input_shape=tuple(tasks.input_shape),
+        hidden_sizes=(),
+        zero_head=True,
+        equal_lengths=True,
+    )
+    found = both._replace(network=network, trainer=FEATURE_TRAINER)
+    return found._replace(algorithm=make_algorithm("gaussian_classes")) if is_open else found
 
 
 def _some_targets(tasks: TaskSampler, *, seed: int) -> Tensor:

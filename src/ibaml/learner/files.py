@@ -4,7 +4,7 @@ import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,8 +56,8 @@ def predict_files(
         raise ValueError(f"--out is {out}; expected a name that ends in .csv or .parquet.")
     if not 0 < level < 1:
         raise ValueError(f"--level is {level}; expected a probability strictly between 0 and 1, such as 0.9.")
-    if fitted.preprocessing is not None and fitted.preprocessing.image_size is not None:
-        answers = _predict_images(fitted, fitted.preprocessing, support, query, max_error)
+    if (form := _form_of_images(fitted)) is not None:
+        answers = _predict_images(fitted, form, support, query, max_error)
     else:
         known = {} if fitted.preprocessing is None else text_columns(fitted.preprocessing)
         tables = read_table(support, known), read_table(query, known)
@@ -192,11 +192,33 @@ def _as_list(column: Any) -> list[Any]:
     return [None if is_gap else value for value, is_gap in zip(column.tolist(), column.isna(), strict=True)]
 
 
+class _ImageForm(NamedTuple):
+    """How image files are read."""
+
+    size: tuple[int, int]
+    channels: int
+
+
+def _form_of_images(fitted: FittedModel) -> _ImageForm | None:
+    """Returns how the model wants image files; None for a model of tables."""
+    if fitted.backbone is not None:
+        backbone = fitted.backbone.backbone
+        if backbone.size is None:
+            raise ValueError(
+                "the model's backbone has no image_size, and of files a backbone gets images alone: use adapt and "
+                "predict in Python."
+            )
+        return _ImageForm(backbone.size, backbone.channels)
+    preprocessing = fitted.preprocessing
+    if preprocessing is None or preprocessing.image_size is None:
+        return None
+    return _ImageForm(preprocessing.image_size, preprocessing.input_shape[0])
+
+
 def _predict_images(
-    fitted: FittedModel, preprocessing: Preprocessing, support: Path, query: Path, max_error: float | None
+    fitted: FittedModel, form: _ImageForm, support: Path, query: Path, max_error: float | None
 ) -> dict[str, Sequence[Any]]:
-    assert preprocessing.image_size is not None
-    size, channels = preprocessing.image_size, preprocessing.input_shape[0]
+    size, channels = form
     images = load_class_folder(support, image_size=size, channels=channels)
     files = load_images(query, image_size=size, channels=channels)
     labels = np.repeat(np.array(images.class_names), images.class_sizes.numpy())

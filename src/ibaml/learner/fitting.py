@@ -10,6 +10,7 @@ import torch
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
+from ibaml.backbones import Extractor
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.defaults import TABLE_TRAINER
 from ibaml.learner.held_out import calibrated
@@ -39,6 +40,7 @@ def fit_model(
     max_minutes: float | None,
     console: "Console | None",
     processes: Processes,
+    backbone: Extractor | None = None,
 ) -> tuple[FittedModel, TrainingResult]:
     """Trains a model on prepared tasks; arguments and errors are those of ``MetaLearner.fit``.
 
@@ -54,6 +56,7 @@ def fit_model(
         max_minutes: Time limit of this call.
         console: Where progress is shown, if anywhere.
         processes: The processes that share each step's tasks.
+        backbone: What makes features of inputs, if anything does.
     """
     num_draws = settings.num_steps * settings.tasks_per_step
     experience = experience_of(source.train, num_draws) if isinstance(algorithm, LinearGaussian) else None
@@ -69,6 +72,7 @@ def fit_model(
             abstention=chosen.abstention,
             experience=experience,
             step=chosen.step,
+            backbone=backbone,
         )
 
     def store(chosen: Chosen) -> None:

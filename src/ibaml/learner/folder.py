@@ -68,6 +68,7 @@ class StoredModel(NamedTuple):
         experience: How many tasks the prior stands for; likewise.
         step: Meta-step of the state; None for a model that was not stored by training.
         choice: How the learner chose among candidates, if it did.
+        backbone: Settings and digest of the backbone, if it has one; see ``Extractor.settings``.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class StoredModel(NamedTuple):
     experience: Experience | None
     step: int | None
     choice: Choice | None
+    backbone: Mapping[str, Any] | None = None
 
     def build_network(self) -> nn.Module:
         """Builds the network that the settings name.
@@ -162,6 +164,7 @@ def write_model(
         "calibration_temperature": fitted.temperature,
         "experience": None if fitted.experience is None else fitted.experience._asdict(),
         "choice": None if choice is None else choice._asdict(),
+        "backbone": None if fitted.backbone is None else fitted.backbone.settings(),
         "tensors_sha256": digest(plain),
     }
     save_tensors(folder / MODEL, plain, metadata)
@@ -197,6 +200,7 @@ def read_model(folder: Path) -> StoredModel:
         experience=None if metadata.get("experience") is None else Experience(**metadata["experience"]),
         step=metadata["step"],
         choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
+        backbone=metadata.get("backbone"),
     )
 
 

@@ -8,6 +8,7 @@ from ibaml.data.columns import is_table
 from ibaml.data.prepare import SplitSettings, image_sampler, is_folder, is_raw, table_splits
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import read_tasks
+from ibaml.learner.features import tasks_of_features
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator
 from ibaml.train.evaluate import Evaluation, evaluate, tempered
@@ -75,6 +76,7 @@ def held_out_tasks(
         ValueError: If a task does not fit or cannot be split.
     """
     preprocessing = fitted.preprocessing
+    tasks = tasks_of_features(fitted, tasks, splits)
     if is_raw(tasks):
         return tasks
     if is_folder(tasks):

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,18 @@ from ibaml import tree
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
+from ibaml.backbones import Backbone, Extractor, as_backbone
 from ibaml.checks import require_int
 from ibaml.data.prepare import Source, SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
+from ibaml.learner.features import prepare_features
 from ibaml.learner.fitting import console_of, fit_model, store_solved
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.hierarchical import Solved, fit_hierarchical
+from ibaml.learner.online import experience_of
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.likelihoods import Likelihood, find_likelihood
@@ -61,6 +65,9 @@ class MetaLearner(Predictor):
         freeze: Name patterns of parameters that never change.
         classes: Labels of data: ``"shared"`` means the same in all tasks (active and inactive); ``"per_task"``: each
             task has classes of its own, as new classes of images are. Image folders are always the latter.
+        backbone: A frozen feature extractor: any ``nn.Module``, callable or ``Backbone`` (with the size and scale of
+            its images). Inputs become its features, once, and ``network`` and head see these alone. It is not trained,
+            changed or stored: ``load`` wants it again.
         device: Where to compute.
         seed: Seed of training, of the initial log-variances, of a default network, and of held-out tasks.
 
@@ -92,19 +99,21 @@ class MetaLearner(Predictor):
         *,
         freeze: str | Sequence[str] = (),
         classes: ClassScope = "shared",
+        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
         by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
-        super().__init__(**by_position, freeze=freeze, classes=classes, device=device, seed=seed)
+        super().__init__(**by_position, freeze=freeze, classes=classes, backbone=backbone, device=device, seed=seed)
         self.network = network
         self.likelihood = find_likelihood(likelihood)
         self.algorithm = defaults.find_algorithm(algorithm, self.likelihood, classes)
         self.adapt_patterns = adapt
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
+        self.backbone = None if backbone is None else as_backbone(backbone)
         self.device = resolve_device(device)
         self.seed = require_int("seed", seed)
         self.training_result: TrainingResult | None = None
@@ -121,6 +130,7 @@ class MetaLearner(Predictor):
         settings: LearnerSettings,
         *,
         network: nn.Module | None = None,
+        backbone: Any = None,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "MetaLearner":
@@ -129,6 +139,7 @@ class MetaLearner(Predictor):
         Args:
             settings: What it is.
             network: The module, if the settings do not name one; by default built with initial weights from the seed.
+            backbone: The feature extractor, as in the constructor.
             device: Where to compute.
             seed: Seed of the initial weights and of the learner.
 
@@ -137,7 +148,7 @@ class MetaLearner(Predictor):
         """
         if network is None and settings.network is not None:
             network = settings.network.build(generator=torch.Generator().manual_seed(seed))
-        return cls(network, **settings.arguments(), device=device, seed=seed)
+        return cls(network, **settings.arguments(), backbone=backbone, device=device, seed=seed)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, {'not ' if self._fitted is None else ''}fitted"
@@ -205,7 +216,12 @@ class MetaLearner(Predictor):
         """
         begun = time.monotonic()
         splits = splits or SplitSettings()
-        source = prepare(
+        console = console_of(progress)
+        extractor, read = None, prepare
+        if self.backbone is not None:
+            extractor = Extractor(self.backbone, self.device)
+            read = functools.partial(prepare_features, extractor, console=console)
+        source = read(
             train_tasks,
             validation_tasks,
             target_kind=self.likelihood.target_kind,
@@ -216,7 +232,6 @@ class MetaLearner(Predictor):
             columns={"task": task, "target": target, "features": features},
             formula=formula,
         )
-        console = console_of(progress)
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
         usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
@@ -226,7 +241,8 @@ class MetaLearner(Predictor):
             if defaults.is_hierarchical(source.train, candidates):
                 solved = self._solve(source, candidates, num_steps, console)
                 if settings is None:
-                    return self._keep(solved, source, splits, run_folder, time.monotonic() - begun, processes)
+                    seconds = time.monotonic() - begun
+                    return self._keep(solved, source, splits, run_folder, seconds, processes, extractor)
                 candidates = {"": solved.suited}
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
@@ -261,6 +277,7 @@ class MetaLearner(Predictor):
             max_minutes=max_minutes,
             console=console,
             processes=processes or Processes(),
+            backbone=extractor,
         )
         told = f"at step {self.training_result.num_steps} of {settings.num_steps}"
         kept = (
@@ -309,25 +326,35 @@ class MetaLearner(Predictor):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, network: nn.Module | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: str | Path,
+        *,
+        network: nn.Module | None = None,
+        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
+        device: torch.device | str = "cpu",
     ) -> "MetaLearner":
         """Loads a trained learner.
 
         Args:
             folder: What ``save`` or training wrote; of a run in progress, the best state so far.
             network: A module of the same architecture, needed unless the network was one of ``ibaml.networks``.
+            backbone: The feature extractor that the learner was trained with, if it had one. A module or callable gets
+                the settings of that time.
             device: Where to compute.
 
         Raises:
             FileNotFoundError: If there is no trained model, or one of its files is missing.
-            ValueError: If a file is damaged, foreign or of another format, or belongs to another network.
+            ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
         """
         stored = read_model(Path(folder))
+        extractor = Extractor.restore(stored.backbone, backbone, torch.device(device), source=str(folder))
         if network is None:
             network = stored.build_network()
-        learner = cls.from_settings(stored.settings, network=network, device=device, seed=stored.seed)
+        own = None if extractor is None else extractor.backbone
+        learner = cls.from_settings(stored.settings, network=network, backbone=own, device=device, seed=stored.seed)
         learner._splits, learner.choice = stored.splits, stored.choice
-        learner._fitted = stored.restore(learner.model, learner.algorithm, learner.device)
+        fitted = stored.restore(learner.model, learner.algorithm, learner.device)
+        learner._fitted = dataclasses.replace(fitted, backbone=extractor)
         return learner
 
     @property
@@ -374,6 +401,7 @@ class MetaLearner(Predictor):
         run_folder: str | Path | None,
         seconds: float,
         processes: Processes | None,
+        extractor: Extractor | None,
     ) -> "MetaLearner":
         self._splits, self.choice = splits, solved.choice
         model = self._become(solved.suited)
@@ -387,6 +415,8 @@ class MetaLearner(Predictor):
                 preprocessing=source.preprocessing,
                 device=self.device,
                 step=solved.num_steps,
+                experience=experience_of(source.train, num_draws=0),  # Each task of data counts once.
+                backbone=extractor,
             ),
             source,
             seconds=seconds,

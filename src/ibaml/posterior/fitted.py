@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from ibaml import tree
@@ -16,6 +17,7 @@ from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
 from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
+from ibaml.backbones import Extractor
 from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
@@ -42,6 +44,7 @@ class FittedModel:
         experience: How many tasks the prior stands for, if that is known; where it can learn on from single tasks.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
+        backbone: What makes features of inputs, which are the data of ``preprocessing``; None: inputs are data.
     """
 
     model: Model
@@ -54,6 +57,7 @@ class FittedModel:
     experience: Experience | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
+    backbone: Extractor | None = None
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
@@ -63,6 +67,9 @@ class FittedModel:
             ValueError: If they are not finite or of the wrong shape.
         """
         if self.preprocessing is not None:
+            if self.backbone is not None:
+                shape = self.preprocessing.input_shape
+                x = np.empty((0, *shape)) if _is_empty(x) else self.backbone.features(argument, x)
             return self.preprocessing.encode_inputs(argument, x, dtype=self.dtype).to(self.device)
         x = as_tensor(argument, x)
         return x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)

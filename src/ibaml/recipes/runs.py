@@ -306,14 +306,19 @@ def compare_run_with_baselines(
     return comparison, target
 
 
-def load_fitted(folder: Path, *, device: torch.device = _CPU) -> FittedModel:
+def load_fitted(folder: Path, *, backbone: Any = None, device: torch.device = _CPU) -> FittedModel:
     """Loads a trained model for predictions from files; one of a recipe learns how its source reads them.
+
+    Args:
+        folder: Folder of the model.
+        backbone: The feature extractor that it was trained with, if it had one.
+        device: Where to compute.
 
     Raises:
         FileNotFoundError: If the folder holds no trained model.
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, or the backbone is missing or another one.
     """
-    fitted = MetaLearner.load(folder, device=device).fitted_model
+    fitted = MetaLearner.load(folder, backbone=backbone, device=device).fitted_model
     if fitted.preprocessing is not None or not (folder / RECIPE).is_file():
         return fitted
     return dataclasses.replace(fitted, preprocessing=read_recipe(folder).data.preprocessing())

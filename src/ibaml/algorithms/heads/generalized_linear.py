@@ -177,9 +177,9 @@ class GeneralizedLinear(HeadOfFunctions):
         outputs = offset + problem.outputs(unknown)
         rows, factor = problem.factorize(loss.derivatives(outputs, targets, *parameters)[1].clamp_min(0))
         nll = loss.total(outputs, targets, *parameters).sum() + 0.5 * (unknown**2).sum()
-        spread = (
-            Reduction(torch.linalg.solve_triangular(factor, rows, upper=False)) if is_dual(rows) else Precision(factor)
-        )
+        spread: Precision | Reduction = Precision(factor)
+        if is_dual(rows):
+            spread = Reduction(torch.linalg.solve_triangular(factor, rows, upper=False), factor)
         padded = torch.cat([unknown, unknown.new_zeros(num_outputs - num_targets, unknown.shape[-1])])
         mean = prior_mean + self.prior.colour(prior, padded)
         nll = nll + 0.5 * log_determinant(factor).sum()

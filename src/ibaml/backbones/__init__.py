@@ -1,0 +1,14 @@
+"""Frozen feature extractors: any module or function from inputs to features, whose features are computed once.
+
+A backbone stands at the boundary of a learner: inputs become features there, and all that follows sees a table of
+numbers. One plain forward pass without gradients is all that is asked of it, so that what ``torch.func`` cannot trace
+(recurrent layers, activation checkpointing) works, and running statistics and dropout are in evaluation mode.
+"""
+
+from ibaml.backbones.backbone import Backbone, as_backbone
+from ibaml.backbones.cache import FeatureCache
+from ibaml.backbones.extractor import Extraction, Extractor
+from ibaml.backbones.named import import_backbone
+from ibaml.backbones.outputs import as_features
+
+__all__ = ["Backbone", "Extraction", "Extractor", "FeatureCache", "as_backbone", "as_features", "import_backbone"]
