@@ -387,6 +387,10 @@ class NumberLikelihood(abc.ABC):
         curvature = torch.func.grad(lambda at: slope(at).sum())(outputs)
         return slope(outputs), curvature[..., : targets.shape[-1]]
 
+    def likeliest(self, targets: Tensor) -> Tensor:
+        """Returns values of the first outputs near those at which targets are likeliest, of the same shape."""
+        return targets
+
     @abc.abstractmethod
     def initial_parameters(self) -> Params:
         """See ``Likelihood``."""

@@ -108,6 +108,8 @@ class LikelihoodContract:
         assert isinstance(case.likelihood, NumberLikelihood)
         found = case.likelihood.derivatives(case.outputs[0], case.targets, case.parameters)
         first = slice(case.targets.shape[-1])
+        assert case.likelihood.likeliest(case.targets).shape == case.targets.shape
+        assert torch.isfinite(case.likelihood.likeliest(case.targets)).all()
         assert_close(found[0], slope(case.outputs[0])[..., first])
         assert_close(found[1], torch.func.grad(lambda at: slope(at)[..., first].sum())(case.outputs[0])[..., first])
 

@@ -69,15 +69,15 @@ class SeparableLoss:
     def start(self, problem: "OfWeights", offset: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         """Returns weights to start Newton's method from.
 
-        Zero, for counts: their nll is convex. For real targets regularised least squares with the curvature that the
-        nll has at the target, from where a few safe steps leave out outliers: from far away all targets look like them.
+        Regularised least squares to the outputs that make the targets likeliest, with the curvature there. For real
+        targets a few safe steps from there leave out outliers: from far away all targets would look like them.
         """
-        start = problem.start(targets)
+        start, likeliest = problem.start(targets), self.likelihood.likeliest(targets)
+        curvature = self.derivatives(likeliest, targets, *parameters)[1].clamp_min(0)
+        residual = problem.residual(start, curvature * (likeliest - offset))
+        start = start - problem.solve(problem.factorize(curvature), residual)
         if self.likelihood.target_kind != "real":
             return start
-        curvature = self.derivatives(targets, targets, *parameters)[1].clamp_min(0)
-        residual = problem.residual(start, curvature * (targets - offset))
-        start = start - problem.solve(problem.factorize(curvature), residual)
         safe = dataclasses.replace(self, majorized=True)
         return newton(problem, safe, start, offset, targets, *parameters, max_steps=_SAFE_STEPS, tolerance=1e-3)[0]
 
