@@ -146,8 +146,8 @@ def test_where_clusters_are_best_they_are_what_is_trained(monkeypatch):
         train.append((means[labels] + 0.5 * rng.normal(size=(30, 2)), labels))
     learner = MetaLearner(classes="per_task").fit(train)
     assert learner.choice.name == defaults.CLUSTERS and learner.algorithm.name == "gaussian_classes"
-    x, y = train[0]
-    assert np.mean(learner.adapt(x[:6], y[:6]).predict(x[6:]).probs.argmax(1) == y[6:]) > 0.9
+    right = [learner.adapt(x[:6], y[:6]).predict(x[6:]).probs.argmax(1) == y[6:] for x, y in train]
+    assert np.mean(right) > 0.8
 
 
 def test_a_rare_class_is_predicted_as_often_as_it_comes():

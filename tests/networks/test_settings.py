@@ -50,9 +50,7 @@ def test_modules_of_ones_own_have_no_settings():
 
 
 def test_refuses():
-    with pytest.raises(
-        ValueError, match="network name must be one of Conv4, MLP, RadialBasis, ResNet12, but is 'Conv5'"
-    ):
+    with pytest.raises(ValueError, match="must be one of Conv4, MLP, RadialBasis, ResNet12, but is 'Conv5'"):
         NetworkSettings(name="Conv5")
     message = "MLP has no argument widths; there are num_outputs, input_shape, hidden_sizes, activation, norm"
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-from scipy.special import ndtri, stdtrit
 
 from ibaml.networks.radial_basis import radial_features
 from ibaml.priors.full import unit_triangular
@@ -289,6 +288,8 @@ def wider(degrees_of_freedom: int) -> float:
         >>> round(wider(9), 3), round(wider(1000), 3)
         (1.242, 1.002)
     """
+    from scipy.special import ndtri, stdtrit  # for those who fit only
+
     return float(stdtrit(max(degrees_of_freedom, 1), 0.95) / ndtri(0.95)) ** 2
 
 

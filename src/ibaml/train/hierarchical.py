@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import minimize
 
 from ibaml.algorithms.heads.least_squares import cholesky_or_nan, log_determinant, plus_identity
 from ibaml.types import Batch, Params, Tensor
@@ -253,6 +252,8 @@ def minimise(function: Callable[[Params], Tensor], start: Params, *, most_steps:
         start: Where to start, float64.
         most_steps: Number of steps at the most.
     """
+    from scipy.optimize import minimize  # half a second, for those who fit only
+
     names, values = list(start), list(start.values())
 
     def unravel(flat: Tensor) -> Params:
