@@ -321,9 +321,7 @@ def test_a_model_of_another_run_is_noticed(trained, tmp_path):
 @pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"name": 1}'])
 def test_a_damaged_recipe_is_named(tmp_path, content):
     (tmp_path / "recipe.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"recipe.json cannot be read \(.*: restore it from a copy, or train in"
-    ):
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read \(.*: restore it from a copy, or train in"):
         runs.read_recipe(tmp_path)
 
 
