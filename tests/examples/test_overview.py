@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parents[2] / "examples"
 def test_every_example_is_short_and_listed():
     overview = (FOLDER / "README.md").read_text()
     scripts = sorted(FOLDER.glob("*.py"))
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     for script in scripts:
         assert len(script.read_text().splitlines()) <= 150, script.name
         assert f"[{script.name}]({script.name})" in overview

@@ -1,9 +1,15 @@
 """Checks of what goes into an algorithm and of what comes out of it."""
 
+import contextlib
 import math
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from ibaml import tree
+from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.likelihoods import Likelihood
 from ibaml.types import Batch, InnerSolution, Tensor
 
@@ -29,6 +35,31 @@ def check_labels(likelihood: Likelihood, argument: str, targets: Tensor, *, num_
             f"{argument} has shape {tuple(targets.shape[num_axes - 1 :])}, but expected one class index per example, "
             "[num_examples]: of a column take y.squeeze(-1), of one-hot labels y.argmax(-1)."
         )
+
+
+@contextlib.contextmanager
+def explained_failures(network: nn.Module, num_examples: int) -> Generator[None]:
+    """Says what to do where an adaptation does not fit into memory or a network does not fit ``torch.func``.
+
+    Args:
+        network: The network.
+        num_examples: Size of the support set.
+
+    Raises:
+        MemoryError: Instead of those of torch, which are of many kinds.
+        TypeError: If the network does what functional derivatives do not support.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_beyond_torch_func(error):
+            raise TypeError(advice_on_torch_func(network, error)) from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
+            raise MemoryError(
+                f"adapting to {num_examples} support examples at once does not fit into memory: pass a random "
+                "part of them. A prior matters little where examples are that many."
+            ) from error
+        raise
 
 
 def require_finite_solution(

@@ -9,7 +9,9 @@
 beside these (``ibaml.learner.run_folder``). A byte changed in either file is noticed, as is a file of another format.
 """
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -178,6 +180,9 @@ def read_model(folder: Path) -> StoredModel:
     Raises:
         FileNotFoundError: If there is no trained model.
         ValueError: If a file is damaged, foreign or of another format.
+
+    Warns:
+        RuntimeWarning: If the text beside the tensors is whole, but of another model.
     """
     path = folder / MODEL
     metadata = read_metadata(folder)
@@ -223,10 +228,19 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     settings = folder / SETTINGS
     if not settings.is_file():
         raise FileNotFoundError(f"{folder} has no {SETTINGS}, which belongs to {MODEL}: copy the folder as a whole.")
-    if settings.read_bytes() != _as_text(metadata).encode():
-        raise ValueError(
-            f"{settings} is not the one that was saved with {MODEL}: it was changed or belongs to another model. "
-            "Restore the folder from a copy."
+    text = settings.read_bytes()
+    # Models of an earlier version have no checksum in the text.
+    if text not in (_as_text(metadata).encode(), _as_text(metadata, with_checksum=False).encode()):
+        if not _is_whole(text):
+            raise ValueError(
+                f"{settings} is not the one that was saved with {MODEL}: it was changed. Restore the folder from a "
+                "copy."
+            )
+        warnings.warn(
+            f"{settings} was saved with another model than {MODEL}, as when saving over a model ends between the two "
+            f"files. The settings are those in {MODEL}; saving again mends the text.",
+            RuntimeWarning,
+            stacklevel=3,
         )
     return metadata
 
@@ -253,6 +267,19 @@ def _restore_fixed(stored: StoredModel, into: Mapping[str, Tensor]) -> None:
         value.copy_(found)
 
 
-def _as_text(metadata: Mapping[str, Any]) -> str:
+def _as_text(metadata: Mapping[str, Any], *, with_checksum: bool = True) -> str:
     # Through JSON once, so that what was just saved and what was read back give the same bytes.
-    return json.dumps(json.loads(json.dumps(dict(metadata))), indent=2, sort_keys=True) + "\n"
+    values = json.loads(json.dumps(dict(metadata)))
+    if with_checksum:
+        values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _is_whole(text: bytes) -> bool:
+    """Tells whether a text is one that ``_as_text`` made of some settings."""
+    try:
+        values = json.loads(text)
+        del values["sha256"]
+        return text == _as_text(values).encode()
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

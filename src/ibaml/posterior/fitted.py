@@ -11,10 +11,9 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
-from ibaml.algorithms.checks import require_finite_outputs, require_finite_solution
+from ibaml.algorithms.checks import explained_failures, require_finite_outputs, require_finite_solution
 from ibaml.algorithms.heads.empirical_bayes import Experience
 from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
-from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.backbones import Extractor
@@ -194,7 +193,7 @@ class FittedModel:
             MemoryError: If the support set does not fit into memory.
         """
         noise = self.inner_noise(seed=seed)
-        try:
+        with explained_failures(self.model.network, len(support.y)):
             nll, shared, x = self._view(support.x)
             if isinstance(nll, Model):
                 if num_outputs is None:
@@ -209,15 +208,6 @@ class FittedModel:
                     start=start,
                     with_grad_norm=with_grad_norm,
                 )
-        except (MemoryError, RuntimeError) as error:
-            if is_beyond_torch_func(error):
-                raise TypeError(advice_on_torch_func(self.model.network, error)) from error
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
-                raise MemoryError(
-                    f"adapting to {len(support.y)} support examples at once does not fit into memory: pass a random "
-                    "part of them. A prior matters little where examples are that many."
-                ) from error
-            raise
         require_finite_solution(self.algorithm, solution, support, with_norm=with_grad_norm)
         return TaskPosterior(
             self,

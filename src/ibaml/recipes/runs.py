@@ -377,7 +377,10 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run of a recipe: it has no {RECIPE}. `ibaml train` makes one.")
     try:
-        text = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"this is no recipe of this version of ibaml: {error}") from error
         # A recipe of an earlier version has no checksum.
         known = text.pop("sha256", None)
         if known is not None and known != _sha256(text):

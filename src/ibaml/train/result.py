@@ -1,16 +1,49 @@
 """How training ends."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ibaml.algorithms import MetaParameters
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.metrics import AbstentionCurve
+from ibaml.train.settings import TrainerSettings
+from ibaml.types import HypergradientInfo, Tensor
 
 StopReason = Literal["completed", "time limit", "interrupted"]
 
 
 class TrainingDivergedError(RuntimeError):
     """A loss or gradient was not finite. The state before the step is in the checkpoint."""
+
+
+def raise_divergence(
+    step: int,
+    tasks: Sequence[int],
+    info: HypergradientInfo,
+    norm: Tensor,
+    algorithm: Algorithm,
+    settings: TrainerSettings,
+    where: str,
+) -> None:
+    """Raises the error of a step whose hypergradient is not finite.
+
+    Args:
+        step: The step.
+        tasks: Numbers of its tasks that are to blame.
+        info: Diagnostics of all its tasks.
+        norm: Norm of the hypergradient.
+        algorithm: What computed it.
+        settings: Settings of the loop.
+        where: Says where the state before is.
+
+    Raises:
+        TrainingDivergedError: In every case.
+    """
+    raise TrainingDivergedError(
+        f"step {step}: the hypergradient is not finite (norm {float(norm)}; tasks {tasks} of the step; their inner "
+        f"gradient norms {info.inner_grad_norm[tasks].tolist()}). Likely causes: inner steps ({algorithm.describe()}) "
+        f"or learning_rate ({settings.learning_rate}) too large, or inputs far from unit scale. {where}"
+    )
 
 
 class Chosen(NamedTuple):

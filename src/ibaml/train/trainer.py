@@ -41,7 +41,7 @@ from ibaml.train.lock import only_training_in
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.optimizer import parameter_groups
 from ibaml.train.processes import Processes, ProcessLostError, placed
-from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, TrainingResult
+from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, TrainingResult, raise_divergence
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep, TaskHypergradients
@@ -109,15 +109,12 @@ class Trainer:
             **{name: getattr(settings, name) for name in ONLY_HOW},
         )
         self._optimizer = torch.optim.Adam(parameter_groups(self._meta, algorithm, model.likelihood, settings))
-        self._step = 0
-        self._seconds = 0.0
+        self._step, self._seconds = 0, 0.0
         self._chosen = Chosen(self._snapshot())
         self._data_identity = data_identity
         self._on_chosen = on_chosen
-        self._written_step = 0
-        self._is_validation_due = False
-        self._running: dict[str, Any] = {}
-        self._num_outputs = 0
+        self._written_step = self._num_outputs = 0
+        self._is_validation_due, self._running = False, dict[str, Any]()
         self._stop_wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
         self._agreed_stop = (False, False)
         # What a checkpoint does not hold but depends on; another frozen body would go unnoticed otherwise.
@@ -364,14 +361,10 @@ class Trainer:
 
         self.processes.gather(check_own)
         # Every process is here, as all have the same sum, but one is enough to tell.
-        self.processes.on_first(lambda: self._raise_divergence(bad, info, gradient_norm))
-
-    def _raise_divergence(self, bad: list[int], info: HypergradientInfo, gradient_norm: Tensor) -> None:
-        raise TrainingDivergedError(
-            f"step {self._step + 1}: the hypergradient is not finite (norm {float(gradient_norm)}; tasks {bad} of the "
-            f"step; their inner gradient norms {info.inner_grad_norm[bad].tolist()}). Likely causes: "
-            f"inner steps ({self.algorithm.describe()}) or learning_rate ({self.settings.learning_rate}) too large, or "
-            f"inputs far from unit scale. {where_saved(self.run_folder)}"
+        self.processes.on_first(
+            lambda: raise_divergence(
+                self._step + 1, bad, info, gradient_norm, self.algorithm, self.settings, where_saved(self.run_folder)
+            )
         )
 
     def _snapshot(self) -> MetaParameters:
