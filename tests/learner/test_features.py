@@ -253,7 +253,7 @@ class TestDefaults:
     def test_classes_of_each_task_get_a_line_in_the_features(self):
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
         learner = MetaLearner(backbone=backbone()).fit(sampler, num_steps=2)
-        assert learner.network.equal_lengths and not list(learner.network.features.children())
+        assert not list(learner.network.features.children())
         assert learner.algorithm.name == "gaussian_classes" and learner.algorithm.tied
         assert learner.choice is None
         images = class_images().images
@@ -264,6 +264,6 @@ class TestDefaults:
     def test_what_one_chooses_is_kept(self):
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
         own = MetaLearner(backbone=backbone(), algorithm="prototypes").fit(sampler, num_steps=2)
-        assert own.algorithm.name == "prototypes" and own.network.equal_lengths
+        assert own.algorithm.name == "prototypes" and not list(own.network.features.children())
         line = nn.Linear(6, 2)
         assert MetaLearner(line, backbone=backbone()).fit(sampler, num_steps=2).network is line
