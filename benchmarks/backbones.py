@@ -58,7 +58,8 @@ def euclidean(support: Batch, query: Tensor) -> Tensor:
 
 def cosine(support: Batch, query: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize
-    return unit(query) @ unit(class_means(unit(support.x), support.y)).mT
+    # Times 20: temperatures are searched down to 1/20 only, and cosines of features as they are want less.
+    return 20 * unit(query) @ unit(class_means(unit(support.x), support.y)).mT
 
 
 def logistic(variance: float) -> Logits:

@@ -121,7 +121,7 @@ class TestForms:
         assert prediction.labels.tolist() == ["a", "b"]
         assert learner.calibrate(tasks).evaluate(tasks)["accuracy"].mean == 1.0
 
-    def test_episodes_and_other_samplers(self):
+    def test_episodes_and_other_samplers(self, cache):
         sampler = EpisodeSampler(class_images(), num_ways=2, num_shots=2, num_queries=2)
 
         class Turned(EpisodeSampler):
@@ -134,6 +134,8 @@ class TestForms:
         episodes = [Episode(*(Batch(batch.x[0], batch.y[0]) for batch in episode)) for episode in drawn]
         learner = MetaLearner(backbone=backbone()).fit(turned, num_steps=2)
         own = learner.fitted_model.encode("x", episodes[0].support.x)
+        # Those of the first tasks gave the scale; what training draws is not kept.
+        assert len(list(cache.glob("features/*/*.npz"))) == 1
         of_sampler = learner.evaluate_in_full(turned, num_tasks=1, seed=0).predictions[0]
         task = turned.sample(1, generator=ibaml.seeds.task_generator(0, 0))
         posterior = learner.fitted_model.adapt(task.support.x[0], task.support.y[0], seed=0)

@@ -251,7 +251,8 @@ class _Encoder(NamedTuple):
             )
         return FeatureTasks(
             sampler,
-            lambda x: self._scaled(extract(self.extractor, [("the tasks", x)])[0], x),
+            # Not kept: a sampler that makes its inputs may never make the same one again.
+            lambda x: self._scaled(self.extractor.features("the tasks", x), x),
             self.preprocessing.input_shape[0],
         )
 
