@@ -86,7 +86,7 @@ class TestForms:
         learner = MetaLearner(backbone=own).fit(sampler, num_steps=1)
         features = features_of(own.module, class_images().images)
         # Rectified maps are not negative.
-        features = features if square_root is False else features.sqrt()
+        features = features if square_root is False else (features / features.norm(dim=1, keepdim=True)).sqrt()
         scale = learner.preprocessing.inputs
         np.testing.assert_allclose(scale.mean, features.mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(scale.scale, features.std(0, correction=0), rtol=1e-4)
