@@ -72,9 +72,9 @@ SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=
 """Outer loop for few parameters, and to tell candidates apart."""
 
 FEATURE_TRAINER = dataclasses.replace(
-    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=50, num_validation_tasks=60
+    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=150, num_validation_tasks=60
 )
-"""Outer loop for the prior over many given features."""
+"""Outer loop for the prior over many given features: too short to choose among its states."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
