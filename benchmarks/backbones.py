@@ -8,6 +8,7 @@ validation classes, and test classes are used once. Differences are paired over 
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
@@ -17,8 +18,9 @@ import torch
 
 from ibaml import MetaLearner
 from ibaml.algorithms.heads import Softmax
-from ibaml.backbones import Backbone
-from ibaml.data import EpisodeSampler, load_tiny_imagenet
+from ibaml.backbones import Backbone, Extractor
+from ibaml.backbones.samplers import FeatureEpisodes
+from ibaml.data import ClassImages, EpisodeSampler, load_tiny_imagenet
 from ibaml.learner.features import tasks_of_features
 from ibaml.likelihoods import Categorical
 from ibaml.metrics import paired_difference
@@ -56,7 +58,8 @@ def euclidean(support: Batch, query: Tensor) -> Tensor:
 
 def cosine(support: Batch, query: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize
-    return unit(query) @ unit(class_means(unit(support.x), support.y)).mT
+    # Times 20: temperatures are searched down to 1/20 only, and cosines of features as they are want less.
+    return 20 * unit(query) @ unit(class_means(unit(support.x), support.y)).mT
 
 
 def logistic(variance: float) -> Logits:
@@ -105,28 +108,40 @@ def row(name: str, found: Evaluation, ahead: str = "| |") -> str:
     return f"{text}| {nll.mean:.3f} +- {nll.half_width:.3f} | {found.report['ece_pooled'].mean:.3f} {ahead}"
 
 
-def study(samplers: dict[str, TaskSampler], learner: MetaLearner, num_tasks: int) -> None:
-    encoded = {name: _features(learner, sampler) for name, sampler in samplers.items()}
+def as_they_are(learner: MetaLearner, sampler: EpisodeSampler) -> TaskSampler:
+    """Returns a sampler of features that are neither scaled nor square roots."""
+    extractor = Extractor(dataclasses.replace(learner.backbone, square_root=False), learner.device)
+    found = extractor.features_of_tasks([("images", sampler.images.images)]).features[0]
+    return FeatureEpisodes(sampler, torch.from_numpy(found))
+
+
+def sampler_of(images: ClassImages, shots: int, ways: int) -> EpisodeSampler:
+    return EpisodeSampler(images, num_ways=ways, num_shots=shots, num_queries=15)
+
+
+def study(samplers: dict[str, EpisodeSampler], learner: MetaLearner, num_tasks: int) -> None:
     several: dict[str, dict[str, Logits]] = {
         "nearest mean, Euclidean": {"": euclidean},
         "nearest mean, cosine": {"": cosine},
         "logistic regression": {f"variance {value:g}": logistic(value) for value in PENALTIES},
-        "the same, equal lengths": {f"variance {value:g}": same_length(logistic(value)) for value in PENALTIES},
+        "logistic regression, equal lengths": {
+            f"variance {value:g}": same_length(logistic(value)) for value in PENALTIES
+        },
     }
+    held_out = {name: samplers[name] for name in ("validation", "test")}
+    raw = {name: as_they_are(learner, one) for name, one in held_out.items()}
+    scaled = {name: tasks_of_features(learner.fitted_model, one, learner.splits) for name, one in held_out.items()}
     own = learner.evaluate_in_full(samplers["test"], num_tasks=num_tasks)
     print("| method | accuracy, % | nll | pooled ECE | the learned prior: accuracy | nll |")
     print("|---|---|---|---|---|---|")
-    for name, candidates in several.items():
-        chosen, found = baseline(candidates, encoded["validation"], encoded["test"], num_tasks)
+    of_raw = {f"{name}, raw features": (several[name], raw) for name in list(several)[:2]}
+    for name, (candidates, tasks) in {**of_raw, **{name: (one, scaled) for name, one in several.items()}}.items():
+        chosen, found = baseline(candidates, tasks["validation"], tasks["test"], num_tasks)
         accuracy, nll = (paired_difference(own.per_task[key], found.per_task[key]) for key in ("accuracy", "nll"))
         ahead = f"| {100 * accuracy.mean:+.2f} +- {100 * accuracy.half_width:.2f} "
         ahead += f"| {nll.mean:+.4f} +- {nll.half_width:.4f} |"
         print(row(f"{name} {chosen and f'({chosen})'}", found, ahead), flush=True)
     print(row(f"learned prior (temperature {learner.calibration_temperature:.2f})", own), flush=True)
-
-
-def _features(learner: MetaLearner, sampler: TaskSampler) -> TaskSampler:
-    return tasks_of_features(learner.fitted_model, sampler, learner.splits)
 
 
 def main() -> None:
@@ -138,9 +153,8 @@ def main() -> None:
     backbone = mobilenet(arguments.package)
     images = {name: load_tiny_imagenet(name, root=arguments.data) for name in ("train", "validation", "test")}
 
-    def samplers(shots: int, ways: int = 5) -> dict[str, TaskSampler]:
-        sizes = {"num_ways": ways, "num_shots": shots, "num_queries": 15}
-        return {name: EpisodeSampler(each, **sizes) for name, each in images.items()}
+    def samplers(shots: int, ways: int = 5) -> dict[str, EpisodeSampler]:
+        return {name: sampler_of(each, shots, ways) for name, each in images.items()}
 
     for shots in (1, 5):
         of_shots = samplers(shots)
@@ -149,8 +163,10 @@ def main() -> None:
         study(of_shots, learner, arguments.tasks)
         found = learner.evaluate_in_full(of_shots["test"], num_tasks=100, out_of_task=True)
         print(f"\nnone of these: AUROC {found.report['out_of_task_auroc']}")
-    wide = {**samplers(5), **{name: one for name, one in samplers(5, 16).items() if name == "validation"}}
-    wide["test"] = samplers(5, 20)["test"]
+        untrained = MetaLearner(backbone=backbone, classes="per_task").fit_prior(images["train"].images)
+        found = untrained.evaluate_in_full(of_shots["test"], num_tasks=arguments.tasks)
+        print(row("no training tasks: spread of features", found))
+    wide = {"validation": samplers(5, 16)["validation"], "test": sampler_of(images["test"], 5, 20)}
     print("\n20-way 5-shot, 100 test tasks, the prior of 5-way tasks\n")
     study(wide, learner, 100)
 

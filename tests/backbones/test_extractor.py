@@ -204,9 +204,11 @@ class TestCache:
 class TestSquareRoot:
     def test_of_features_that_are_never_negative(self):
         own = extractor(nn.Identity())
-        features = [np.array([[0.0, 4.0]]), np.array([[9.0, 1.0]])]
-        assert [each.tolist() for each in own.choose_root(features)] == [[[0.0, 2.0]], [[3.0, 1.0]]]
-        assert own.features("x", torch.tensor([[4.0, -9.0]])).tolist() == [[2.0, -3.0]]
+        features = [np.array([[0.0, 4.0]]), np.array([[3.0, 4.0], [0.0, 0.0]])]
+        found = own.choose_root(features)
+        np.testing.assert_allclose(found[0], [[0.0, 1.0]])
+        np.testing.assert_allclose(found[1], [[0.6**0.5, 0.8**0.5], [0.0, 0.0]])
+        np.testing.assert_allclose(own.features("x", torch.tensor([[3.0, -4.0]])), [[0.6**0.5, -(0.8**0.5)]], rtol=1e-6)
 
     def test_not_of_others(self):
         own = extractor(nn.Identity())
@@ -214,7 +216,7 @@ class TestSquareRoot:
         assert own.features("x", torch.tensor([[4.0]])).tolist() == [[4.0]]
 
     def test_as_one_wants(self):
-        assert extractor(nn.Identity(), square_root=True).features("x", torch.tensor([[4.0]])).tolist() == [[2.0]]
+        assert extractor(nn.Identity(), square_root=True).features("x", torch.tensor([[4.0]])).tolist() == [[1.0]]
         own = extractor(nn.Identity(), square_root=False)
         assert own.choose_root([np.array([[4.0]])])[0].tolist() == [[4.0]] and not own.square_root
 

@@ -84,11 +84,3 @@ def test_skipped_inputs_reach_the_head():
     x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
     expected = torch.cat([x.flatten(1), network.features(x.flatten(1))], 1) @ network.head.weight.T + network.head.bias
     torch.testing.assert_close(network(x), expected)
-
-
-def test_equal_lengths_leave_the_direction_alone() -> None:
-    network = MLP(2, input_shape=3, hidden_sizes=(), equal_lengths=True).double()
-    x = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    scaled = torch.stack([x[0] / 3 * 3**0.5, x[1]])
-    torch.testing.assert_close(network(x), scaled @ network.head.weight.mT + network.head.bias, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(network(7 * x), network(x), rtol=1e-12, atol=1e-12)

@@ -36,9 +36,9 @@ class Backbone:
         batch_size: Inputs of one forward pass.
         name: Tells this backbone from others where its weights cannot: a callable that is no module has features on
             disk only if it has a name. Change it when the function changes.
-        square_root: Whether the square root of each feature is taken, its sign kept. It makes skewed features less so,
-            as averages of rectified maps are (Tukey's ladder of powers). None: where no training task has a negative
-            one.
+        square_root: Whether features are scaled to length 1 and the square root of each is taken, its sign kept. It
+            takes away how strong a picture is, and makes features that are averages of rectified maps less skewed.
+            None: where no training task has a negative one.
         cache: Whether features of tasks are kept on disk, to be computed once.
 
     Raises:

@@ -148,7 +148,11 @@ class Extractor:
         return list(features)
 
     def _transformed(self, features: Features) -> Features:
-        return np.sign(features) * np.sqrt(np.abs(features)) if self.square_root else features
+        if not self.square_root:
+            return features
+        length = np.linalg.norm(features, axis=1, keepdims=True)
+        unit = features / np.where(length > 0, length, 1)
+        return np.sign(unit) * np.sqrt(np.abs(unit))
 
     def features(self, argument: str, x: Any) -> Features:
         """Returns the features of inputs, computed now, ``[num_inputs, num_features]``.

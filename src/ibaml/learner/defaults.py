@@ -76,9 +76,9 @@ SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=
 """Outer loop for few parameters, and to tell candidates apart."""
 
 FEATURE_TRAINER = dataclasses.replace(
-    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=50, num_validation_tasks=60
+    TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=150, num_validation_tasks=60
 )
-"""Outer loop for the prior over many given features."""
+"""Outer loop for the prior over many given features: too short to choose among its states."""
 
 IMAGE_TRAINER = TrainerSettings(
     num_steps=600,
@@ -256,20 +256,15 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
 
 
 def _on_features(both: Suited, tasks: TaskSampler, *, is_open: bool) -> Suited:
-    """Returns a head on the features of a backbone as they are but for their length; if open, Gaussian classes.
+    """Returns a head on the features of a backbone as they are; if open, Gaussian classes.
 
     Few tasks tell what a backbone has learned from millions of examples, so that no layer is learned beside it: of each
     feature the prior learns how it varies between classes and within one. That needs no output temperature, and softmax
     regression, whose variances say what tells the classes of training apart, learned too much of these in 150 steps
     (``benchmarks/results/2026-11-28-backbones.md``).
     """
-    network = MLP(
-        num_outputs_of(both.network),
-        input_shape=tuple(tasks.input_shape),
-        hidden_sizes=(),
-        zero_head=True,
-        equal_lengths=True,
-    )
+    inputs = tuple(tasks.input_shape)
+    network = MLP(num_outputs_of(both.network), input_shape=inputs, hidden_sizes=(), zero_head=True)
     found = both._replace(network=network, trainer=FEATURE_TRAINER)
     return found._replace(algorithm=make_algorithm("gaussian_classes")) if is_open else found
 

@@ -69,9 +69,9 @@ def prepare_features(
         train, held_out = _features_of_pairs(extractor, [tasks, given], console, of_training=True)
         validation = validation if isinstance(validation, float) else held_out
         return prepare(train, validation, splits=splits, columns=columns, **how)
-    source = prepare(tasks, validation, splits=_splits_of(extractor, splits, tasks), columns=columns, **how)
+    source = prepare(tasks, validation, splits=splits_of(extractor, splits, tasks), columns=columns, **how)
     train, held_out = _pieces(source.train, seed=seed), _pieces(source.validation, seed=seed)
-    found = _extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console, of_training=True)
+    found = extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console, of_training=True)
     features = found[: len(train)]
     preprocessing = Preprocessing(
         inputs=fit_standardizer(features),
@@ -105,7 +105,7 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
     if not is_raw(tasks) and not is_folder(tasks):
         return _features_of_pairs(extractor, [tasks])[0]
     if is_folder(tasks):
-        size = _splits_of(extractor, splits, tasks)
+        size = splits_of(extractor, splits, tasks)
         sampler: TaskSampler = EpisodeSampler(
             load_class_folder(tasks, image_size=size.image_size, channels=size.channels),
             num_ways=preprocessing.num_outputs,
@@ -116,7 +116,7 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
         sampler = as_sampler(tasks)
     is_drawn = not isinstance(sampler, FixedEpisodes) and not _has_images(sampler)
     pieces = [] if is_drawn else _pieces(sampler, seed=0)
-    features = _extract(extractor, [("the tasks", piece) for piece in pieces])
+    features = extract(extractor, [("the tasks", piece) for piece in pieces])
     encoded = _Encoder(extractor, preprocessing, fitted.dtype).sampler(sampler, features)
     return encoded.episodes if isinstance(encoded, FixedEpisodes) else encoded
 
@@ -130,8 +130,17 @@ def _refuse_tables(*tasks: Any) -> None:
             )
 
 
-def _splits_of(extractor: Extractor, splits: SplitSettings, tasks: Any) -> SplitSettings:
-    """Returns how images are read for the backbone."""
+def splits_of(extractor: Extractor, splits: SplitSettings, tasks: Any) -> SplitSettings:
+    """Returns how images are read for the backbone.
+
+    Args:
+        extractor: The backbone on a device.
+        splits: How tasks are split.
+        tasks: Tasks; what is no folder changes nothing.
+
+    Raises:
+        ValueError: If images are to be read and nothing says of which size.
+    """
     backbone = extractor.backbone
     if not is_folder(tasks):
         return splits
@@ -144,13 +153,24 @@ def _splits_of(extractor: Extractor, splits: SplitSettings, tasks: Any) -> Split
     return dataclasses.replace(splits, image_size=size, channels=backbone.channels)
 
 
-def _extract(
+def extract(
     extractor: Extractor,
     tasks: Sequence[tuple[str, Any]],
     console: "Console | None" = None,
     *,
     of_training: bool = False,
 ) -> list[Features]:
+    """Returns the features of several tasks, and shows progress.
+
+    Args:
+        extractor: The backbone on a device.
+        tasks: As of ``Extractor.features_of_tasks``.
+        console: Where progress is shown, if anywhere.
+        of_training: Whether these tasks decide if the square root is taken.
+
+    Raises:
+        TypeError, ValueError: As of ``Extractor.features_of_tasks``.
+    """
     if not tasks:
         return []
     with ProgressBar(console, "features") as bar:
@@ -168,7 +188,7 @@ def _features_of_pairs(
         named += [(f"X of task {name!r}", pair[0]) for name, pair in _pairs(tasks).items() if _is_pair(pair)]
     if not named:
         return list(several)
-    features = iter(_extract(extractor, named, console, of_training=of_training))
+    features = iter(extract(extractor, named, console, of_training=of_training))
 
     def replaced(tasks: Any) -> Any:
         if not (pairs := _pairs(tasks)):
@@ -235,7 +255,8 @@ class _Encoder(NamedTuple):
             )
         return FeatureTasks(
             sampler,
-            lambda x: self._scaled(_extract(self.extractor, [("the tasks", x)])[0], x),
+            # Not kept: a sampler that makes its inputs may never make the same one again.
+            lambda x: self._scaled(self.extractor.features("the tasks", x), x),
             self.preprocessing.input_shape[0],
         )
 

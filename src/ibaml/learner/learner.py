@@ -29,6 +29,7 @@ from ibaml.learner.hierarchical import Solved, fit_hierarchical
 from ibaml.learner.online import experience_of
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
+from ibaml.learner.untrained import untrained
 from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel
@@ -286,6 +287,43 @@ class MetaLearner(Predictor):
             else (f"all is saved in {run_folder}, and the same call goes on from there")
         )
         pass_on(self.training_result.ended_by, f"{told}; {kept}.", is_saved=run_folder is not None)
+        return self
+
+    def fit_prior(self, inputs: Any, *, num_ways: int = 5, progress: "bool | Console" = False) -> "MetaLearner":
+        """Sets the prior without training tasks, from the spread of the backbone's features, and returns the learner.
+
+        For few-shot classes where there are no labelled classes to learn from: ``adapt`` then takes a few examples of
+        each of any classes, and ``prediction.out_of_task`` says how much an input looks like none of these. Nothing is
+        learned about which features tell classes apart; see ``ibaml.learner.untrained`` for what is assumed instead. It
+        is less sure and less often right than after ``fit`` on related classes; ``calibrate`` helps if there are some.
+
+        Args:
+            inputs: Inputs of the backbone without labels, at least 20: images, lists of strings, arrays; or a folder of
+                images, or of class folders of images.
+            num_ways: Classes of a task in ``evaluate``; ``adapt`` takes any number.
+            progress: As in ``fit``; one line says what the prior is.
+
+        Raises:
+            TypeError: If there is no backbone, or inputs are of no accepted form.
+            ValueError: If classes are not of each task's own, or there are too few inputs.
+        """
+        if self.backbone is None:
+            raise TypeError("fit_prior needs a backbone, whose features make the prior: MetaLearner(backbone=...).")
+        if self.likelihood.target_kind != "classes" or self.classes != "per_task":
+            raise ValueError(
+                "fit_prior is for classes that each task has of its own: MetaLearner(backbone=..., classes='per_task')."
+            )
+        extractor = Extractor(self.backbone, self.device)
+        found = untrained(extractor, inputs, self.likelihood, num_ways=num_ways, console=console_of(progress))
+        model, self._splits = self._become(found.suited), SplitSettings()
+        self._fitted = FittedModel(
+            model=model,
+            algorithm=self.algorithm,
+            meta=self.algorithm.init(model.adapted, model.shared, generator=torch.Generator()),
+            preprocessing=found.preprocessing,
+            device=self.device,
+            backbone=extractor,
+        )
         return self
 
     def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":

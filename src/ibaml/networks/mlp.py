@@ -45,8 +45,6 @@ class MLP(nn.Module):
         zero_head: Whether the last layer starts at zero, so that all classes are equal before adaptation.
         skip_inputs: Whether the head sees the inputs beside the last features, so that adapting the head alone can
             learn any linear function.
-        equal_lengths: Whether inputs are first scaled to one length, the square root of their number, so that only
-            their direction counts; an input of zeros stays as it is.
         generator: Source of the initial weights; ``None`` uses torch's global one.
 
     Raises:
@@ -69,7 +67,6 @@ class MLP(nn.Module):
         norm: NormPolicy = "none",
         zero_head: bool = False,
         skip_inputs: bool = False,
-        equal_lengths: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +85,6 @@ class MLP(nn.Module):
             "norm": norm,
             "zero_head": zero_head,
             "skip_inputs": skip_inputs,
-            "equal_lengths": equal_lengths,
         }
         for size in self.input_shape:
             require_positive_int("input_shape", size)
@@ -104,7 +100,6 @@ class MLP(nn.Module):
         self._min_examples = 2 if norm == "batch" and hidden_sizes else 1
         self.features = nn.Sequential(*layers)
         self.skip_inputs = skip_inputs
-        self.equal_lengths = equal_lengths
         self.head = nn.Linear(width + (math.prod(self.input_shape) if skip_inputs else 0), num_outputs)
         initialize_weights(self, self.head, nonlinearity=nonlinearity, generator=generator, zero_head=zero_head)
 
@@ -123,7 +118,5 @@ class MLP(nn.Module):
         """
         check_input(x, self.input_shape, min_examples=self._min_examples)
         flat = x.reshape(len(x), -1)
-        if self.equal_lengths:
-            flat = nn.functional.normalize(flat) * math.sqrt(flat.shape[1])
         features = self.features(flat)
         return self.head(torch.cat([flat, features], 1) if self.skip_inputs else features)
