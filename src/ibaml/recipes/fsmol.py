@@ -71,7 +71,8 @@ def _fsmol(
                 "activation": "tanh",
                 "norm": "group",
                 "zero_head": True,
-                "skip_inputs": skip_inputs,
+                # Left out where it is not so, as in runs of earlier versions, which go on.
+                **({"skip_inputs": True} if skip_inputs else {}),
             },
         ),
         algorithm=algorithm,
