@@ -295,7 +295,7 @@ def test_a_refused_value_of_a_flag():
         ("likelihood.name", "x", "there is no setting 'likelihood.name'."),
         ("network.arguments.channels.x", 3, "there is no setting 'network.arguments.channels.x'."),
         ("network.arguments.width", 3, "Conv4 has no argument width; there are num_outputs, "),
-        ("network.name", "Conv5", "network name must be one of Conv4, MLP, ResNet12, but is 'Conv5'."),
+        ("network.name", "Conv5", "network name must be one of Conv4, MLP, RadialBasis, ResNet12, but is 'Conv5'."),
         ("trainer.num_steps", 0, "num_steps must be at least 1, but is 0."),
         ("algorithm.inner.num_steps", -1, "num_steps must be at least 1, but is -1."),
     ],

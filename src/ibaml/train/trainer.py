@@ -240,13 +240,20 @@ class Trainer:
                 self.model.most_outputs(self.algorithm, self._num_outputs, *(part.y for part in drawn.episodes)),
                 self._step + 1,
             )
+            is_refused = False
         except ValueError:
-            self._generator.set_state(generator_state)
-            self._save()
-            raise
+            # Other processes, which drew other tasks, learn of it by a sum that is not finite, and all say the same.
+            is_refused = settings.draws == "per_task" and self.processes.size > 1
+            if not is_refused:
+                self._generator.set_state(generator_state)
+                self._save()
+                raise
         own = tree.map(lambda leaf: leaf[share.start - drawn.first :][: len(share)].to(self.device), drawn.episodes)
         own_noises = tree.map(lambda leaf: leaf.to(self.device), drawn.noises)
-        computed = self._hypergradients(self._meta, own, own_noises)
+        computed = self._hypergradients(self._meta, tree.map(torch.zeros_like, own) if is_refused else own, own_noises)
+        if is_refused:
+            refused = computed.info._replace(outer_loss=torch.full_like(computed.info.outer_loss, math.nan))
+            computed = computed._replace(total=tree.scale(math.nan, computed.total), info=refused)
         total, info, score, moved = self._over_processes(computed, share, generator_state)
         gradient = tree.scale(1 / settings.tasks_per_step, total)
         gradient_norm = tree.norm(gradient)
