@@ -188,7 +188,7 @@ def test_the_result_is_that_of_one_process(together, tmp_path, case):
     start_meta = two_processes.trainer(None, None, name=name)._meta
     assert difference(alone.last_meta, start_meta) > 1e-2  # it did train
     for one in found:
-        chosen, last_meta, num_steps, stop_reason, _ = one["results"][case]
+        chosen, last_meta, num_steps, stop_reason, *_ = one["results"][case]
         assert max(difference(chosen.meta, alone.meta), difference(last_meta, alone.last_meta)) < 1e-10
         assert chosen.temperature == pytest.approx(alone.chosen.temperature, rel=1e-6)
         assert (num_steps, chosen.step, stop_reason) == (alone.num_steps, alone.best_step, "completed")

@@ -14,10 +14,12 @@ TASKS = [(x, x.sum(1)) for x in np.random.default_rng(0).normal(size=(4, 8, 3))]
 
 @pytest.fixture
 def received(monkeypatch):
-    """Signals as the program gets them."""
+    """Signals as the program gets them; SIGINT as in a program that does nothing about it."""
     found: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, _: found.append(number)) for number in numbers}
+    # Who starts the tests may have it ignored.
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield found
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -52,7 +54,7 @@ def test_a_request_to_end_reaches_the_program_after_all_is_saved(number, receive
     assert (tmp_path / "checkpoint.safetensors").exists()
 
 
-def test_an_interrupted_training_without_a_folder_raises(monkeypatch, tmp_path, capsys):
+def test_an_interrupted_training_without_a_folder_raises(received, monkeypatch, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         fit(signal.SIGINT, monkeypatch)
     assert fit(signal.SIGINT, monkeypatch, run_folder=tmp_path).training_result.stop_reason == "interrupted"
