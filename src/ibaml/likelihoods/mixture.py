@@ -74,12 +74,15 @@ class MixturePrediction:
         as_numpy: Whether values are numpy arrays.
         draw: Draws means of whole functions where the components come from a posterior in closed form. None: the
             components are those of weight samples.
+        joint: Covariance between the targets at all examples, ``[num_targets, num_examples, num_examples]``, if it was
+            asked for.
     """
 
     components: Components
     is_vector: bool = False
     as_numpy: bool = False
     draw: Callable[[], Tensor] | None = None
+    joint: Tensor | None = None
 
     def __repr__(self) -> str:
         """Shows how many rows there are, where the means lie, and how wide the 90% intervals are."""
@@ -114,6 +117,19 @@ class MixturePrediction:
     def epistemic(self) -> Any:
         """Variance of the mean under the posterior, target's unit squared: what more data would remove."""
         return self._shown(self._epistemic)
+
+    @property
+    def covariance(self) -> Any:
+        """Covariance between the targets of rows, noise on its diagonal, target's unit squared.
+
+        ``[num_examples, num_examples]`` with ``is_vector``, else such a matrix for each target; these are independent.
+
+        Raises:
+            ValueError: If it was not asked for.
+        """
+        if self.joint is None:
+            raise ValueError("covariance between rows was not asked for: get it by posterior.predict(x, joint=True).")
+        return shown(self.joint[0] if self.is_vector else self.joint, as_numpy=self.as_numpy)
 
     def samples(self) -> Any:
         """Returns the means under each weight sample, with a leading axis ``num_samples``; noise is not added.

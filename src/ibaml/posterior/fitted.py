@@ -13,7 +13,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.base import TaskNoise
 from ibaml.algorithms.checks import explained_failures, require_finite_outputs, require_finite_solution
 from ibaml.algorithms.heads.empirical_bayes import Experience
-from ibaml.algorithms.heads.gaussian import GaussianHead, JointMoments
+from ibaml.algorithms.heads.gaussian import MOST_JOINTLY, GaussianHead, JointMoments
 from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.backbones import Extractor
@@ -365,6 +365,25 @@ class FittedModel:
         targets, num_targets = self.preprocessing.targets, len(moments.noise)
         mean, scale = (value.to(self.device).expand(num_targets) for value in (targets.mean, targets.scale))
         return moments.rescaled(mean, scale)
+
+    def joint_covariance(self, posterior: Any, x: Tensor) -> Tensor:
+        """Returns the covariance of the targets at encoded inputs, ``[num_targets, num_examples, num_examples]``.
+
+        Args:
+            posterior: What the algorithm's ``adapt`` returned.
+            x: Inputs on the device.
+
+        Raises:
+            ValueError: If the algorithm is none whose posterior over functions is Gaussian, or there are too many rows.
+        """
+        if len(x) > MOST_JOINTLY:
+            raise ValueError(
+                f"joint=True at {len(x)} rows takes the covariance of all pairs; expected at most {MOST_JOINTLY}: ask "
+                "for fewer at a time."
+            )
+        with torch.no_grad():
+            _, covariance, noise = self.joint_moments(posterior, x)
+            return covariance + noise[:, None, None] * torch.eye(len(x), dtype=noise.dtype, device=noise.device)
 
     def min_confidence(self, max_error: float) -> float:
         """Returns the least confidence from which predictions are wrong no more often than a share; infinite for none.

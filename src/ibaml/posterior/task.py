@@ -7,7 +7,7 @@ import torch
 
 from ibaml.checks import require_positive_int
 from ibaml.data.tables import Array
-from ibaml.likelihoods import ClassPrediction, Prediction
+from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.optional import require
 from ibaml.posterior.acquisition import Acquisition, acquire, in_terms_of
 from ibaml.types import Batch
@@ -47,7 +47,9 @@ class TaskPosterior:
     def __repr__(self) -> str:
         return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
 
-    def predict(self, x_query: Any, *, seed: int = 0, max_error: float | None = None) -> Prediction:
+    def predict(
+        self, x_query: Any, *, seed: int = 0, max_error: float | None = None, joint: bool = False
+    ) -> Prediction:
         """Predicts at new inputs of the task.
 
         Args:
@@ -57,6 +59,7 @@ class TaskPosterior:
                 others gets a wrong label. The confidence that an answer needs for it was found on validation tasks, by
                 ``fit`` or ``calibrate``: the promise, with 95% confidence, is for tasks like those, on average over
                 them. None: answer all.
+            joint: Numbers: give ``prediction.covariance``, that between the rows, as well.
 
         Returns:
             A prediction with ``.probs`` and ``.labels`` (classes) or ``.mean`` and ``.interval()`` (regression),
@@ -67,10 +70,11 @@ class TaskPosterior:
             TypeError: If the inputs are no numbers.
             FloatingPointError: If the prediction is not finite.
             ValueError: If the inputs hold NaN, require a gradient or do not fit the network; if ``max_error`` is out of
-                range, or given to a model of numbers or one that has not been calibrated.
+                range, or given to a model of numbers or one that has not been calibrated; if ``joint`` is asked of an
+                algorithm whose posterior over functions is not Gaussian, or of too many rows.
 
         Cost:
-            ``num_evaluation_samples`` forward passes.
+            ``num_evaluation_samples`` forward passes; for ``joint`` the square of the number of rows.
         """
         if isinstance(x_query, torch.Tensor) and x_query.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -90,6 +94,10 @@ class TaskPosterior:
             ) from error
         if isinstance(prediction, ClassPrediction):
             prediction = dataclasses.replace(prediction, min_confidence=min_confidence)
+        if joint:
+            covariance = fitted.joint_covariance(self.value, encoded)
+            assert isinstance(prediction, MixturePrediction)
+            prediction = dataclasses.replace(prediction, joint=covariance)
         as_numpy = not isinstance(x_query, torch.Tensor)
         if fitted.preprocessing is None and not as_numpy:
             return prediction

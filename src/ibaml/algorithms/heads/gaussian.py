@@ -18,7 +18,8 @@ GaussianOuterLoss = Literal["predictive_nll", "expected_nll", "marginal"]
 likelihood of support and query set together, per example of both: empirical Bayes, what mixed models maximise."""
 
 
-_MOST_JOINTLY = 2_000
+MOST_JOINTLY = 2_000
+"""Rows whose joint covariance is computed: 32 MB for each target."""
 _JITTER = 1e-9
 """Relative to the variance: a standard deviation of 3e-5 of that of the function."""
 
@@ -111,9 +112,9 @@ class HeadOfFunctions(Head):
         Raises:
             ValueError: If there are too many examples for their joint covariance.
         """
-        if len(inputs) > _MOST_JOINTLY:
+        if len(inputs) > MOST_JOINTLY:
             raise ValueError(
-                f"samples at {len(inputs)} inputs take their joint covariance; expected at most {_MOST_JOINTLY}: ask "
+                f"samples at {len(inputs)} inputs take their joint covariance; expected at most {MOST_JOINTLY}: ask "
                 "for fewer at a time, or for mean and interval."
             )
         mean, _ = self.moments(solution, inputs)
