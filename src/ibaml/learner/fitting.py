@@ -1,12 +1,14 @@
 """Training of a learner's model, with or without a run folder."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ibaml import tree
 from ibaml.algorithms import Algorithm
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
@@ -14,6 +16,7 @@ from ibaml.backbones import Extractor
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.learner.defaults import TABLE_TRAINER
 from ibaml.learner.held_out import calibrated
+from ibaml.learner.hierarchical import Solved
 from ibaml.learner.identity import data_identity
 from ibaml.learner.online import experience_of
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
@@ -22,6 +25,7 @@ from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
 from ibaml.train.result import Chosen
+from ibaml.train.signals import pass_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,42 +104,83 @@ def fit_model(
 
 
 def store_solved(
-    fitted: FittedModel,
+    model: Model,
+    algorithm: Algorithm,
+    solved: Solved,
     source: Source,
     *,
-    seconds: float,
+    begun: float,
     seed: int,
+    device: torch.device,
     run_folder: Path | None,
     write: Callable[[Path, FittedModel], object],
     processes: Processes,
+    backbone: Extractor | None,
 ) -> tuple[FittedModel, TrainingResult]:
     """Does for a model that was estimated in closed form what training does at its end.
 
     Args:
-        fitted: The model.
+        model: What ``solved.suited`` describes.
+        algorithm: Likewise.
+        solved: What was estimated.
         source: Its tasks; those of validation tell the output temperature.
-        seconds: Time of its estimation.
+        begun: When its estimation began, by ``time.monotonic``.
         seed: Seed of the learner.
+        device: Where to compute.
         run_folder: Folder for the model, if it is to be stored.
         write: Stores it there.
         processes: The processes that share the validation tasks.
+        backbone: What makes features of inputs, if anything does.
 
     Raises:
         ValueError: If a validation task does not fit.
         OSError: If the folder cannot be written.
     """
-    nll, num_steps = math.inf, fitted.step or 0
+    like = tree.leaves(model.adapted)[0]
+    fitted = FittedModel(
+        model=model,
+        algorithm=algorithm,
+        meta=tree.map(lambda leaf: leaf.to(device=like.device, dtype=like.dtype), solved.meta),
+        preprocessing=source.preprocessing,
+        device=device,
+        step=solved.num_steps,
+        experience=experience_of(source.train, num_draws=0),  # Each task of data counts once.
+        backbone=backbone,
+    )
+    nll = math.inf
     if source.validation is not None:
         # As many tasks, and the same ones, as a trainer of tables takes.
-        seed += 10**6
         held_out = evaluate(
-            fitted, source.validation, num_tasks=TABLE_TRAINER.num_validation_tasks, seed=seed, processes=processes
+            fitted,
+            source.validation,
+            num_tasks=TABLE_TRAINER.num_validation_tasks,
+            seed=seed + 10**6,
+            processes=processes,
         )
         fitted, nll = calibrated(fitted, held_out), held_out.report["nll"].mean
-    chosen = Chosen(fitted.meta, num_steps, nll, fitted.temperature, fitted.abstention)
+    chosen = Chosen(fitted.meta, solved.num_steps, nll, fitted.temperature, fitted.abstention)
     if run_folder is not None:
         processes.on_first(lambda: _store(run_folder, fitted, write, processes))
-    return fitted, TrainingResult(chosen, fitted.meta, num_steps, "completed", seconds)
+    seconds = time.monotonic() - begun
+    return fitted, TrainingResult(chosen, fitted.meta, solved.num_steps, "completed", seconds)
+
+
+def pass_on_signal(result: TrainingResult, settings: TrainerSettings, run_folder: str | Path | None) -> None:
+    """Passes a signal that ended training on to the program; see ``ibaml.train.signals``.
+
+    Args:
+        result: Of the training.
+        settings: Settings of the outer loop.
+        run_folder: Where all is saved, if anywhere.
+
+    Raises:
+        KeyboardInterrupt: Of SIGINT without a run folder.
+    """
+    kept = "there is no run folder, so that it would start anew"
+    if run_folder is not None:
+        kept = f"all is saved in {run_folder}, and the same call goes on from there"
+    told = f"at step {result.num_steps} of {settings.num_steps}; {kept}."
+    pass_on(result.ended_by, told, is_saved=run_folder is not None)
 
 
 def _store(

@@ -23,10 +23,9 @@ from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
 from ibaml.learner.features import prepare_features
-from ibaml.learner.fitting import console_of, fit_model, store_solved
+from ibaml.learner.fitting import console_of, fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.hierarchical import Solved, fit_hierarchical
-from ibaml.learner.online import experience_of
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.learner.untrained import untrained
@@ -37,7 +36,6 @@ from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
-from ibaml.train.signals import pass_on
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -242,8 +240,21 @@ class MetaLearner(Predictor):
             if defaults.is_hierarchical(source.train, candidates):
                 solved = self._solve(source, candidates, num_steps, console)
                 if settings is None:
-                    seconds = time.monotonic() - begun
-                    return self._keep(solved, source, splits, run_folder, seconds, processes, extractor)
+                    self._splits, self.choice = splits, solved.choice
+                    self._fitted, self.training_result = store_solved(
+                        self._become(solved.suited),
+                        self.algorithm,
+                        solved,
+                        source,
+                        begun=begun,
+                        seed=self.seed,
+                        device=self.device,
+                        run_folder=None if run_folder is None else Path(run_folder),
+                        write=self._write,
+                        processes=processes or Processes(),
+                        backbone=extractor,
+                    )
+                    return self
                 candidates = {"": solved.suited}
             trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
             if num_steps is not None:
@@ -280,13 +291,7 @@ class MetaLearner(Predictor):
             processes=processes or Processes(),
             backbone=extractor,
         )
-        told = f"at step {self.training_result.num_steps} of {settings.num_steps}"
-        kept = (
-            "there is no run folder, so that it would start anew"
-            if run_folder is None
-            else (f"all is saved in {run_folder}, and the same call goes on from there")
-        )
-        pass_on(self.training_result.ended_by, f"{told}; {kept}.", is_saved=run_folder is not None)
+        pass_on_signal(self.training_result, settings, run_folder)
         return self
 
     def fit_prior(self, inputs: Any, *, num_ways: int = 5, progress: "bool | Console" = False) -> "MetaLearner":
@@ -430,40 +435,6 @@ class MetaLearner(Predictor):
             seed=self.seed,
             console=console,
         )
-
-    def _keep(
-        self,
-        solved: Solved,
-        source: Source,
-        splits: SplitSettings,
-        run_folder: str | Path | None,
-        seconds: float,
-        processes: Processes | None,
-        extractor: Extractor | None,
-    ) -> "MetaLearner":
-        self._splits, self.choice = splits, solved.choice
-        model = self._become(solved.suited)
-        like = tree.leaves(model.adapted)[0]
-        meta = tree.map(lambda leaf: leaf.to(device=like.device, dtype=like.dtype), solved.meta)
-        self._fitted, self.training_result = store_solved(
-            FittedModel(
-                model=model,
-                algorithm=self.algorithm,
-                meta=meta,
-                preprocessing=source.preprocessing,
-                device=self.device,
-                step=solved.num_steps,
-                experience=experience_of(source.train, num_draws=0),  # Each task of data counts once.
-                backbone=extractor,
-            ),
-            source,
-            seconds=seconds,
-            seed=self.seed,
-            run_folder=None if run_folder is None else Path(run_folder),
-            write=self._write,
-            processes=processes or Processes(),
-        )
-        return self
 
     def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
