@@ -3,13 +3,13 @@
 And the problem of a softmax head, whose classes its nll couples; see ``ibaml.algorithms.heads.softmax``.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ibaml import tree
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan
 from ibaml.types import Tensor
 
 _NUM_HALVINGS = 24
@@ -127,10 +127,10 @@ class _OfExamples(NamedTuple):
         # least 1. The root of a probability that underflows has a derivative if it is taken of the logarithm.
         root = torch.exp(0.5 * log_probs)
         identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-        factor = cholesky(identity + root.unsqueeze(-1) * self.products * root.unsqueeze(-2))
+        factor = cholesky_or_nan(identity + root.unsqueeze(-1) * self.products * root.unsqueeze(-2))
         half = torch.linalg.solve_triangular(factor, torch.diag_embed(root), upper=False)
         stacked = half.flatten(-3, -2)
-        return half, cholesky(stacked.mT @ stacked)
+        return half, cholesky_or_nan(stacked.mT @ stacked)
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
         half, total = factors
@@ -193,7 +193,7 @@ class _OfWeights(NamedTuple):
         identity = torch.eye(num_classes * rank, dtype=weighted.dtype, device=weighted.device)
         in_block = identity[::rank, ::rank].repeat_interleave(rank, 0).repeat_interleave(rank, 1)
         blocks = in_block * own.repeat(*(1 for _ in own.shape[:-2]), num_classes, 1)
-        return (cholesky(identity + blocks - columns.mT @ columns),)
+        return (cholesky_or_nan(identity + blocks - columns.mT @ columns),)
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
@@ -390,9 +390,3 @@ def each(matrices: Tensor, vectors: Tensor) -> Tensor:
     if matrices.shape[-3] == 1:
         return vectors @ matrices.squeeze(-3).mT
     return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """Returns the Cholesky factor; NaN for a matrix that is not positive definite, where torch would raise."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return torch.where((info == 0)[..., None, None], factor, math.nan)

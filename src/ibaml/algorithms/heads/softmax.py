@@ -21,7 +21,8 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
-from ibaml.algorithms.heads.newton import cholesky, cross_entropy, newton, problem_of
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan
+from ibaml.algorithms.heads.newton import cross_entropy, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
@@ -230,7 +231,7 @@ class Softmax(Head):
         limits = torch.finfo(covariance.dtype)
         ridge = (8 * num_classes * limits.eps * variance + limits.tiny)[..., None, None]
         identity = torch.eye(num_classes, dtype=covariance.dtype, device=covariance.device)
-        factor = cholesky(covariance + ridge * identity).to(logits.dtype)
+        factor = cholesky_or_nan(covariance + ridge * identity).to(logits.dtype)
         return logits + torch.einsum("sk,njk->snj", normal_points(self.num_evaluation_samples, logits), factor)
 
 
