@@ -52,6 +52,17 @@ STYLE: dict[Any, Any] = {
 Array = npt.NDArray[np.float64]
 
 
+def look(place: int) -> dict[str, str]:
+    """Returns colour and marker of a line in a legend, such that no two of 49 are alike.
+
+    Examples:
+        >>> look(0) == look(7), look(0)["color"] == look(7)["color"]
+        (False, True)
+    """
+    turn, color = divmod(place, len(COLORS))
+    return {"color": COLORS[color], "marker": MARKERS[(place + turn) % len(MARKERS)]}
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure whose panels, legend and titles make room for one another.
 

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from ibaml.experiments.fsmol.run import DISPLAY_NAMES, FsmolResult
 from ibaml.metrics import estimate
-from ibaml.plots.style import COLORS, MARKERS, STYLE, WIDTH, new_figure
+from ibaml.plots.style import STYLE, WIDTH, look, new_figure
 
 _PANELS = {
     "delta_auprc": "delta-AUPRC (higher is better)",
@@ -36,8 +36,7 @@ def fsmol_figure(result: FsmolResult) -> Figure:
                     [position + shift for position in range(len(sizes))],
                     [value.mean for value in values],
                     [value.half_width for value in values],
-                    color=COLORS[place % len(COLORS)],
-                    marker=MARKERS[place % len(MARKERS)],
+                    **look(place),
                     linestyle="none",
                     markersize=5,
                     capsize=2,

@@ -1,11 +1,13 @@
 """Grouped regression: nll beside the mixed-effects model's and coverage, for each table."""
 
+from typing import Any
+
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ibaml.experiments.groups.run import DISPLAY_NAMES, GroupsResult
 from ibaml.metrics import estimate, paired_difference
-from ibaml.plots.style import BLACK, COLORS, GREY, MARKERS, PALE, STYLE, WIDTH, new_figure
+from ibaml.plots.style import BLACK, GREY, PALE, STYLE, WIDTH, look, new_figure
 
 
 def groups_figure(result: GroupsResult) -> Figure:
@@ -20,14 +22,13 @@ def groups_figure(result: GroupsResult) -> Figure:
     methods, tables = result.settings.methods, list(result.scores)
     reference = "mixed_effects" if "mixed_effects" in methods else methods[-1]
     with mpl.rc_context(STYLE):
-        figure = new_figure(WIDTH, 1.6 + 0.62 * len(tables))
+        figure = new_figure(WIDTH, 1.6 + 0.8 * len(tables))
         left, right = figure.subplots(1, 2, sharey=True)
         right.axvspan(85, 95, color=PALE, zorder=0)
         for place, method in enumerate(methods):
-            heights = [row + 0.13 * (place - (len(methods) - 1) / 2) for row in range(len(tables))]
-            style = {
-                "color": COLORS[place % len(COLORS)],
-                "marker": MARKERS[place % len(MARKERS)],
+            heights = [row + 0.8 / len(methods) * (place - (len(methods) - 1) / 2) for row in range(len(tables))]
+            style: dict[str, Any] = {
+                **look(place),
                 "linestyle": "none",
                 "markersize": 5,
                 "capsize": 2,
