@@ -155,8 +155,8 @@ class _OfExamples(NamedTuple):
         return torch.diag_embed(own.mT) + torch.einsum("knm,jnm->mkj", between, between)
 
 
-class _OfWeights(NamedTuple):
-    """Unknowns are the whitened weights; the Newton matrix is the Hessian of the inner loss in them.
+class WhitenedWeights(NamedTuple):
+    """Unknowns are the whitened weights: what problems in these share, whatever their Newton matrix.
 
     Attributes:
         features: ``Z C``, ``[num_priors, num_examples, rank]``.
@@ -166,23 +166,35 @@ class _OfWeights(NamedTuple):
 
     @property
     def squared_norms(self) -> Tensor:
+        """See ``Problem``."""
         return (self.features**2).sum(-1)
 
     def start(self, targets: Tensor) -> Tensor:
+        """See ``Problem``."""
         return targets.new_zeros(*targets.shape[:-1], self.features.shape[-1])
 
     def outputs(self, unknown: Tensor) -> Tensor:
+        """See ``Problem``."""
         return each(self.features, unknown)
 
     def whitened(self, unknown: Tensor) -> Tensor:
+        """See ``Problem``."""
         return unknown
 
     def inner(self, one: Tensor, other: Tensor, outputs: Tensor) -> Tensor:
+        """See ``Problem``."""
         del outputs
         return (one * other).sum((-2, -1))
 
     def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
+        """See ``Problem``."""
         return unknown - each(self.features.mT, errors)
+
+
+class _OfWeights(WhitenedWeights):
+    """The Newton matrix is the Hessian of the inner loss in the weights of all classes together."""
+
+    __slots__ = ()
 
     def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
         # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), D_2 (Z C_2), ...].

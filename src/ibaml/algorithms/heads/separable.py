@@ -11,12 +11,11 @@ which is Bayesian linear regression with a noise of variance ``1 / h`` for each 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from ibaml.algorithms.heads.least_squares import cholesky_or_nan, is_dual, plus_identity
-from ibaml.algorithms.heads.newton import Local, each, newton
+from ibaml.algorithms.heads.newton import Local, WhitenedWeights, newton
 from ibaml.likelihoods.mixture import NumberLikelihood
 from ibaml.types import Params, Tensor
 
@@ -96,40 +95,10 @@ class SeparableLoss:
         return both.mT, targets.mT, own
 
 
-class OfWeights(NamedTuple):
-    """Unknowns are the whitened weights; a ``Problem``.
+class OfWeights(WhitenedWeights):
+    """A ``Problem`` whose Newton matrix has a block for each target."""
 
-    Attributes:
-        features: ``X``, ``[num_priors, num_examples, rank]``.
-    """
-
-    features: Tensor
-
-    @property
-    def squared_norms(self) -> Tensor:
-        """See ``Problem``."""
-        return (self.features**2).sum(-1)
-
-    def start(self, targets: Tensor) -> Tensor:
-        """See ``Problem``."""
-        return targets.new_zeros(*targets.shape[:-1], self.features.shape[-1])
-
-    def outputs(self, unknown: Tensor) -> Tensor:
-        """See ``Problem``."""
-        return each(self.features, unknown)
-
-    def whitened(self, unknown: Tensor) -> Tensor:
-        """See ``Problem``."""
-        return unknown
-
-    def inner(self, one: Tensor, other: Tensor, outputs: Tensor) -> Tensor:
-        """See ``Problem``."""
-        del outputs
-        return (one * other).sum((-2, -1))
-
-    def residual(self, unknown: Tensor, errors: Tensor) -> Tensor:
-        """See ``Problem``."""
-        return unknown - each(self.features.mT, errors)
+    __slots__ = ()
 
     def factorize(self, curvature: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``V``, and the factor of ``I + V V^T`` or of ``I + V^T V``, whichever is smaller; ``h >= 0``."""

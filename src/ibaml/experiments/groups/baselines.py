@@ -6,8 +6,8 @@ support rows and query inputs to predictive means and variances, noise included.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,14 +85,7 @@ def per_group_ridge(rows: Rows, *, num_support: int, num_draws: int = 5, seed: i
     """
     generator = np.random.default_rng(seed)
     groups = np.asarray(rows.groups)
-    splits: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        if len(members) <= num_support:
-            continue
-        for _ in range(num_draws):
-            order = generator.permutation(members)
-            splits.append((order[:num_support], order[num_support:]))
+    splits = [(known, asked) for _, known, asked in _splits(groups, num_support, num_draws, generator)]
 
     def loss(prior: float, noise: float) -> float:
         predict = _ridge(prior, noise)
@@ -134,16 +127,10 @@ def boosting(rows: Rows, *, num_support: int, num_draws: int = 5, seed: int = 0)
     x: list[Array] = []
     y: list[Array] = []
     names: list[npt.NDArray[np.object_]] = []
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        if len(members) <= num_support:
-            continue
-        for _ in range(num_draws):
-            order = generator.permutation(members)
-            known, asked = order[:num_support], order[num_support:]
-            x.append(inputs(rows.x[known], rows.y[known], rows.x[asked]))
-            y.append(rows.y[asked])
-            names.append(np.full(len(asked), group, dtype=object))
+    for group, known, asked in _splits(groups, num_support, num_draws, generator):
+        x.append(inputs(rows.x[known], rows.y[known], rows.x[asked]))
+        y.append(rows.y[asked])
+        names.append(np.full(len(asked), group, dtype=object))
     all_x, all_y, all_names = np.concatenate(x), np.concatenate(y), np.concatenate(names)
     distinct = generator.permutation(np.unique(groups))
     first = np.isin(all_names, distinct[: len(distinct) // 2])
@@ -189,6 +176,19 @@ def _ridge(prior: float, noise: float) -> Predictor:
         return mean, _quadratic(query, covariance) + noise
 
     return predict
+
+
+def _splits(
+    groups: npt.NDArray[Any], num_support: int, num_draws: int, generator: np.random.Generator
+) -> Generator[tuple[Any, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Splits the rows of each group at random, several times: its name, the known rows and the others."""
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        if len(members) <= num_support:
+            continue
+        for _ in range(num_draws):
+            order = generator.permutation(members)
+            yield group, order[:num_support], order[num_support:]
 
 
 def _with_constant(x: Array) -> Array:
