@@ -162,3 +162,35 @@ def test_memory_cannot_be_limited_where_features_are_computed_at_once() -> None:
     settings = dataclasses.replace(SETTINGS, max_examples_per_pass=4)
     with pytest.raises(ValueError, match="max_examples_per_pass does not apply to heads and to running statistics"):
         Trainer(model, make_algorithm("softmax"), settings)
+
+
+@pytest.mark.parametrize("norm", ["running", "group"])
+def test_features_of_lower_precision_give_nearly_the_same_hypergradient(norm: str) -> None:
+    """The body is rounded to eight bits; the head, its solution and all that is stored are not."""
+    model = build_model(conv(norm, dtype=torch.float32), Categorical(), adapt="head.*")
+    algorithm = make_algorithm("softmax")
+    meta = algorithm.init(model.adapted, model.shared, generator=generator())
+    tasks = episodes(dtype=torch.float32)
+    noise = [algorithm.draw_noise(meta, generator=generator()) for _ in range(NUM_TASKS)]
+    exact, rounded = (
+        HypergradientStep(model, algorithm, precision=precision)(meta, tasks, noise)
+        for precision in ("float32", "bfloat16")
+    )
+    assert not torch.equal(exact.info.outer_loss, rounded.info.outer_loss)
+    assert torch.allclose(exact.info.outer_loss, rounded.info.outer_loss, rtol=2e-2)
+    assert rounded.info.inner_grad_norm.max() < 1e-5
+    leaves = [torch.cat([leaf.flatten() for leaf in tree.leaves(found.total)]) for found in (exact, rounded)]
+    assert torch.cosine_similarity(*leaves, dim=0) > 0.995
+    assert {leaf.dtype for leaf in tree.leaves((rounded.total, rounded.moved))} == {torch.float32}
+
+
+def test_lower_precision_is_for_features_alone() -> None:
+    model = build_model(conv("group"), Categorical(), adapt="head.*")
+    settings = dataclasses.replace(SETTINGS, precision="bfloat16")
+    with pytest.raises(
+        ValueError, match="precision=.bfloat16. is for heads, .* ibaml differentiates the whole"
+    ):
+        Trainer(model, make_algorithm("ibaml"), settings)
+    unknown: Any = "float16"
+    with pytest.raises(ValueError, match="precision must be 'float32' or 'bfloat16', but is 'float16'"):
+        dataclasses.replace(SETTINGS, precision=unknown)

@@ -26,6 +26,7 @@ from ibaml.algorithms.model import Model
 from ibaml.algorithms.nll import Nll
 from ibaml.algorithms.tail import FEATURES
 from ibaml.fast import FlatNll, NllInParts, ProgramNll, channels_last, flatten, replayed, unflatten
+from ibaml.train.settings import Precision
 from ibaml.types import Batch, Episode, HypergradientInfo, Params, Tensor
 
 NUM_CALLS_THAT_PAY = 50
@@ -63,10 +64,12 @@ class HypergradientStep:
         max_examples_per_pass: With ``fast``: pass at most so many examples through the network at a time and add up
             gradients and products, so that a support or query set may be larger than memory. The predictive nll as
             outer loss takes its query set at once. None: no limit.
+        precision: What the features of a head are computed in; see ``TrainerSettings``.
 
     Raises:
         ValueError: If ``max_examples_per_pass`` is given without ``fast``, is below 1, or the network has batch
-            normalisation, under which examples do not stand alone.
+            normalisation, under which examples do not stand alone; if a lower ``precision`` is asked for another
+            algorithm than a head.
 
     Cost:
         For each task what its algorithm costs. The first call for new shapes also writes the programs, a second or
@@ -83,7 +86,13 @@ class HypergradientStep:
         programs: bool | None = None,
         compile: bool = False,  # noqa: A002 - torch's word
         max_examples_per_pass: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
+        if precision != "float32" and not algorithm.uses_features:
+            raise ValueError(
+                f"precision={precision!r} is for heads, whose features alone are computed in it; {algorithm.name} "
+                "differentiates the whole network, twice, and needs precision='float32'."
+            )
         if max_examples_per_pass is not None and not fast:
             raise ValueError("max_examples_per_pass needs fast=True: without programs every part keeps its graph.")
         if max_examples_per_pass is not None and (algorithm.uses_features or model.statistics):
@@ -93,6 +102,7 @@ class HypergradientStep:
             )
         self._model = model
         self._algorithm = algorithm
+        self._precision: Precision = precision
         self._once = algorithm.uses_features or bool(model.statistics) or (fast and max_examples_per_pass is None)
         self._make = functools.partial(
             _Tasks,
@@ -183,7 +193,10 @@ class HypergradientStep:
             if name not in of_tail and name not in model.statistics
         }
         with torch.enable_grad():
-            features, averages = _features(model, {**meta.shared, **of_body}, episodes)
+            with _computing_in(self._precision, episodes.query.x.device):
+                features, averages = _features(model, {**meta.shared, **of_body}, episodes)
+            # Heads solve in what the weights are stored in, at least.
+            features = features.to(tree.leaves(meta)[0].dtype)
         num_support = episodes.support.y.shape[1]
         positions = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
         tasks = Episode(
@@ -340,6 +353,14 @@ class _Tasks:
 
     def _flat_task_noise(self, noises: TaskNoise) -> TaskNoise:
         return TaskNoise(*map(self._flat_noise, noises))
+
+
+def _computing_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """Returns a context in which convolutions and matrix products round their arguments to a precision.
+
+    Without a cache of rounded weights, which a captured graph would keep from the step that it was captured in.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def _features(model: Model, shared: Params, episodes: Episode) -> tuple[Tensor, Params]:

@@ -106,6 +106,7 @@ class Trainer:
             algorithm,
             # Writing programs takes seconds, which a short training never gets back.
             programs=None if settings.num_steps >= NUM_CALLS_THAT_PAY else False,
+            precision=settings.precision,
             **{name: getattr(settings, name) for name in ONLY_HOW},
         )
         self._optimizer = torch.optim.Adam(parameter_groups(self._meta, algorithm, model.likelihood, settings))
