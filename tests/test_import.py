@@ -54,8 +54,10 @@ def test_no_heavy_package_is_loaded(found) -> None:
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_the_command_line_loads_fabric_for_several_processes_only(found) -> None:
-    assert "ibaml.cli" in found[1] and "lightning_fabric" not in found[1]
+def test_the_command_line_loads_no_more_than_what_parses_and_prints(found) -> None:
+    """Pictures, tables and several processes come with the commands that need them."""
+    assert "ibaml.cli" in found[1]
+    assert [name for name in HEAVY if name in found[1]] == ["rich", "tyro"]
 
 
 def test_test_tools_are_loaded_by_testing_alone(found) -> None:

@@ -17,16 +17,18 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 
-from ibaml import plots
 from ibaml.atomic import write_text
 from ibaml.learner.run_folder import describe_environment
 from ibaml.metrics import Estimate
 from ibaml.train.checkpoint import require_writable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Settings = TypeVar("Settings")
 Rows = Sequence[Mapping[str, object]]
@@ -43,7 +45,7 @@ class Report(NamedTuple):
 
     summary: str
     tables: Mapping[str, Rows]
-    figures: Mapping[str, plots.Figure]
+    figures: "Mapping[str, Figure]"
 
 
 class Place(NamedTuple):
@@ -95,6 +97,8 @@ def run_experiment(experiment: Experiment[Settings], settings: Settings, place: 
         FileNotFoundError: If a data file is not found.
         OSError: If the folder cannot be written.
     """
+    from ibaml import plots
+
     folder = place.folder
     require_writable(folder)
     start = time.monotonic()

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
 from ibaml.experiments.few_shot.calibration import NUM_BINS, Calibration, calibration
-from ibaml.experiments.few_shot.plot import fig3_figure
 from ibaml.experiments.few_shot.run import REFERENCE, FewShotSettings, RunResult, display_name, notes, run_methods
 from ibaml.experiments.report import Experiment, Place, Report, half_width_columns, markdown_table, percent
 from ibaml.learner.run_folder import EVALUATION
@@ -67,6 +66,8 @@ def run(settings: Fig3Settings, place: Place) -> Fig3Result:
 
 def report(settings: Fig3Settings, place: Place) -> Report:
     """Trains and evaluates the methods and returns what was found in words, tables and a picture."""
+    from ibaml.experiments.few_shot.plot import fig3_figure
+
     result = run(settings, place)
     tables = {"fig3": rows(result), "reliability": reliability_rows(result)}
     return Report(summary(result), tables, {"fig3": fig3_figure(settings, result.runs, result.calibrations)})

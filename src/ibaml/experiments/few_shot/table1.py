@@ -6,7 +6,6 @@ cost an implicit gradient no more memory, it has the lowest nll and the highest 
 
 from typing import NamedTuple
 
-from ibaml.experiments.few_shot.plot import table1_figure
 from ibaml.experiments.few_shot.run import FewShotSettings, RunResult, display_name, notes, run_methods
 from ibaml.experiments.report import Experiment, Place, Report, half_width_columns, markdown_table, percent
 from ibaml.metrics import Estimate
@@ -64,6 +63,8 @@ def run(settings: Table1Settings, place: Place) -> Table1Result:
 
 def report(settings: Table1Settings, place: Place) -> Report:
     """Trains and evaluates the methods and returns what was found in words, a table and a picture."""
+    from ibaml.experiments.few_shot.plot import table1_figure
+
     result = run(settings, place)
     return Report(summary(result), {"table1": rows(result)}, {"table1": table1_figure(result.settings, result.runs)})
 

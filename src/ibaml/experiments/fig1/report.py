@@ -1,12 +1,13 @@
 """What Fig. 1 says: tables of the errors and of what the theorems bound them by."""
 
-from ibaml.experiments.fig1.plot import bounds_figure, errors_figure
 from ibaml.experiments.fig1.run import UNROLLED, BoundPoint, Fig1Result, Fig1Settings, run
 from ibaml.experiments.report import Experiment, Place, Report, interval_columns, markdown_table
 
 
 def report(settings: Fig1Settings, place: Place) -> Report:
     """Measures all errors and bounds and returns them in words, tables and pictures."""
+    from ibaml.experiments.fig1.plot import bounds_figure, errors_figure
+
     result = run(settings, on_progress=place.on_progress)
     return Report(
         summary(result),

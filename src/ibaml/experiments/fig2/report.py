@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ibaml.experiments.fig2.plot import costs_figure
 from ibaml.experiments.fig2.process import INNER_LEARNING_RATE, PROXIMAL_STRENGTH, TEMPERATURE
 from ibaml.experiments.fig2.run import run
 from ibaml.experiments.fig2.settings import (
@@ -52,6 +51,8 @@ class Slope(NamedTuple):
 
 def report(settings: Fig2Settings, place: Place) -> Report:
     """Measures all costs and returns them in words, a table and a picture."""
+    from ibaml.experiments.fig2.plot import costs_figure
+
     result = run(settings, on_progress=place.on_progress)
     return Report(summary(result), {"costs": rows(result)}, {"fig2": costs_figure(result)})
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from ibaml.experiments.fsmol.plot import fsmol_figure
 from ibaml.experiments.fsmol.run import DISPLAY_NAMES, FsmolResult, FsmolSettings, run
 from ibaml.experiments.report import Experiment, Place, Report, interval_columns, markdown_table
 from ibaml.metrics import estimate, paired_difference
@@ -11,6 +10,8 @@ from ibaml.types import Tensor
 
 def report(settings: FsmolSettings, place: Place) -> Report:
     """Trains and predicts with all methods and returns what was found in words, tables and a picture."""
+    from ibaml.experiments.fsmol.plot import fsmol_figure
+
     result = run(settings, place)
     tables = {"fsmol": rows(result), "assays": assay_rows(result)}
     return Report(summary(result), tables, {"fsmol": fsmol_figure(result)})

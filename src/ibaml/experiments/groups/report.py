@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from ibaml.experiments.groups.plot import groups_figure
 from ibaml.experiments.groups.run import DISPLAY_NAMES, GroupsResult, GroupsSettings, Scores, run
 from ibaml.experiments.groups.tables import DATASETS
 from ibaml.experiments.report import Experiment, Place, Report, half_width_columns, interval_columns, markdown_table
@@ -12,6 +11,8 @@ from ibaml.metrics import Estimate, estimate, paired_difference
 
 def report(settings: GroupsSettings, place: Place) -> Report:
     """Predicts all tables with all methods and returns what was found in words, a table and a picture."""
+    from ibaml.experiments.groups.plot import groups_figure
+
     result = run(settings, on_progress=place.on_progress)
     return Report(summary(result), {"groups": rows(result)}, {"groups": groups_figure(result)})
 

@@ -4,7 +4,6 @@ from ibaml.algorithms import IBAML
 from ibaml.algorithms.gradient_based import num_inner_steps
 from ibaml.algorithms.on_distribution import OnDistribution
 from ibaml.experiments.report import Experiment, Place, Report, interval_columns, markdown_table, percent
-from ibaml.experiments.sinusoid.plot import sinusoid_figure
 from ibaml.experiments.sinusoid.run import (
     LEVELS,
     REFERENCE,
@@ -22,6 +21,8 @@ _REFERENCE_CELLS = ("-", f"{REFERENCE_META_STEPS:,}", "-", "-")
 
 def report(settings: SinusoidSettings, place: Place) -> Report:
     """Trains and evaluates all runs and returns what was found in words, a table and a picture."""
+    from ibaml.experiments.sinusoid.plot import sinusoid_figure
+
     result = run(settings, place)
     return Report(summary(result), {"sinusoid": rows(result)}, {"sinusoid": sinusoid_figure(result)})
 

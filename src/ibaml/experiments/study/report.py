@@ -11,7 +11,6 @@ from ibaml.experiments.report import (
     markdown_table,
 )
 from ibaml.experiments.study.options import DEFAULT
-from ibaml.experiments.study.plot import study_figure
 from ibaml.experiments.study.run import Judged, StudyResult, StudySettings, run
 from ibaml.metrics import Estimate, estimate, paired_difference
 
@@ -30,6 +29,8 @@ _SCORES: Mapping[str, str] = {
 
 def report(settings: StudySettings, place: Place) -> Report:
     """Trains what is missing and returns what is known so far in words, a table and a picture."""
+    from ibaml.experiments.study.plot import study_figure
+
     result = run(settings, place)
     found = {name: differences(judged) for name, judged in result.judged.items()}
     drawn = {name: one for name, one in found.items() if len(one) > 1}
