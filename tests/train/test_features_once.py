@@ -187,9 +187,7 @@ def test_features_of_lower_precision_give_nearly_the_same_hypergradient(norm: st
 def test_lower_precision_is_for_features_alone() -> None:
     model = build_model(conv("group"), Categorical(), adapt="head.*")
     settings = dataclasses.replace(SETTINGS, precision="bfloat16")
-    with pytest.raises(
-        ValueError, match="precision=.bfloat16. is for heads, .* ibaml differentiates the whole"
-    ):
+    with pytest.raises(ValueError, match="precision=.bfloat16. is for heads, .* ibaml differentiates the whole"):
         Trainer(model, make_algorithm("ibaml"), settings)
     unknown: Any = "float16"
     with pytest.raises(ValueError, match="precision must be 'float32' or 'bfloat16', but is 'float16'"):
