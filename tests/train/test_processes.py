@@ -203,6 +203,15 @@ def test_the_result_is_that_of_one_process(together, tmp_path, case):
             assert row[key] == pytest.approx(other[key], rel=1e-9, abs=1e-9), key
 
 
+def test_running_statistics_are_agreed(together):
+    """Each process normalises by its own tasks, and all move to the mean over the tasks of a step."""
+    ours, theirs = (one["running"][1] for one in together[0])
+    assert difference(ours, theirs) == 0
+    start = two_processes.trainer(None, None, name="running")._meta.shared
+    moved = [name for name in start if "running_" in name and not torch.equal(start[name], ours.shared[name])]
+    assert len(moved) == 4  # a mean and a variance of two layers
+
+
 def test_runs_are_resumed_with_another_number_of_processes(together, tmp_path):
     found, folder = together
     whole = two_processes.train(tmp_path / "whole", None, "ibaml")

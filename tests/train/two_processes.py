@@ -37,6 +37,8 @@ ALGORITHMS = {
         linear=CG(max_steps=2),
         temperature=0.1,
     ),
+    "head": make_algorithm("linear_gaussian"),
+    "running": make_algorithm("linear_gaussian"),  # on features with running statistics
 }
 SETTINGS = TrainerSettings(
     num_steps=6,
@@ -53,6 +55,8 @@ CASES = {
     "loop": ("ibaml", {"tasks_per_chunk": 1}),
     "chunks": ("maml", {"tasks_per_chunk": 2, "schedule": "cosine"}),
     "per_task": ("ibaml", {"draws": "per_task"}),
+    "head": ("head", {}),
+    "head_per_task": ("head", {"draws": "per_task"}),
     "few": ("maml", {"tasks_per_step": 2, "num_validation_tasks": 1}),
 }
 
@@ -94,9 +98,12 @@ class SpoiltShare(Tasks):
         return episodes
 
 
-def model():
-    network = MLP(1, input_shape=1, hidden_sizes=(8, 8), generator=torch.Generator().manual_seed(0)).double()
-    float32 = build_model(network, make_likelihood("gaussian", 1))  # its noise variance is
+def model(name: str = "maml"):
+    norm = "running" if name == "running" else "none"
+    generator = torch.Generator().manual_seed(0)
+    network = MLP(1, input_shape=1, hidden_sizes=(8, 8), norm=norm, generator=generator).double()
+    adapt = "head.*" if ALGORITHMS[name].uses_features else "*"
+    float32 = build_model(network, make_likelihood("gaussian", 1), adapt=adapt)  # its noise variance is
     return dataclasses.replace(float32, shared=tree.map(lambda leaf: leaf.double(), float32.shared))
 
 
@@ -108,7 +115,7 @@ def learner_meta(group: Processes | None):
 
 def trainer(folder: Path | None, group: Processes | None, kind=Trainer, name: str = "maml", **changes) -> Trainer:
     settings = dataclasses.replace(SETTINGS, **changes)
-    return kind(model(), ALGORITHMS[name], settings, run_folder=folder, processes=group)
+    return kind(model(name), ALGORITHMS[name], settings, run_folder=folder, processes=group)
 
 
 def train(folder: Path | None, group: Processes | None, name: str = "maml", **changes) -> TrainingResult:
@@ -198,6 +205,7 @@ def everything(folder: Path, group: Processes) -> dict:
     found["results"] = {
         case: tuple(train(own / case, group, name, **changes)) for case, (name, changes) in CASES.items()
     }
+    found["running"] = tuple(train(own / "running", group, "running"))
     # One process has taken three steps in this folder; and here some that one process will finish.
     found["resumed"] = tuple(train(own / "begun_by_one", group, "ibaml"))
     found["begun"] = tuple(train(own / "begun_by_two", group, "ibaml", num_steps=3))

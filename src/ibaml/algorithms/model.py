@@ -173,8 +173,9 @@ class Model(PlainNll):
         """
         if self.tail is None or not self.statistics:
             return self.features(shared, x), {}
-        # The pass overwrites the averages that it is given.
-        moved = {name: shared[name].detach().clone() for name in self.statistics}
+        # The pass overwrites the averages that it is given. In the order of the parameters, not in a set's: it differs
+        # between processes, which add these up.
+        moved = {name: value.detach().clone() for name, value in shared.items() if name in self.statistics}
         counters = {
             name: value.clone()
             for name, value in self.tail.body.named_buffers()

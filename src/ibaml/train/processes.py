@@ -79,7 +79,7 @@ class Processes:
         The result has the same bits everywhere. The vector has the widest dtype of the leaves and at least float32.
 
         Args:
-            tensors: Tensors on ``device``, of the same shapes in every process.
+            tensors: Tensors on ``device``, of the same shapes, and in dicts of the same order, in every process.
 
         Returns:
             The sums, in the dtypes of the leaves; the argument itself if there is one process.
