@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-cuda bench check static format docs clean
+.PHONY: help demo test test-slow test-cuda bench check static package extras format docs clean
 
 help:
 	@echo "make demo    learn rendered characters, beside prototypes and MAML trained for as long (no download of data)"
@@ -21,6 +21,8 @@ help:
 	@echo "make bench   measure speed and accuracy of meta-gradients, beside a plain loop and other libraries (15 minutes)"
 	@echo "make check   everything that continuous integration runs"
 	@echo "make static  the part of check that is not the test suite: format, lint, types, layers, doctests, docs"
+	@echo "make package  build the wheel and the source archive, look into them, use the wheel without the checkout"
+	@echo "make extras  resolve every optional extra alone, and all together (asks the package index; a few minutes)"
 	@echo "make format  format the code and sort the imports"
 	@echo "make docs    build the documentation into site/"
 	@echo "make clean   remove the virtual environment and all build products (not $(RUNS)/)"
@@ -93,8 +95,20 @@ static: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n auto --maxprocesses 8 --doctest-modules src
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+package: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/package/check.py --out dist
+
+# Without constraints.txt, as for somebody who installs the library.
+extras: $(VENV)/.dev
+	@set -e; names=$$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); \
+	for extras in $$names "$$(echo $$names | tr ' ' ',')"; do \
+		echo "ibaml[$$extras]"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --dry-run -e ".[$$extras]"; \
+	done
+
 check: $(VENV)/.dev
 	@$(MAKE) --no-print-directory static
+	@$(MAKE) --no-print-directory package
 	@$(MAKE) --no-print-directory test
 
 format: $(VENV)/.dev

@@ -1,8 +1,9 @@
-"""The command line: ``ibaml recipes | train | evaluate | compare | predict | reproduce``. It parses and prints."""
+"""The command line, ``ibaml recipes | train | evaluate | ...``: it parses and prints."""
 
 import contextlib
 import dataclasses
 import functools
+import json as json_text
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from ibaml.backbones import import_backbone
 from ibaml.baselines import BaselineComparison
+from ibaml.doctor import describe, examine
 from ibaml.experiments.registry import EXPERIMENTS, experiment_name
 from ibaml.experiments.report import Place, run_experiment
 from ibaml.learner.compare import Comparison
@@ -350,6 +352,19 @@ def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | 
     _tell(f"Tables, pictures and settings are in {folder}.")
 
 
+def doctor(*, json: bool = False) -> int:
+    """Say what is installed, on which devices it can compute, where data and caches lie, and what is missing for what.
+
+    The exit code is 1 if something that is always needed is missing or too old.
+
+    Args:
+        json: Print JSON.
+    """
+    found = examine()
+    print(json_text.dumps(found, indent=2) if json else describe(found))
+    return 1 if found["missing"] else 0
+
+
 _COMMANDS = {
     "recipes": list_recipes,
     "train": train,
@@ -357,6 +372,7 @@ _COMMANDS = {
     "compare": compare,
     "predict": predict,
     "reproduce": reproduce,
+    "doctor": doctor,
 }
 _WITH_FLAGS: Mapping[str, Callable[[str, Sequence[str]], int | _Launch | None]] = {
     "train": train_with_flags,
