@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json as json_text
 import operator
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -232,18 +233,16 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
         description="Evaluate this model on a fixed, seeded set of test tasks.",
         only=("data", "algorithm", "num_test_tasks"),
     )
-    with ProgressBar(_console, "evaluate") as bar:
-        result = runs.evaluate_run(
-            folder,
-            recipe=recipe,
-            test=options.test,
-            num_tasks=options.tasks,
-            seed=options.seed,
-            out_of_task=options.out_of_task,
-            data=options.data,
-            device=resolve_device(options.device),
-            on_progress=bar.update,
-        )
+    result = runs.evaluate_run(
+        folder,
+        recipe=recipe,
+        test=options.test,
+        num_tasks=options.tasks,
+        seed=options.seed,
+        out_of_task=options.out_of_task,
+        data=options.data,
+        device=resolve_device(options.device),
+    )
     output = Console()
     output.print(result.headline, soft_wrap=True, markup=False, highlight=False)
     output.print(_as_table(result.evaluation.report))
@@ -383,7 +382,7 @@ _WITH_FLAGS: Mapping[str, Callable[[str, Sequence[str]], int | _Launch | None]] 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = [_expanded(one) for one in (sys.argv[1:] if arguments is None else arguments)]
     try:
         code = _run(arguments)
         if isinstance(code, _Launch):
@@ -436,6 +435,12 @@ def _as_table(report: Mapping[str, Estimate]) -> Table:
     for name, value in report.items():
         table.add_row(name, f"{value.mean:.4f}", f"+- {value.half_width:.4f}")
     return table
+
+
+def _expanded(argument: str) -> str:
+    """Returns an argument with ~ expanded, which shells leave alone in --name=~/folder."""
+    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{flag}{equals}{os.path.expanduser(value)}"
 
 
 def _tell(text: str) -> None:

@@ -243,7 +243,8 @@ def compare_with_baselines(
     chosen = _select(problem, baselines)
     own = learner.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed)
     # Fitted before any of them is evaluated, by a function that has not seen the test tasks.
-    fitted = [_fit(one, problem, seconds, None if folder is None else Path(folder) / one.name) for one in chosen]
+    folder = None if folder is None else Path(folder).expanduser()
+    fitted = [_fit(one, problem, seconds, None if folder is None else folder / one.name) for one in chosen]
 
     def judged(method: Method) -> Method:
         if method.learner is None:
@@ -263,7 +264,7 @@ def compare_with_baselines(
     )
     found = BaselineComparison((_scored(first, own), *map(judged, fitted)))
     if folder is not None:
-        found.write(Path(folder))
+        found.write(folder)
     return found
 
 

@@ -76,7 +76,7 @@ def choose(
         device: Where to compute.
         max_minutes: Time limit of all trainings together.
         processes: The processes that share each step's tasks.
-        console: Where to say what is compared and what was chosen.
+        console: Where to say what is compared and what was chosen, and to show progress.
 
     Returns:
         The chosen one, and why; of a single candidate, and if there are too few tasks to hold some out, the first, and
@@ -100,7 +100,7 @@ def choose(
 
     def losses(candidate: Suited) -> Tensor:
         model, algorithm = build(candidate), candidate.algorithm
-        trainer = Trainer(model, algorithm, settings, device=device, processes=processes)
+        trainer = Trainer(model, algorithm, settings, device=device, console=console, processes=processes)
         result = trainer.fit(rest, max_minutes=None if max_minutes is None else max_minutes / len(candidates))
         if result.stop_reason == "interrupted":
             pass_on(result.ended_by, "while models were compared.", is_saved=True)

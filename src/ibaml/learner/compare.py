@@ -42,10 +42,12 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Comparison:
     # Imported here: it pulls in matplotlib, which nothing else needs.
     from ibaml import plots
 
-    stored = _read(folders)
+    stored = _read([folder.expanduser() for folder in folders])
     names = list(stored)
     first = stored[names[0]]
-    out = out or Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
+    out = (
+        Path(out).expanduser() if out else Path("runs") / ("compare_" + "_vs_".join(Path(name).name for name in names))
+    )
     header = ["metric", *names, *(f"{name} - {names[0]}" for name in names[1:])]
     common = [metric for metric in first.per_task if all(metric in one.per_task for one in stored.values())]
     if not common:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,12 +19,21 @@ from ibaml.seeds import task_generator
 from ibaml.train.evaluate import Evaluation, evaluate
 from ibaml.types import Batch, Episode
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _OF_CLASSES = ("nll", "accuracy", "ece_pooled")
 _OF_NUMBERS = ("nll", "rmse", "coverage_90")
 
 
 def learning_curve(
-    fitted: FittedModel, tasks: Any, splits: SplitSettings, num_support: Iterable[int], *, seed: int
+    fitted: FittedModel,
+    tasks: Any,
+    splits: SplitSettings,
+    num_support: Iterable[int],
+    *,
+    seed: int,
+    console: "Console | None" = None,
 ) -> LearningCurve:
     """Scores the same held-out rows for each number of known rows; see ``MetaLearner.learning_curve``.
 
@@ -34,6 +43,7 @@ def learning_curve(
         splits: How tasks are split, but for the number of support examples.
         num_support: Numbers of known rows.
         seed: Seed of the splits.
+        console: Where progress is shown, if anywhere.
     """
     numbers = _checked(num_support)
     if numbers[0] == 0:
@@ -43,7 +53,7 @@ def learning_curve(
     for number in numbers:
         # Nested: the first rows of one support set, beside one query set.
         nested = [Episode(Batch(*(part[:number] for part in one.support)), one.query) for one in episodes]
-        found.append(_scores(evaluate(fitted, nested, seed=seed)))
+        found.append(_scores(evaluate(fitted, nested, seed=seed, console=console)))
     return LearningCurve(
         num_support=numbers,
         scores={name: tuple(each[name] for each in found) for name in found[0]},

@@ -110,6 +110,7 @@ def store_solved(
     source: Source,
     *,
     begun: float,
+    console: "Console | None",
     seed: int,
     device: torch.device,
     run_folder: Path | None,
@@ -125,6 +126,7 @@ def store_solved(
         solved: What was estimated.
         source: Its tasks; those of validation tell the output temperature.
         begun: When its estimation began, by ``time.monotonic``.
+        console: Where progress is shown, if anywhere.
         seed: Seed of the learner.
         device: Where to compute.
         run_folder: Folder for the model, if it is to be stored.
@@ -155,6 +157,7 @@ def store_solved(
             source.validation,
             num_tasks=TABLE_TRAINER.num_validation_tasks,
             seed=seed + 10**6,
+            console=console,
             processes=processes,
         )
         fitted, nll = calibrated(fitted, held_out), held_out.report["nll"].mean
@@ -194,14 +197,3 @@ def _store(
 def _finish(run_folder: Path) -> None:
     draw_training(run_folder)
     write_summary(run_folder)
-
-
-def console_of(progress: "bool | Console") -> "Console | None":
-    """Returns where progress is shown: a console of one's own, stderr for True, None for False."""
-    if not isinstance(progress, bool):
-        return progress
-    if not progress:
-        return None
-    from rich.console import Console  # only for those who want to see the progress
-
-    return Console(stderr=True)

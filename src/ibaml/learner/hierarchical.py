@@ -10,7 +10,7 @@ The line with the lowest score is kept unless curves are better by one standard 
 
 import logging
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,10 +27,8 @@ from ibaml.priors import FullColumnPrior
 from ibaml.priors.columns import FullColumns
 from ibaml.seeds import task_generator
 from ibaml.train.hierarchical import Groups, in_one, query_nll
+from ibaml.train.progress import ProgressBar
 from ibaml.types import Episode, Tensor
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +46,8 @@ _LEAST_GROUPS_A_WEIGHT, _LEAST_GROUPS_OF_COVARIANCE = 1.5, 30
 """With fewer groups a covariance of all weights is not tried: a quarter of them is to judge it."""
 _MOST_SCORED, _NUM_DRAWS = 60, 2
 _SHARE_HELD_OUT = 4
+_NUM_STAGES = 5
+"""Of the whole, for the bar: three or four estimations, and left-out groups."""
 _TRIAL_STEPS, _FEW_STEPS = 12, 30
 """Of the estimation of a covariance of all weights: to stop early leaves it near that of the curves."""
 
@@ -75,7 +75,7 @@ def fit_hierarchical(
     scale: Tensor,
     most_steps: int,
     seed: int,
-    console: "Console | None" = None,
+    bar: ProgressBar | None = None,
 ) -> Solved:
     """Estimates the models and chooses one.
 
@@ -85,8 +85,9 @@ def fit_hierarchical(
         scale: Standard deviation of each target, for scores in the unit of the data.
         most_steps: Steps of each estimation at the most.
         seed: Seed of the rows that are drawn.
-        console: Where to say what was chosen.
+        bar: Where progress is shown and what was chosen is said.
     """
+    bar = bar or ProgressBar(None, "estimate")
     generator = torch.Generator().manual_seed(seed)
     groups = _thinned(in_one(list(tasks.tasks)), max(_MOST_ENTRIES, 64 * len(tasks)), generator)
     num_inputs, num_targets = groups.x.shape[-1], groups.y.shape[-1]
@@ -96,13 +97,16 @@ def fit_hierarchical(
         found[LINE] = estimate(line, groups, most_steps=most_steps)
     if len(tasks) < _LEAST_GROUPS:
         return _as_head(found[LINE], tasks.input_shape, both, None)
+    bar.update(1, _NUM_STAGES, status=CORRELATED)
     correlated = Lines(num_inputs=num_inputs, num_targets=num_targets, correlated=True)
     start = {**correlated.start(), **(found[LINE].parameters if LINE in found else {})}
     found[CORRELATED] = estimate(correlated, groups, start=start, most_steps=most_steps)
+    bar.update(2, status=CURVES)
     some = _thinned(groups, _MOST_ROWS, generator)
     curves = _curves(correlated, some)
     start = {**curves.start(), **found[CORRELATED].parameters}
     found[CURVES] = estimate(curves, groups, some=some, start=start, most_steps=most_steps)
+    bar.update(3, status="left-out groups")
     scored = torch.randperm(len(tasks), generator=generator)[:_MOST_SCORED]
     episodes = [_episodes(tasks, scored, seed=seed + draw) for draw in range(_NUM_DRAWS)]
     num_rows = float(groups.present.sum())
@@ -116,6 +120,7 @@ def fit_hierarchical(
     num_weights = len(curves.centres) + num_inputs + 1
     least = max(_LEAST_GROUPS_OF_COVARIANCE, _LEAST_GROUPS_A_WEIGHT * num_weights)
     if name == CURVES and len(tasks) >= least:
+        bar.update(4, status=LEARNED_CURVES)
         learned = _learned(found[CURVES], groups, episodes, scored, most_steps=most_steps)
         found[LEARNED_CURVES], losses[LEARNED_CURVES] = learned.estimate, losses[CURVES] + learned.gain
         if learned.is_better:
@@ -126,8 +131,8 @@ def fit_hierarchical(
     unit = float(torch.log(scale).sum())
     choice = Choice(name, {key: float(value.mean()) + unit for key, value in losses.items()}, len(scored))
     _logger.info("%s", choice)
-    if console is not None:
-        console.print(f"Chosen: {choice}.", soft_wrap=True, markup=False, highlight=False)
+    bar.update(_NUM_STAGES)
+    bar.say(f"Chosen: {choice}.")
     return _as_head(found[name], tasks.input_shape, both, choice)
 
 

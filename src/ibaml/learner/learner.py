@@ -1,6 +1,5 @@
 """MetaLearner: the one object that most users need."""
 
-import copy
 import dataclasses
 import functools
 import time
@@ -23,7 +22,7 @@ from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
 from ibaml.learner.features import prepare_features
-from ibaml.learner.fitting import console_of, fit_model, pass_on_signal, store_solved
+from ibaml.learner.fitting import fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.hierarchical import Solved, fit_hierarchical
 from ibaml.learner.predictor import Predictor
@@ -33,9 +32,9 @@ from ibaml.likelihoods import Likelihood, find_likelihood
 from ibaml.networks import network_settings
 from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
-from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
+from ibaml.train.progress import ProgressBar, console_of
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ class MetaLearner(Predictor):
             its images). Inputs become its features, once, and ``network`` and head see these alone. It is not trained,
             changed or stored: ``load`` wants it again.
         device: Where to compute.
+        verbose: Whether to show progress, with the time left, of all that takes more than two seconds. None: on a
+            terminal; True: also in pipes and notebooks, by a line now and then; False: never. It may be changed later.
         seed: Seed of training, of the initial log-variances, of a default network, and of held-out tasks.
 
     Attributes:
@@ -100,12 +101,14 @@ class MetaLearner(Predictor):
         classes: ClassScope = "shared",
         backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
         device: torch.device | str = "cpu",
+        verbose: bool | None = None,
         seed: int = 0,
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
         by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
-        super().__init__(**by_position, freeze=freeze, classes=classes, backbone=backbone, device=device, seed=seed)
+        by_name = {"freeze": freeze, "classes": classes, "backbone": backbone, "device": device}
+        super().__init__(**by_position, **by_name, verbose=verbose, seed=seed)
         self.network = network
         self.likelihood = find_likelihood(likelihood)
         self.algorithm = defaults.find_algorithm(algorithm, self.likelihood, classes)
@@ -114,6 +117,7 @@ class MetaLearner(Predictor):
         self.classes: ClassScope = classes
         self.backbone = None if backbone is None else as_backbone(backbone)
         self.device = resolve_device(device)
+        self.verbose = verbose
         self.seed = require_int("seed", seed)
         self.training_result: TrainingResult | None = None
         self.choice: Choice | None = None
@@ -175,7 +179,7 @@ class MetaLearner(Predictor):
         settings: TrainerSettings | None = None,
         run_folder: str | Path | None = None,
         max_minutes: float | None = None,
-        progress: "bool | Console" = False,
+        progress: "bool | Console | None" = None,
         processes: Processes | None = None,
     ) -> "MetaLearner":
         """Meta-trains on tasks and returns the learner itself.
@@ -198,7 +202,7 @@ class MetaLearner(Predictor):
             run_folder: Folder for the model, logs and checkpoints; training resumes from one that is there. The model
                 is stored at every validation that improves it, so that ``MetaLearner.load`` can read it meanwhile.
             max_minutes: Time limit of this call.
-            progress: Show progress, on stderr or on a console of one's own.
+            progress: As ``verbose`` of the constructor, which it overrides, or a console of one's own.
             processes: The processes that share each step's tasks, as ``ibaml.train.processes.connect`` gives them.
 
         Raises:
@@ -215,7 +219,7 @@ class MetaLearner(Predictor):
         """
         begun = time.monotonic()
         splits = splits or SplitSettings()
-        console = console_of(progress)
+        console = console_of(self.verbose if progress is None else progress)
         extractor, read = None, prepare
         if self.backbone is not None:
             extractor = Extractor(self.backbone, self.device)
@@ -247,9 +251,10 @@ class MetaLearner(Predictor):
                         solved,
                         source,
                         begun=begun,
+                        console=console,
                         seed=self.seed,
                         device=self.device,
-                        run_folder=None if run_folder is None else Path(run_folder),
+                        run_folder=None if run_folder is None else Path(run_folder).expanduser(),
                         write=self._write,
                         processes=processes or Processes(),
                         backbone=extractor,
@@ -284,7 +289,7 @@ class MetaLearner(Predictor):
             settings,
             splits=splits,
             device=self.device,
-            run_folder=None if run_folder is None else Path(run_folder),
+            run_folder=None if run_folder is None else Path(run_folder).expanduser(),
             write=self._write,
             max_minutes=max_minutes,
             console=console,
@@ -294,7 +299,7 @@ class MetaLearner(Predictor):
         pass_on_signal(self.training_result, settings, run_folder)
         return self
 
-    def fit_prior(self, inputs: Any, *, num_ways: int = 5, progress: "bool | Console" = False) -> "MetaLearner":
+    def fit_prior(self, inputs: Any, *, num_ways: int = 5, progress: "bool | Console | None" = None) -> "MetaLearner":
         """Sets the prior without training tasks, from the spread of the backbone's features, and returns the learner.
 
         For few-shot classes where there are no labelled classes to learn from: ``adapt`` then takes a few examples of
@@ -319,7 +324,8 @@ class MetaLearner(Predictor):
                 "fit_prior is for classes that each task has of its own: MetaLearner(backbone=..., classes='per_task')."
             )
         extractor = Extractor(self.backbone, self.device)
-        found = untrained(extractor, inputs, self.likelihood, num_ways=num_ways, console=console_of(progress))
+        console = console_of(self.verbose if progress is None else progress)
+        found = untrained(extractor, inputs, self.likelihood, num_ways=num_ways, console=console)
         model, self._splits = self._become(found.suited), SplitSettings()
         self._fitted = FittedModel(
             model=model,
@@ -331,30 +337,6 @@ class MetaLearner(Predictor):
         )
         return self
 
-    def adapting_with(self, algorithm: Algorithm) -> "MetaLearner":
-        """Returns a fitted learner that adapts with other settings, such as more inner steps than in training.
-
-        Args:
-            algorithm: Settings of an algorithm with the same kind of meta-parameters.
-
-        Raises:
-            NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If the algorithm has other meta-parameters (weights instead of a Gaussian, or the reverse).
-        """
-        fitted = self.fitted_model
-        like = algorithm.init(fitted.model.adapted, fitted.model.shared, generator=torch.Generator())
-        meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
-        # How often it errs was counted of the other one.
-        other = self.with_fitted(dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None))
-        other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
-        return other
-
-    def with_fitted(self, fitted: FittedModel, splits: SplitSettings | None = None) -> "MetaLearner":
-        """Returns the learner with a model that was fitted in another way than by ``fit``, and other splits if any."""
-        other = copy.copy(self)
-        other._fitted, other._splits = fitted, self._splits if splits is None else splits
-        return other
-
     def save(self, folder: str | Path) -> Path:
         """Saves the fitted learner as a folder of safetensors and JSON, readable without running code; returns it.
 
@@ -365,7 +347,7 @@ class MetaLearner(Predictor):
             NotFittedError: Before ``fit`` or ``load``.
             OSError: If the folder cannot be written.
         """
-        return self._write(Path(folder), self.fitted_model)
+        return self._write(Path(folder).expanduser(), self.fitted_model)
 
     @classmethod
     def load(
@@ -389,7 +371,7 @@ class MetaLearner(Predictor):
             FileNotFoundError: If there is no trained model, or one of its files is missing.
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
         """
-        stored = read_model(Path(folder))
+        stored = read_model(Path(folder).expanduser())
         extractor = Extractor.restore(stored.backbone, backbone, torch.device(device), source=str(folder))
         if network is None:
             network = stored.build_network()
@@ -427,14 +409,15 @@ class MetaLearner(Predictor):
         assert isinstance(source.train, TaskSplits) and source.preprocessing is not None
         targets = source.preprocessing.targets
         assert targets is not None
-        return fit_hierarchical(
-            source.train,
-            candidates[defaults.CORRELATED],
-            scale=targets.scale,
-            most_steps=defaults.MOST_STEPS if num_steps is None else num_steps,
-            seed=self.seed,
-            console=console,
-        )
+        with ProgressBar(console, "estimate") as bar:
+            return fit_hierarchical(
+                source.train,
+                candidates[defaults.CORRELATED],
+                scale=targets.scale,
+                most_steps=defaults.MOST_STEPS if num_steps is None else num_steps,
+                seed=self.seed,
+                bar=bar,
+            )
 
     def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt

@@ -1,10 +1,13 @@
 """What a learner does once it is fitted: it adapts, predicts, and is judged and calibrated on held-out tasks."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-from ibaml.algorithms import MetaParameters
+import torch
+
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.curve import learning_curve
@@ -15,8 +18,10 @@ from ibaml.learner.online import observe_task
 from ibaml.likelihoods import Prediction
 from ibaml.metrics import Estimate, LearningCurve
 from ibaml.posterior import FittedModel, TaskPosterior
+from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation
 from ibaml.train.processes import Processes
+from ibaml.train.progress import console_of
 from ibaml.types import ClassScope, ColumnName
 
 
@@ -24,10 +29,14 @@ class Predictor(Estimator):
     """The methods of a learner that are functions of what was fitted.
 
     Attributes:
+        algorithm: What adapts.
         classes: Whether class labels mean the same in all tasks.
+        verbose: Whether to show progress; None: on a terminal.
     """
 
+    algorithm: Algorithm
     classes: ClassScope
+    verbose: bool | None
     _fitted: FittedModel | None
     _splits: SplitSettings
 
@@ -82,6 +91,30 @@ class Predictor(Estimator):
             MemoryError: If the support set is too large for the memory at hand.
         """
         return self.fitted_model.adapt(x_support, y_support, seed=seed)
+
+    def adapting_with(self, algorithm: Algorithm) -> Self:
+        """Returns a fitted learner that adapts with other settings, such as more inner steps than in training.
+
+        Args:
+            algorithm: Settings of an algorithm with the same kind of meta-parameters.
+
+        Raises:
+            NotFittedError: Before ``fit`` or ``load``.
+            ValueError: If the algorithm has other meta-parameters (weights instead of a Gaussian, or the reverse).
+        """
+        fitted = self.fitted_model
+        like = algorithm.init(fitted.model.adapted, fitted.model.shared, generator=torch.Generator())
+        meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
+        # How often it errs was counted of the other one.
+        other = self.with_fitted(dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None))
+        other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
+        return other
+
+    def with_fitted(self, fitted: FittedModel, splits: SplitSettings | None = None) -> Self:
+        """Returns the learner with a model that was fitted in another way than by ``fit``, and other splits if any."""
+        other = copy.copy(self)
+        other._fitted, other._splits = fitted, self._splits if splits is None else splits
+        return other
 
     def predict_new(
         self,
@@ -146,7 +179,9 @@ class Predictor(Estimator):
         Cost:
             An evaluation for each number.
         """
-        return learning_curve(self.fitted_model, tasks, self._splits, num_support, seed=seed)
+        return learning_curve(
+            self.fitted_model, tasks, self._splits, num_support, seed=seed, console=console_of(self.verbose)
+        )
 
     def observe(self, x: Any, y: Any, *, most_tasks: float | None = None) -> Self:
         """Takes one more task into the prior, in place: what is learned of tasks goes on without keeping them.
@@ -196,7 +231,13 @@ class Predictor(Estimator):
         """
         fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
         held_out = evaluate_held_out(
-            fitted, validation_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed
+            fitted,
+            validation_tasks,
+            self._splits,
+            self.classes,
+            num_tasks=num_tasks,
+            seed=seed,
+            console=console_of(self.verbose),
         )
         self._fitted = calibrated(fitted, held_out)
         return self
@@ -243,7 +284,7 @@ class Predictor(Estimator):
             num_tasks: As there.
             seed: As there.
             out_of_task: As there.
-            on_progress: Called with the number of finished tasks.
+            on_progress: Called with the number of finished tasks, instead of the learner's own display.
             processes: The processes that share the tasks.
 
         Raises:
@@ -252,6 +293,7 @@ class Predictor(Estimator):
             FloatingPointError: If predictions are not finite, naming the task.
         """
         how: dict[str, Any] = {"out_of_task": out_of_task, "on_progress": on_progress, "processes": processes}
+        how["console"] = console_of(self.verbose) if on_progress is None else None
         return evaluate_held_out(
             self.fitted_model, test_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed, **how
         )

@@ -64,7 +64,7 @@ def untrained(
         ValueError: If there are too few inputs, or all features are constant.
     """
     if is_folder(inputs):
-        inputs = _pixels(Path(inputs), extractor)
+        inputs = _pixels(Path(inputs).expanduser(), extractor)
     (features,) = extract(extractor, [("inputs", inputs)], console, of_training=True)
     if len(features) < _LEAST_INPUTS:
         raise ValueError(

@@ -119,7 +119,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: If the path does not end in ``.png``.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix.lower() != ".png":
         raise ValueError(f"path is {str(path)!r}; expected a name that ends in .png.")
     path.parent.mkdir(parents=True, exist_ok=True)

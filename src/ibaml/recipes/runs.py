@@ -176,7 +176,7 @@ def evaluate_run(
         out_of_task: Whether queries of another task are predicted as well; see ``MetaLearner.evaluate``.
         data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
         device: Where to compute.
-        on_progress: Called with the number of finished tasks and of all.
+        on_progress: Called with the number of finished tasks and of all. None: a bar on a terminal.
 
     Raises:
         FileNotFoundError: If the folder holds no trained model, or a data file is not found.

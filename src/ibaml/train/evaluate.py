@@ -6,7 +6,7 @@ see ``ibaml.seeds``. Tasks may differ in size, and each has the same weight.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,7 +17,11 @@ from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator, task_seed
 from ibaml.train.processes import Processes
+from ibaml.train.progress import ProgressBar
 from ibaml.types import Episode, TaskSampler, Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,7 @@ def evaluate(
     num_tasks: int | None = None,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
+    console: "Console | None" = None,
     processes: Processes | None = None,
     out_of_task: bool = False,
 ) -> Evaluation:
@@ -156,6 +161,7 @@ def evaluate(
         num_tasks: Number of tasks, at least 1. None: all of a sequence.
         seed: Names the set of tasks, and their noise.
         on_progress: Called with the number of finished tasks.
+        console: Where progress is shown, if anywhere.
         processes: The processes that share the tasks; each returns the evaluation of all.
         out_of_task: Whether queries of another task, see ``draw_foreign``, are predicted as well, for the score
             ``out_of_task_auroc``: the probability that one of them has a larger ``prediction.out_of_task`` than a
@@ -180,7 +186,7 @@ def evaluate(
         raise ValueError(f"out_of_task is for classes, but the likelihood is {fitted.model.likelihood.name!r}.")
     processes = processes or Processes()
 
-    def own_share() -> list[_Predicted]:
+    def own_share(bar: ProgressBar) -> list[_Predicted]:
         found: list[_Predicted] = []
         share = processes.share(num_tasks)
         num_outputs = 0
@@ -205,11 +211,14 @@ def evaluate(
                     fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
             foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
             found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
+            bar.update(len(found))
             if on_progress is not None:
                 on_progress(index + 1)
         return found
 
-    predicted = [task for share in processes.gather(own_share) for task in share]
+    num_own = len(processes.share(num_tasks))
+    with ProgressBar(console if processes.is_first else None, "evaluate", num_own) as bar:
+        predicted = [task for share in processes.gather(lambda: own_share(bar)) for task in share]
     predictions, targets, foreign = zip(*predicted, strict=True)
     evaluation = summarise(fitted.model.likelihood, predictions, targets)
     if not out_of_task:

@@ -1,6 +1,7 @@
 """The one display of progress: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Self
@@ -8,11 +9,33 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.console import Console
 
+_SECONDS_BEFORE = 2.0
 _SECONDS_BETWEEN_LINES = 20.0
 
 
+def console_of(progress: "bool | Console | None") -> "Console | None":
+    """Returns where progress is shown, if anywhere.
+
+    Args:
+        progress: A console of one's own; True: stderr; None: stderr if it is a terminal; False: nowhere.
+    """
+    if progress is None:
+        # Closed, or replaced by something that is no file: nobody looks at it.
+        with contextlib.suppress(AttributeError, ValueError):
+            progress = sys.stderr.isatty()
+    if not isinstance(progress, bool):
+        return progress
+    if not progress:
+        return None
+    from rich.console import Console  # only for those who want to see the progress
+
+    return Console(stderr=True)
+
+
 class ProgressBar:
-    """Shows how far some work has come; a context manager.
+    """Shows how far some work has come, with the time that is left; a context manager.
+
+    The bar comes after two seconds: what is done sooner shows none.
 
     Args:
         console: Where it is shown; None is silent.
@@ -40,15 +63,15 @@ class ProgressBar:
             disable=console is None or not console.is_terminal,
         )
         self._task = self._progress.add_task(name, total=total, completed=done, status="")
+        self._is_shown = False
 
     def __enter__(self) -> Self:
-        with self._unless_it_fails():
-            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._unless_it_fails():
-            self._progress.stop()
+            if self._is_shown:
+                self._progress.stop()
 
     @contextlib.contextmanager
     def _unless_it_fails(self) -> Generator[None]:
@@ -63,11 +86,14 @@ class ProgressBar:
     def update(self, done: int, total: int | None = None, *, status: str = "") -> None:
         """Shows that so many parts are done."""
         self._total = total or self._total
+        now = time.monotonic()
         with self._unless_it_fails():
+            if not self._is_shown and now - self._start > _SECONDS_BEFORE:
+                self._progress.start()
+                self._is_shown = True
             self._progress.update(self._task, completed=done, total=self._total, status=status)
         if self._console is None or self._console.is_terminal or self._total is None or done <= self._first:
             return
-        now = time.monotonic()
         if now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (now - self._start) / (done - self._first) * (self._total - done)

@@ -150,7 +150,7 @@ def load_assays(
         FileNotFoundError: If the file is not found.
         ValueError: If the file is damaged or lacks the split.
     """
-    file = find_data_file(FILE_NAME, root) if path is None else Path(path)
+    file = find_data_file(FILE_NAME, root) if path is None else Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; path must name a .npz file in the layout of FS-Mol's.")
     arrays = _read(file)

@@ -68,7 +68,7 @@ class ImageFolder(ImageSource):
 
     def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
         """Loads the images of a split."""
-        path = Path(self.path) if data is None else data / self.path
+        path = (Path() if data is None else data) / Path(self.path).expanduser()
         return load_image_folder(path, split, image_size=self.image_size)
 
 
