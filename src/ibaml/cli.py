@@ -24,6 +24,7 @@ from ibaml.experiments.report import Place, run_experiment
 from ibaml.learner.compare import Comparison
 from ibaml.learner.compare import compare as compare_models
 from ibaml.learner.files import predict_files
+from ibaml.learner.report import REPORT
 from ibaml.metrics import Estimate
 from ibaml.recipes import RECIPES, get_recipe, runs
 from ibaml.recipes.flags import parse_flags
@@ -246,7 +247,7 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
     output = Console()
     output.print(result.headline, soft_wrap=True, markup=False, highlight=False)
     output.print(_as_table(result.evaluation.report))
-    _tell(f"Report, per-task values and pictures are in {result.target}.")
+    _tell(f"The page {result.target / REPORT} shows it; per-task values and pictures are beside it.")
 
 
 def compare(

@@ -224,7 +224,8 @@ def test_every_way_to_evaluate_gives_the_same_numbers(trained):
         assert torch.equal(stored.per_task[name], value)
     assert found.headline == f"{NAME}: 3 test tasks, seed 4, state of step {fitted.step}, temperature 0.025"
     pictures = {path.name for path in (trained / "evaluation").iterdir()}
-    assert pictures == {"report.json", "per_task.csv", "predictions.safetensors", "example_task.png"}
+    drawn = {"quantiles.png", "example_task.png"}
+    assert pictures == {"report.json", "report.html", "per_task.csv", "predictions.safetensors", *drawn}
 
 
 def test_evaluating_with_changes(trained):

@@ -7,16 +7,19 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ibaml.atomic import write_text
 from ibaml.learner.run_folder import EVALUATION
-from ibaml.metrics import Estimate, reliability_curve
+from ibaml.metrics import Estimate, quantile_curve, reliability_curve, selective_curve
 from ibaml.train.checkpoint import save_tensors
 from ibaml.train.evaluate import Evaluation
 from ibaml.types import Batch, Episode, Tensor
+
+if TYPE_CHECKING:
+    from ibaml.plots import Figure
 
 
 class StoredEvaluation(NamedTuple):
@@ -126,28 +129,70 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
         raise ValueError(f"{target} is damaged ({error!r}): run `ibaml evaluate {folder}` again.") from error
 
 
-def draw_evaluation(target: Path, evaluation: Evaluation, first: Episode, *, title: str) -> None:
-    """Draws the pictures of an evaluation: a reliability diagram of classes, and one task if it can be shown.
+def draw_evaluation(target: Path, evaluation: Evaluation, first: Episode | None, *, title: str) -> None:
+    """Draws the pictures of an evaluation, and removes those of an evaluation before it.
+
+    Of classes a reliability diagram and the accuracy on the surest answers, of numbers the share of targets below their
+    quantiles, all tasks together; and one task, if it can be shown.
 
     Args:
         target: Folder of the pictures.
         evaluation: The results.
-        first: The first task, with a leading axis of length one.
+        first: The first task, with a leading axis of length one; None: no task is shown.
         title: Name of the model.
     """
     # Imported here: it pulls in matplotlib, which nothing else needs.
     from ibaml import plots
 
-    support, query = (Batch(batch.x[0].cpu(), batch.y[0].cpu()) for batch in first)
-    episode = Episode(support, query)
-    if evaluation.log_probs is not None:
-        curve = reliability_curve(evaluation.log_probs.exp(), evaluation.targets)
+    for stale in target.glob("*.png"):
+        stale.unlink()
+    pooled = _pooled(evaluation)
+    if pooled.probs is not None:
+        curve = reliability_curve(pooled.probs, pooled.targets)
         plots.save(plots.reliability_diagram({title: curve}), target / "reliability.png")
-        if support.x.ndim == 4:
-            figure = plots.example_task(episode, evaluation.log_probs[0].exp(), title=f"{title}: one test task")
-            plots.save(figure, target / "example_task.png")
-    elif evaluation.mean is not None and evaluation.variance is not None and support.x.shape[-1] == 1:
-        figure = plots.example_regression(
-            episode, evaluation.mean[0], evaluation.variance[0], title=f"{title}: one task"
-        )
+        entropy, correct = torch.special.entr(pooled.probs).sum(-1), pooled.probs.argmax(-1) == pooled.targets
+        plots.save(plots.selective_curves({title: selective_curve(entropy, correct)}), target / "selective.png")
+    elif pooled.cdf is not None:
+        plots.save(plots.quantile_curves({title: quantile_curve(pooled.cdf)}), target / "quantiles.png")
+    if first is not None and (figure := _one_task(evaluation, first, title)) is not None:
         plots.save(figure, target / "example_task.png")
+
+
+class _Pooled(NamedTuple):
+    """The queries of all tasks as those of one; probabilities are None for numbers, and where tasks differ in classes.
+
+    Shapes are ``[1, num_queries, num_classes]``, ``[1, num_queries]``, and for numbers ``[1, num_queries]``.
+    """
+
+    probs: Tensor | None
+    cdf: Tensor | None
+    targets: Tensor
+
+
+def _pooled(evaluation: Evaluation) -> _Pooled:
+    targets = torch.cat(list(evaluation.query_targets)).unsqueeze(0)
+    distributions = [getattr(one, "cdf", None) for one in evaluation.predictions]
+    if all(distributions):
+        pairs = zip(distributions, evaluation.query_targets, strict=True)
+        return _Pooled(None, torch.cat([cdf(y).flatten() for cdf, y in pairs]).unsqueeze(0), targets)
+    log_probs = [one.tensors()["log_probs"] for one in evaluation.predictions]
+    if len({one.shape[-1] for one in log_probs}) > 1:
+        return _Pooled(None, None, targets)
+    return _Pooled(torch.cat(log_probs).exp().unsqueeze(0), None, targets)
+
+
+def _one_task(evaluation: Evaluation, first: Episode, title: str) -> "Figure | None":
+    """Returns the picture of the first task: of images, or of numbers on one input."""
+    from ibaml import plots
+
+    support, query = (Batch(batch.x[0].cpu(), batch.y[0].cpu()) for batch in first)
+    predicted = evaluation.predictions[0].tensors()
+    if "log_probs" in predicted:
+        if support.x.ndim != 4:
+            return None
+        probs = predicted["log_probs"].exp()
+        return plots.example_task(Episode(support, query), probs, title=f"{title}: one test task")
+    if support.x.shape[-1] != 1 or not {"mean", "variance"} <= predicted.keys():
+        return None
+    mean, variance = predicted["mean"], predicted["variance"]
+    return plots.example_regression(Episode(support, query), mean, variance, title=f"{title}: one task")

@@ -9,7 +9,7 @@
 | environment.json | versions, hardware, command |
 | README.md | what this folder is and what to do with it |
 | metrics.csv, tensorboard/, training.png | what was measured while training |
-| evaluation/ | report.json, per_task.csv, predictions.safetensors, pictures, once it was evaluated |
+| evaluation/ | report.html, report.json, per_task.csv, predictions.safetensors, pictures, once it was evaluated |
 """
 
 import json
@@ -44,7 +44,7 @@ _FILES = {
     METRICS: "what was measured while training",
     "tensorboard": "the same for TensorBoard",
     TRAINING: "the same as a picture",
-    EVALUATION: "results on test tasks",
+    EVALUATION: "results on test tasks; report.html is a page of all",
 }
 
 
@@ -83,7 +83,7 @@ def draw_training(folder: Path) -> None:
     from ibaml import plots
 
     if (folder / METRICS).is_file() and (history := read_metrics(folder / METRICS)):
-        plots.save(plots.training_curves(history, title=_title(folder)[0]), folder / TRAINING)
+        plots.save(plots.training_curves(history, title=title_of(folder)[0]), folder / TRAINING)
 
 
 def write_summary(folder: Path) -> None:
@@ -93,22 +93,35 @@ def write_summary(folder: Path) -> None:
         OSError: If it cannot be written.
         ValueError: If a file is damaged.
     """
-    title, description = _title(folder)
-    lines = [f"# {title}", "", *([f"{description}.", ""] if description else []), *_state(folder), ""]
+    title, description = title_of(folder)
+    lines = [f"# {title}", "", *([f"{description}.", ""] if description else []), *state_of(folder), ""]
+    lines += [line for picture in _pictures(folder) for line in (f"![{picture.stem}]({picture})", "")]
     lines += ["| file | what |", "|---|---|"]
     lines += [f"| {name} | {what} |" for name, what in _FILES.items() if (folder / name).exists()]
     lines += ["", *_uses(folder)]
     write_text(folder / README, "\n".join(lines) + "\n")
 
 
-def _title(folder: Path) -> tuple[str, str]:
+def _pictures(folder: Path) -> list[Path]:
+    """Returns the pictures that are there, relative to the folder."""
+    found = [folder / TRAINING, *sorted((folder / EVALUATION).glob("*.png"))]
+    return [path.relative_to(folder) for path in found if path.is_file()]
+
+
+def title_of(folder: Path) -> tuple[str, str]:
+    """Returns the name of what is in a folder and, of a recipe, its description."""
     if not (folder / RECIPE).is_file():
         return "A trained MetaLearner", ""
     recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     return recipe["name"], recipe["description"]
 
 
-def _state(folder: Path) -> list[str]:
+def state_of(folder: Path) -> list[str]:
+    """Returns what is known of the chosen state, as lines of a Markdown list.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
     lines: list[str] = []
     if (folder / CHECKPOINT).is_file():
         progress = load_tensors(folder / CHECKPOINT)[1]
@@ -135,7 +148,7 @@ def _uses(folder: Path) -> list[str]:
         return ["There is no model yet: training has not reached its first validation."]
     lines = [f'Use it: `ibaml.MetaLearner.load("{folder}")`, or `ibaml predict {folder} --support ... --query ...`.']
     if (folder / RECIPE).is_file():
-        name = _title(folder)[0]
+        name = title_of(folder)[0]
         lines += [f"Evaluate it: `ibaml evaluate {folder}`."]
         lines += [f"Resume or extend it: `ibaml train {name} --run-folder {folder}`."]
     return lines

@@ -17,6 +17,7 @@ from ibaml.data.sources import settings_of_tests
 from ibaml.learner import MetaLearner
 from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
+from ibaml.learner.report import write_report
 from ibaml.learner.run_folder import RECIPE, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.recipes.settings import Recipe
@@ -220,8 +221,9 @@ def evaluate_run(
         algorithm=records.to_json(learner.algorithm),
     )
     name = folder.name if recipe is None else recipe.name
-    if test is None:
-        draw_evaluation(target, evaluation, draw_tasks(tasks, 0, 1, seed=seed), title=name)
+    first = None if test is not None else draw_tasks(tasks, 0, 1, seed=seed)
+    draw_evaluation(target, evaluation, first, title=name)
+    write_report(folder)
     write_summary(folder)
     return EvaluatedRun(name, learner, evaluation, seed, target, tasks)
 
