@@ -5,6 +5,9 @@ task gradient descent turns the prior into a posterior N(m_t, diag d_t), and the
 predicts. The gradient for the prior does not go back through the descent: it comes from the implicit function theorem
 (Zhang et al. 2023), so its memory does not grow with the number of steps. A minute on one CPU thread.
 
+The library's default goes one step further: only the last layer is a task's own, and is solved exactly. Two such heads
+are at the end, `linear_gaussian` and `softmax`, for features that the layers below have computed.
+
 A distribution over d weights is a [2, d] tensor of means and log-variances: logarithms, because descent on a variance
 itself would sooner or later make it negative, and because weights may have variances as small as exp(-10).
 """
@@ -14,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.func import grad, grad_and_value, jvp, vmap
+from torch.func import grad, grad_and_value, hessian, jvp, vmap
 
 
 class Settings(NamedTuple):
@@ -122,6 +125,52 @@ def evaluate(prior, settings, num_tasks=200, num_samples=30):
     density, y = torch.distributions.Normal(f, settings.noise_variance**0.5), query[1].unsqueeze(1)
     inside = (density.cdf(y).mean(1) - 0.5).abs() < 0.45
     return (math.log(num_samples) - density.log_prob(y).logsumexp(1).mean()).item(), inside.float().mean().item()
+
+
+# Heads: a task's own weights w on features z, [examples, features]; the prior is [2, ...], means and log-variances.
+
+
+def linear_gaussian(prior, log_noise, z, y):
+    """Posterior N(mu, S) of the weights of y = z w + noise: S = (Z'Z/s2 + 1/D)^-1, mu = S (m/D + Z'y/s2)."""
+    precision = z.T @ z / log_noise.exp() + torch.diag(torch.exp(-prior[1]))
+    covariance = torch.linalg.inv(precision)
+    return covariance @ (prior[0] * torch.exp(-prior[1]) + z.T @ y / log_noise.exp()), covariance
+
+
+def linear_gaussian_loss(prior, log_noise, support, query):
+    """Minus the log predictive density of the query, mean over examples: y ~ N(z mu, z S z' + s2)."""
+    # The solution is a formula, so that automatic differentiation gives its exact derivative.
+    (mean, covariance), (z, y) = linear_gaussian(prior, log_noise, *support), query
+    variance = ((z @ covariance) * z).sum(-1) + log_noise.exp()
+    return 0.5 * ((y - z @ mean) ** 2 / variance + torch.log(2 * math.pi * variance)).mean()
+
+
+def softmax_inner_loss(w, prior, z, labels):
+    """Inner loss of weights [classes, features]: summed cross entropy + 1/2 |w - m|^2 / D, strictly convex."""
+    nll = torch.nn.functional.cross_entropy(z @ w.T, labels, reduction="sum")
+    return nll + 0.5 * ((w - prior[0]) ** 2 * torch.exp(-prior[1])).sum()
+
+
+def softmax(prior, z, labels, num_steps=30):
+    """Mode of the posterior by Newton's method, each step halved until the loss falls; and the Hessian there."""
+    loss = lambda flat: softmax_inner_loss(flat.view_as(prior[0]), prior, z, labels)  # noqa: E731
+    w = prior[0].flatten()
+    for _ in range(num_steps):
+        step = torch.linalg.solve(hessian(loss)(w), grad(loss)(w))
+        while loss(w - step) > loss(w) and step.norm() > 1e-14 * w.norm():
+            step = step / 2
+        w = w - step
+    return w.view_as(prior[0]), hessian(loss)(w)
+
+
+def softmax_hypergradient(prior, support, query):
+    """Gradient in the prior of the query's cross entropy at the mode: -(d2F/dprior dw) u with H u = dO/dw; and O."""
+    # The same theorem as above. H is exact, and so is w: no other error than rounding is left.
+    w, matrix = softmax(prior, *support)
+    outer, outer_loss = grad_and_value(lambda w: torch.nn.functional.cross_entropy(query[0] @ w.T, query[1]))(w)
+    u = torch.linalg.solve(matrix, outer.flatten()).view_as(w)
+    inner_gradient = lambda prior: grad(softmax_inner_loss)(w, prior, *support)  # noqa: E731
+    return -grad(lambda prior: (inner_gradient(prior) * u).sum())(prior), outer_loss
 
 
 def main(arguments=None):

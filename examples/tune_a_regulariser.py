@@ -76,8 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     candidates = [value.expand(NUM_FEATURES).clone() for value in grid]
     start = min(candidates, key=lambda c: float(mean_squared_error(train(c, training), validation)))
 
-    gradient, info = hypergradient(start, training, validation)
-    differences = finite_differences(start, training, validation)
+    (gradient, info), differences = (f(start, training, validation) for f in (hypergradient, finite_differences))
     error = float((gradient - differences).norm() / differences.norm())
     print(f"implicit gradient against finite differences: relative error {error:.1e}")
     print(f"how far to trust it: inner gradient {info.inner_grad_norm:.0e}, linear residual {info.linear_residual:.0e}")
@@ -87,7 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
     for _ in range(num_steps):
         log_strengths.grad, _ = hypergradient(log_strengths.detach(), training, validation)
         optimizer.step()
-
     tuned = log_strengths.detach()
     print("\nmean squared error   validation    test      (noise alone: 1)")
     for name, strengths in (("one strength", start), ("one per feature", tuned)):

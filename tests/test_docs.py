@@ -177,6 +177,23 @@ def test_compare(tmp_path, monkeypatch, few_steps):
     assert (tmp_path / "runs/mine/baselines/comparison.md").is_file()
 
 
+def test_from_maml(few_steps):
+    names = run("from-maml.md")
+    assert names["posterior"].value.keys() == dict(names["model"].named_parameters()).keys()
+    assert names["default"].meta_parameters.prior is not None
+
+
+def test_from_easyfsl(few_steps):
+    names = run("from-easyfsl.md")
+    assert names["prediction"].probs.shape == (12, 3)
+
+
+def test_from_setfit(tmp_path, monkeypatch, few_steps):
+    monkeypatch.setenv("IBAML_DATA", str(tmp_path))
+    names = run("from-setfit.md")
+    assert names["prediction"].probs.shape == (24, 3) and len(names["prediction"].out_of_task) == 24
+
+
 def test_faq():
     assert run("faq.md")["refused"]
 

@@ -28,13 +28,10 @@ def test_few_shot_characters_learns_and_draws(load_example: Callable[[str], Modu
     load_example("few_shot_characters").main(["--steps", "2", "--out", str(picture), *SMALL])
     output = capsys.readouterr().out
     # Even a hardly trained prior learns from 25 labelled images.
-    trained, calibrated = (line for line in output.splitlines() if line.startswith(("  as trained", "  calibrated")))
-    for line in (trained, calibrated):
-        assert 0.4 < number_after("accuracy", line) <= 1
-        assert 0 < number_after("nll", line) < 1.61
-    # A temperature hardly changes which class is the most probable one: not at all for a single weight sample.
-    assert abs(number_after("accuracy", trained) - number_after("accuracy", calibrated)) < 0.02
-    assert number_after("ECE", calibrated) < number_after("ECE", trained)
+    assert 0.4 < number_after("accuracy", output) <= 1
+    assert 0 < number_after("nll", output) < 1.61
+    assert 0 <= number_after("ECE of all answers", output) < 0.5
+    assert re.search(r"One task: \d+ of 75 right", output)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

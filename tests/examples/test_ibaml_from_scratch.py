@@ -15,7 +15,8 @@ from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise, make_algorith
 from ibaml.algorithms.model import Model, build_model
 from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP
-from ibaml.priors import DiagonalGaussian, DiagonalPrior, kl_divergence
+from ibaml.priors import DiagonalColumnPrior, DiagonalGaussian, DiagonalPrior, kl_divergence
+from ibaml.priors.columns import DiagonalColumns
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.types import Batch, Episode, Params, Tensor
@@ -149,6 +150,63 @@ def test_conjugate_gradients_solve_and_stop_at_negative_curvature(scratch):
     u, residual = scratch.conjugate_gradients(lambda v: -matrix @ v, rhs, ones, 6)
     assert u.tolist() == [0.0] * 6
     assert residual == 1.0
+
+
+class Given:
+    """What a head of the library asks of a model, with features that are given."""
+
+    def __init__(self, num_outputs: int) -> None:
+        self.num_outputs = num_outputs
+
+    def features(self, shared: Params, x: Tensor) -> Tensor:
+        return x
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def with_constant(x: Tensor) -> Tensor:
+    """The library's heads have a constant feature as the last."""
+    return torch.cat([x, torch.ones_like(x[:, :1])], -1)
+
+
+@pytest.mark.parametrize("num_support", [2, 9])
+def test_linear_gaussian_head_is_that_of_the_library(scratch, num_support):
+    member = DiagonalColumns(draw(1, 4, seed=0), draw(1, 4, seed=1))
+    log_noise = draw(1, seed=2)
+    support, query = (Batch(draw(size, 3, seed=size), draw(size, 1, seed=100 + size)) for size in (num_support, 5))
+    algorithm = make_algorithm("linear_gaussian", prior=DiagonalColumnPrior(tied=False, learn_mean=True))
+    meta = MetaParameters(member, {Gaussian.parameter_name: log_noise})
+    expected, info = algorithm.hypergradient(Given(1), meta, Episode(support, query), TaskNoise({}, {}))
+
+    def loss(prior: Tensor, log_noise: Tensor) -> Tensor:
+        parts = [(with_constant(part.x), part.y[:, 0]) for part in (support, query)]
+        return scratch.linear_gaussian_loss(prior, log_noise, *parts)
+
+    prior = torch.cat(member)
+    by_prior, by_noise = torch.func.grad(loss, argnums=(0, 1))(prior, log_noise[0])
+    torch.testing.assert_close(loss(prior, log_noise[0]), info.outer_loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(by_prior, torch.cat(expected.prior), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(by_noise, expected.shared[Gaussian.parameter_name][0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_support", [4, 9])
+def test_softmax_head_is_that_of_the_library(scratch, num_support):
+    family = DiagonalColumnPrior(tied=False, learn_mean=True)
+    member = DiagonalColumns(draw(3, 4, seed=0), 2 + draw(3, 4, seed=1))
+    support, query = (Batch(draw(size, 3, seed=size), torch.arange(size) % 3) for size in (num_support, 5))
+    algorithm = make_algorithm("softmax", prior=family)
+    meta = MetaParameters(member, {})
+    expected, info = algorithm.hypergradient(Given(3), meta, Episode(support, query), TaskNoise({}, {}))
+    parts = [(with_constant(part.x), part.y) for part in (support, query)]
+    gradient, outer_loss = scratch.softmax_hypergradient(torch.stack(member), *parts)
+    torch.testing.assert_close(outer_loss, info.outer_loss, rtol=1e-8, atol=0)
+    assert gradient.norm() > 1e-3
+    torch.testing.assert_close(gradient, torch.stack(expected.prior), rtol=1e-6, atol=1e-8)
+    mode, _ = scratch.softmax(torch.stack(member), *parts[0])
+    slope = torch.func.grad(scratch.softmax_inner_loss)(mode, torch.stack(member), *parts[0])
+    assert slope.norm() < 1e-10
 
 
 def test_it_imports_torch_and_the_standard_library_only(scratch):
