@@ -38,13 +38,6 @@ def test_readme_blocks_run_as_written(tmp_path, monkeypatch, glyph_cache):
     (x, y), *_ = tasks
     data = {"train_tasks": tasks, "x_support": x[:5], "y_support": y[:5], "x_query": x[5:]}
     data |= {"x_more": x[5:6], "y_more": y[5:6]}
-        "train_tasks": tasks,
-        "x_support": x[:5],
-        "y_support": y[:5],
-        "x_query": x[5:],
-        "x_more": x[5:6],
-        "y_more": y[5:6],
-    }
     fit = ibaml.MetaLearner.fit
     monkeypatch.setattr(ibaml.MetaLearner, "fit", lambda self, *a, **k: fit(self, *a, **{**k, "num_steps": 2}))
     exec(blocks[0], data)
