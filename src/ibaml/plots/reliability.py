@@ -13,11 +13,13 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from ibaml.metrics import ReliabilityCurve
 from ibaml.plots.style import BLUE, GREY, STYLE, VERMILION, WIDTH, new_figure
 
+_LEAST_PREDICTIONS = 3
+
 
 def reliability_diagram(curves: Mapping[str, ReliabilityCurve], *, title: str = "Are the confidences right?") -> Figure:
     """Accuracy against confidence for each method, the gap to the diagonal shaded, the number of predictions below.
 
-    Points below the diagonal are overconfident. ECE and MCE are those of the pooled predictions.
+    Points below the diagonal are overconfident. The line joins bins of at least three predictions. ECE and MCE are those of the pooled predictions.
 
     Examples:
         >>> import torch
@@ -95,8 +97,11 @@ def _draw_reliability(top: Axes, bottom: Axes, curve: ReliabilityCurve, highest:
         label="gap to the mean confidence",
     )
     top.plot([0, 1], [0, 1], "--", color=GREY, lw=1.2, label="calibrated")
+    # A bin of one or two predictions may have any accuracy: the line passes it over.
+    firm = count[filled] >= _LEAST_PREDICTIONS
+    top.plot(confidence[firm], accuracy[firm], "-", color=BLUE, lw=1.5, clip_on=False, zorder=3)
     # Accuracies of exactly 0 and 1 are drawn whole.
-    top.plot(confidence, accuracy, "o-", color=BLUE, ms=5, lw=1.5, clip_on=False, zorder=3, label="accuracy")
+    top.plot(confidence, accuracy, "o", color=BLUE, ms=5, clip_on=False, zorder=3, label="accuracy")
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.tick_params(labelbottom=False)
     # Above the diagonal on the left is where a reliability diagram is emptiest.

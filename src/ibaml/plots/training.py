@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ibaml.plots.style import BLUE, STYLE, VERMILION, WIDTH, Array, new_figure
 
@@ -137,5 +137,10 @@ def _draw_training(axes: Axes, panel: _Panel, training: tuple[Array, Array], val
             # Nearly constant: rounding would fill the axis, which would then have no decade to label.
             center = math.sqrt(low * high)
             axes.set_ylim(center / 4, center * 4)
+        if high < 100 * low:
+            # Between few decades matplotlib labels every minor tick, as 2 x 10^-1 and the like.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
