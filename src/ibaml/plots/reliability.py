@@ -19,7 +19,8 @@ _LEAST_PREDICTIONS = 3
 def reliability_diagram(curves: Mapping[str, ReliabilityCurve], *, title: str = "Are the confidences right?") -> Figure:
     """Accuracy against confidence for each method, the gap to the diagonal shaded, the number of predictions below.
 
-    Points below the diagonal are overconfident. The line joins bins of at least three predictions. ECE and MCE are those of the pooled predictions.
+    Points below the diagonal are overconfident. The line joins bins of at least three predictions. ECE and MCE are
+    those of the pooled predictions.
 
     Examples:
         >>> import torch
