@@ -6,6 +6,7 @@ The topics of training are others than those of the test.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +32,11 @@ TOPICS = {
     "space": "planet rocket orbit telescope astronaut galaxy comet moon",
     "housing": "tenant rent landlord kitchen apartment lease roof basement",
 }
-FRAMES = (
-    "tell me about the {}",
-    "a question on {} from yesterday",
-    "she was talking of {}",
-    "we need help with the {}",
-)
 
 
 def sentences(topic: str) -> list[str]:
     """Sentences about a topic."""
-    return [frame.format(word) for word in TOPICS[topic].split() for frame in FRAMES]
+    return [f"about {one} and {other}" for one, other in itertools.combinations(TOPICS[topic].split(), 2)]
 
 
 def make_task(topics: list[str], rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
