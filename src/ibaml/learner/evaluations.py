@@ -171,11 +171,11 @@ class _Pooled(NamedTuple):
 
 def _pooled(evaluation: Evaluation) -> _Pooled:
     targets = torch.cat(list(evaluation.query_targets)).unsqueeze(0)
-    distributions = [getattr(one, "cdf", None) for one in evaluation.predictions]
-    if all(distributions):
-        pairs = zip(distributions, evaluation.query_targets, strict=True)
-        return _Pooled(None, torch.cat([cdf(y).flatten() for cdf, y in pairs]).unsqueeze(0), targets)
-    log_probs = [one.tensors()["log_probs"] for one in evaluation.predictions]
+    predictions: Any = evaluation.predictions
+    if hasattr(predictions[0], "cdf"):
+        pairs = zip(predictions, evaluation.query_targets, strict=True)
+        return _Pooled(None, torch.cat([one.cdf(y).flatten() for one, y in pairs]).unsqueeze(0), targets)
+    log_probs = [one.tensors()["log_probs"] for one in predictions]
     if len({one.shape[-1] for one in log_probs}) > 1:
         return _Pooled(None, None, targets)
     return _Pooled(torch.cat(log_probs).exp().unsqueeze(0), None, targets)
