@@ -29,11 +29,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @functools.cache
 def fake_images(image_size: int, channels: int = 1) -> ClassImages:
-    """Twenty classes of twenty random images: what every image source has at least."""
+    """Twenty classes of twenty random images, what every image source has at least; sixty of drawn ones."""
+    num_classes = 60 if channels == 1 else 20
+    size = (20 * num_classes, channels, image_size, image_size)
     return ClassImages(
-        images=torch.randint(0, 256, (400, channels, image_size, image_size), generator=generator(), dtype=torch.uint8),
-        class_start=torch.arange(21) * 20,
-        class_names=tuple(f"class {index}" for index in range(20)),
+        images=torch.randint(0, 256, size, generator=generator(), dtype=torch.uint8),
+        class_start=torch.arange(num_classes + 1) * 20,
+        class_names=tuple(f"class {index}" for index in range(num_classes)),
     )
 
 
