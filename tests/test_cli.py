@@ -414,7 +414,8 @@ def test_evaluate_reports_what_it_stores(ibaml, trained):
     code, output, errors = ibaml("evaluate", trained / "b", "--tasks", 5)
     assert code == 0
     step = read_metadata(trained / "b")["step"]
-    assert f"sinusoid_5shot_ibaml: 5 test tasks, seed 0, state of step {step}, temperature 0.025" in output
+    assert "sinusoid_5shot_ibaml: test on 5 tasks with 5 known and " in output
+    assert f" predicted examples; seed 0, state of step {step}, temperature 0.025" in output
     report = json.loads((trained / "b" / "evaluation" / "report.json").read_text())
     assert report["algorithm"]["temperature"] == 0.025 and report["step"] == step
     with (trained / "b" / "evaluation" / "per_task.csv").open() as file:

@@ -92,6 +92,8 @@ class EvaluateOptions:
 
     Attributes:
         tasks: Number of test tasks, instead of the recipe's.
+        num_support: How many rows of each task of --test will be known; tasks with fewer are left out and named
+            [default: as in training, or half of its rows].
         seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
         data: Folder with data files, searched before $IBAML_DATA and the per-user cache.
         out_of_task: Whether queries of another task are predicted as well, to see whether the model notices them.
@@ -101,6 +103,7 @@ class EvaluateOptions:
     """
 
     tasks: int | None = None
+    num_support: int | None = None
     seed: int = 0
     out_of_task: bool = False
     data: Path | None = None
@@ -238,6 +241,7 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
         folder,
         recipe=recipe,
         test=options.test,
+        num_support=options.num_support,
         num_tasks=options.tasks,
         seed=options.seed,
         out_of_task=options.out_of_task,

@@ -81,7 +81,7 @@ def test_table_and_frame(learner):
         ([], ValueError, "num_support is []; expected numbers of rows such as [0, 1, 2, 5, 10]."),
         ([-1, 2], ValueError, "num_support is [-1, 2]; expected numbers of rows"),
         ([0.5], TypeError, "num_support holds 0.5, a float; expected integers."),
-        ([40], ValueError, "num_support goes up to 40, but no task has 40 rows and one more to predict"),
+        ([40], ValueError, "num_support asks for 40 known rows, but no task has 40 rows and one more"),
     ],
 )
 def test_numbers_that_are_refused(learner, num_support, kind, message):
@@ -90,7 +90,7 @@ def test_numbers_that_are_refused(learner, num_support, kind, message):
 
 
 def test_tasks_that_are_refused(learner):
-    with pytest.raises(TypeError, match="tasks is a SinusoidTasks, but a learning curve splits the rows of tasks"):
+    with pytest.raises(TypeError, match="tasks is a SinusoidTasks, but num_support splits the rows of data"):
         learner.learning_curve(SinusoidTasks(num_shots=3, num_queries=3))
     network = MLP(1, input_shape=2, hidden_sizes=(3,))
     without = MetaLearner(network, "maml", "gaussian").fit(table(5), task="group", target="y", num_steps=1)
@@ -100,7 +100,7 @@ def test_tasks_that_are_refused(learner):
     rng = np.random.default_rng(0)
     pairs = [(rng.normal(size=(8, 2)), list("abab" * 2)) for _ in range(4)]
     own = MetaLearner(classes="per_task").fit(pairs, num_steps=1).fitted_model
-    with pytest.raises(ValueError, match="num_support holds 1, but each task has 2 classes of its own and needs a"):
+    with pytest.raises(ValueError, match="num_support asks for 1 known rows, but task '0' has 2 classes of its own"):
         learning_curve(own, pairs, SplitSettings(), [1, 4], seed=0)
     assert learning_curve(own, pairs, SplitSettings(), [2, 4], seed=0).num_tasks == 4
 

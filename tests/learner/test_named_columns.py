@@ -117,7 +117,7 @@ def test_what_is_unseen_is_a_warning_everywhere(learner):
         lambda: posterior.update(own, own.score),
         lambda: posterior.predict(own),
         lambda: learner.evaluate(new),
-        lambda: learner_of(students()).calibrate(new),
+        lambda: learner_of(students()).calibrate(students(10, seed=5).assign(kind="night")),
     ):
         with pytest.warns(RuntimeWarning, match="column 'kind' holds 'night', which training") as caught:
             use()

@@ -326,7 +326,7 @@ def test_from_data_to_a_saved_and_calibrated_model(likelihood, tmp_path):
     generator = np.random.default_rng(3)
     counts = [generator.poisson(4.0, size=(12, 2)) for _ in range(6)]
     tasks = [(generator.normal(size=(12, 2)), y if likelihood == "poisson" else y / 3) for y in counts]
-    learner = MetaLearner(likelihood=likelihood).fit(tasks, num_steps=1).calibrate(tasks[:3])
+    learner = MetaLearner(likelihood=likelihood).fit(tasks, num_steps=1).calibrate(2 * tasks)
     x, y = tasks[0]
     prediction = learner.adapt(x[:6], y[:6]).predict(x[6:])
     assert prediction.mean.shape == (6, 2) and isinstance(prediction.mean, np.ndarray)

@@ -40,7 +40,7 @@ def test_what_one_row_tells_of_the_others_is_the_covariance_with_it(algorithm):
 
 
 def test_targets_have_a_matrix_each_in_units_of_their_own():
-    posterior = learner(num_targets=2).calibrate(list(zip(X, Y, strict=True))).adapt(X[1][:5], Y[1][:5])
+    posterior = learner(num_targets=2).calibrate(3 * list(zip(X, Y, strict=True))).adapt(X[1][:5], Y[1][:5])
     prediction = posterior.predict(X[1][6:], joint=True)
     assert prediction.covariance.shape == (2, 6, 6)
     np.testing.assert_allclose(

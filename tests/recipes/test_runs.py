@@ -18,6 +18,7 @@ from ibaml.cli import main
 from ibaml.learner.evaluations import read_evaluation, write_evaluation
 from ibaml.learner.folder import MODEL, SETTINGS
 from ibaml.learner.run_folder import write_summary
+from ibaml.networks import MLP
 from ibaml.posterior import FittedModel
 from ibaml.recipes import get_recipe, runs
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
@@ -222,7 +223,8 @@ def test_every_way_to_evaluate_gives_the_same_numbers(trained):
     assert stored.algorithm == records.to_json(RECIPE.algorithm)
     for name, value in direct.per_task.items():
         assert torch.equal(stored.per_task[name], value)
-    assert found.headline == f"{NAME}: 3 test tasks, seed 4, state of step {fitted.step}, temperature 0.025"
+    used = f"3 tasks with 5 known and {RECIPE.data.num_test_queries} predicted examples"
+    assert found.headline == f"{NAME}: test on {used}; seed 4, state of step {fitted.step}, temperature 0.025"
     pictures = {path.name for path in (trained / "evaluation").iterdir()}
     drawn = {"quantiles.png", "example_task.png"}
     assert pictures == {"report.json", "report.html", "per_task.csv", "predictions.safetensors", *drawn}
@@ -246,6 +248,25 @@ def test_evaluating_what_is_not_trained(tmp_path, trained):
     MetaLearner.load(trained).save(tmp_path)
     with pytest.raises(ValueError, match="was not trained by a recipe, which would name its test tasks: give --test"):
         runs.evaluate_run(tmp_path)
+
+
+def test_evaluating_with_known_rows_of_a_table(tmp_path, trained):
+    with pytest.raises(ValueError, match="num_support splits the rows of --test; the tasks of a recipe come with"):
+        runs.evaluate_run(trained, num_support=2)
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"task": np.arange(60) // 10, "x": rng.normal(size=60), "y": rng.normal(size=60)})
+    model = MLP(1, input_shape=1, hidden_sizes=(3,), norm="none")
+    learner = MetaLearner(model, "linear_gaussian", "gaussian").fit(table, task="task", target="y", num_steps=1)
+    learner.save(tmp_path / "model")
+    table[:55].to_csv(tmp_path / "test.csv", index=False)
+    with pytest.warns(RuntimeWarning, match="1 of 6 tasks left out: '5' has 5 different rows"):
+        found = runs.evaluate_run(tmp_path / "model", test=tmp_path / "test.csv", num_support=6)
+    assert found.headline.startswith("model: test on 5 tasks with 6 known and 4 predicted examples, 1 left out; seed 0")
+    expected = learner.evaluate(table[:50], num_support=6)["nll"].mean
+    assert found.evaluation.report["nll"].mean == pytest.approx(expected, rel=1e-5)
+    assert read_evaluation(tmp_path / "model").tasks["data"]["num_support"] == 6
+    stored = json.loads((tmp_path / "model" / "evaluation" / "report.json").read_text())
+    assert stored["num_support"] == {"smallest": 6, "median": 6, "largest": 6} and [*stored["left_out"]] == ["5"]
 
 
 # Stored evaluations

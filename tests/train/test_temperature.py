@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ibaml.likelihoods import ClassPrediction, GaussianComponents, MixturePrediction
-from ibaml.train.temperature import fit_temperature, output_temperature
+from ibaml.metrics import estimate
+from ibaml.train.temperature import LEAST_TASKS, fit_abstention, fit_temperature, recalibrate
 
 
 def test_class_probabilities_that_are_too_sure_by_a_known_factor():
@@ -79,14 +80,66 @@ def classes(num_tasks: int, factor: float) -> tuple[list[ClassPrediction], list[
 
 def test_a_temperature_is_taken_where_its_gain_is_clear() -> None:
     predictions, labels = classes(30, 3.0)
-    assert output_temperature(predictions, labels) == fit_temperature(predictions, labels) == pytest.approx(3, rel=0.2)
+    found = recalibrate(predictions, labels)
+    assert found.temperature == fit_temperature(predictions, labels) == pytest.approx(3, rel=0.2)
+    assert found.is_taken and found.gain.low > 0 and str(found).startswith("temperature 1 -> ")
     for num_tasks in (1, 2, 30):
         predictions, labels = classes(num_tasks, 1.0)
-        assert fit_temperature(predictions, labels) != 1
-        assert output_temperature(predictions, labels) == 1
+        found = recalibrate(predictions, labels)
+        assert found.fitted != 1 == found.temperature
+    assert "(not clear), on 30 tasks held apart" in repr(found)
+
+
+def test_few_tasks_know_no_temperature() -> None:
+    predictions, labels = classes(LEAST_TASKS, 5.0)
+    assert recalibrate(predictions, labels).is_taken
+    found = recalibrate(predictions[1:], labels[1:], before=1.7, num_support=[3] * 8 + [5])
+    assert found.gain.low > 0 and not found.is_taken and found.temperature == 1.7
+    assert str(found) == "temperature stays 1.7: 9 tasks, with 3 to 5 (median 3) known examples; needed are 10"
+
+
+def gaussians(num_tasks: int) -> tuple[list[MixturePrediction], list[torch.Tensor]]:
+    """Predictions of unit variance, and targets whose standard deviation is 2 in one task and 3 in the next."""
+    draw = torch.Generator().manual_seed(4)
+    targets = [(2 + i % 2) * torch.randn(9, 1, generator=draw, dtype=torch.float64) for i in range(num_tasks)]
+    unit = GaussianComponents(torch.zeros(1, 9, 1).double(), torch.ones(1).double())
+    return [MixturePrediction(unit)] * num_tasks, targets
+
+
+def test_the_gain_is_that_of_tasks_on_which_the_temperature_was_not_fitted() -> None:
+    predictions, targets = gaussians(24)
+    squares = torch.stack([(y**2).mean() for y in targets])
+
+    def nll(variance: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (squares / variance + variance.log() + math.log(2 * math.pi))
+
+    fold = torch.arange(24) % 10
+    variance = torch.stack([squares[fold != one].mean() for one in fold])
+    found = recalibrate(predictions, targets, before=4.0)
+    assert found.fitted == pytest.approx(float(squares.mean().sqrt()), rel=1e-5)
+    assert found.nll_after.mean == pytest.approx(float(nll(variance).mean()), abs=1e-3)
+    assert found.nll_before.mean == pytest.approx(float(nll(torch.tensor(16.0)).mean()), abs=1e-6)
+    expected = estimate(nll(torch.tensor(16.0)) - nll(variance))
+    assert (found.gain.mean, found.gain.half_width) == pytest.approx((expected.mean, expected.half_width), abs=2e-3)
+
+
+def test_a_task_that_is_drawn_again_is_no_further_task() -> None:
+    predictions, targets = gaussians(12)
+    once = recalibrate(predictions, targets)
+    sources = [number for number in range(12) for _ in range(5)]
+    again = recalibrate([predictions[one] for one in sources], [targets[one] for one in sources], sources=sources)
+    assert again.num_tasks == 12 and again.fitted == pytest.approx(once.fitted, rel=1e-6)
+    assert again.gain.half_width == pytest.approx(once.gain.half_width, rel=1e-6)
+    predictions, labels = classes(6, 1.0)
+    curve = fit_abstention(predictions, labels)
+    repeated = fit_abstention(5 * predictions, 5 * labels, sources=5 * [*range(6)])
+    naive = fit_abstention(5 * predictions, 5 * labels)
+    assert float(naive.error_bound[0]) < float(repeated.error_bound[0])
+    assert float(repeated.error_bound[0]) == pytest.approx(float(curve.error_bound[0]), rel=0.1)
 
 
 def test_a_probability_of_zero_says_nothing_of_the_temperature() -> None:
     sure = ClassPrediction(torch.tensor([[[0.0, 1.0], [0.5, 0.5]]]).double().log())
     # The first label has the probability zero at every temperature.
-    assert output_temperature([sure, sure], [torch.tensor([0, 1]), torch.tensor([1, 1])]) == 1
+    found = recalibrate([sure] * 10, [torch.tensor([0, 1]), torch.tensor([1, 1])] * 5)
+    assert found.temperature == 1

@@ -759,12 +759,12 @@ def test_validations_are_where_they_are_due_and_at_the_end(tmp_path):
 
 
 def test_logged_validation_equals_an_evaluation_of_that_state(tmp_path):
-    result = fit(tmp_path, "ibaml")
+    result = fit(tmp_path, "ibaml", settings=dataclasses.replace(SMALL, num_validation_tasks=12))
     logged = {row["step"]: row for row in rows_of(tmp_path) if "validation_nll" in row}
     fitted = fitted_model(image_model(), ALGORITHMS["ibaml"], result.meta)
     fitted = dataclasses.replace(fitted, temperature=result.chosen.temperature)
     assert logged[result.best_step]["validation_temperature"] == fitted.temperature != 1
-    again = evaluation.evaluate(fitted, image_tasks(1), num_tasks=3, seed=SMALL.seed + 10**6)
+    again = evaluation.evaluate(fitted, image_tasks(1), num_tasks=12, seed=SMALL.seed + 10**6)
     assert logged[result.best_step]["validation_nll"] == pytest.approx(again.report["nll"].mean, abs=1e-6)
     assert min(row["validation_nll"] for row in logged.values()) == logged[result.best_step]["validation_nll"]
 

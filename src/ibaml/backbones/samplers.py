@@ -54,7 +54,7 @@ class FeatureTasks:
         self.input_shape: tuple[int, ...] = (num_features,)
         self._to_features = to_features
         # What a sampler may offer beside the Protocol, this one has where that one does.
-        for name in ("class_scope", "sample_classes"):
+        for name in ("class_scope", "sample_classes", "sample_indices", "left_out"):
             if hasattr(sampler, name):
                 setattr(self, name, getattr(sampler, name))
 

@@ -14,7 +14,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.prepare import is_raw, prepare
 from ibaml.learner import MetaLearner, defaults
-from ibaml.learner.held_out import columns_of
+from ibaml.learner.known_rows import columns_of
 from ibaml.likelihoods import Categorical, Gaussian, Likelihood
 from ibaml.networks import MLP, network_settings
 from ibaml.posterior import FittedModel

@@ -25,7 +25,7 @@ from ibaml.learner import MetaLearner
 from ibaml.likelihoods import Gaussian
 from ibaml.priors import DiagonalColumnPrior
 from ibaml.train.evaluate import Evaluation
-from ibaml.train.temperature import output_temperature
+from ibaml.train.temperature import recalibrate
 from ibaml.types import Batch, TaskSampler, Tensor
 
 _SMALLEST_NOISE = 1e-10
@@ -141,7 +141,7 @@ def tempered(learner: MetaLearner, evaluation: Evaluation) -> tuple[MetaLearner,
         learner: A fitted learner of temperature 1.
         evaluation: Its predictions for the validation tasks.
     """
-    temperature = output_temperature(evaluation.predictions, evaluation.query_targets)
+    temperature = recalibrate(evaluation.predictions, evaluation.query_targets, sources=evaluation.sources).temperature
     nlls = [
         float(prediction.tempered(temperature).nll(targets).double().mean())
         for prediction, targets in zip(evaluation.predictions, evaluation.query_targets, strict=True)

@@ -79,12 +79,21 @@ class FixedEpisodes:
         Raises:
             ValueError: If several tasks of unequal sizes are asked for.
         """
-        require_positive_int("num_tasks", num_tasks)
-        require_cpu_generator(generator)
+        indices = self.sample_indices(num_tasks, generator=generator)
         if num_tasks > 1 and not self.has_equal_sizes:
             raise ValueError(
                 f"num_tasks is {num_tasks}, but the episodes have unequal sizes and cannot be stacked: draw one at a "
                 "time, which in training means tasks_per_step=1."
             )
-        indices = torch.randint(len(self.episodes), (num_tasks,), generator=generator).tolist()
         return tree.map(lambda *leaves: torch.stack(leaves), *(self.episodes[index] for index in indices))
+
+    def sample_indices(self, num_tasks: int, *, generator: torch.Generator) -> list[int]:
+        """Returns which Episodes ``sample`` draws from a generator in the same state.
+
+        Raises:
+            TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
+            ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
+        """
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        return torch.randint(len(self.episodes), (num_tasks,), generator=generator).tolist()

@@ -27,7 +27,8 @@ class GroupedTasks(RaggedTasks):
         ValueError: If the lengths differ, a value is not finite, or no group has more than ``num_support`` rows.
 
     Attributes:
-        names: The groups, in order of first appearance; those with too few rows for a query are left out.
+        names: The groups, in order of first appearance, but for those in ``left_out``.
+        left_out: Groups with too few rows for a query, and why.
 
     Examples:
         >>> x, y = torch.arange(8.0)[:, None], torch.arange(8.0)
@@ -73,6 +74,11 @@ class GroupedTasks(RaggedTasks):
                 f"{max(map(len, members.values()), default=0)} rows: at least one has to be left for the query set."
             )
         self.names = tuple(large)
+        self.left_out = {
+            str(group): f"has {len(rows)} rows, and {num_support} known ones and one to predict are needed"
+            for group, rows in members.items()
+            if group not in large
+        }
         self.tasks = tuple(Batch(x[rows], y[rows]) for rows in large.values())
         super().__init__(torch.tensor([len(rows) for rows in large.values()]), num_query=num_queries)
 
@@ -101,6 +107,6 @@ class GroupedTasks(RaggedTasks):
         """Draws a support and a query set of one group, without a task axis; see ``RaggedTasks``."""
         x, y = self.tasks[index]
         order = torch.randperm(len(x), generator=generator)
-        support, rest = order.tensor_split([num_support or self.num_support])
+        support, rest = order.tensor_split([self.num_support if num_support is None else num_support])
         query = rest[:num_query]
         return Episode(Batch(x[support], y[support]), Batch(x[query], y[query]))

@@ -58,6 +58,12 @@ class RaggedTasks(abc.ABC):
         episodes = [self.episode(index, num_support, num_query, generator=generator) for index in indices]
         return tree.map(lambda *leaves: torch.stack(leaves), *episodes)
 
+    def sample_indices(self, num_tasks: int, *, generator: torch.Generator) -> list[int]:
+        """Returns which tasks ``sample`` draws from a generator in the same state; arguments and errors as there."""
+        require_positive_int("num_tasks", num_tasks)
+        require_cpu_generator(generator)
+        return self._draw(num_tasks, generator)[0]
+
     @abc.abstractmethod
     def episode(
         self, index: int, num_support: int | None = None, num_query: int | None = None, *, generator: torch.Generator
@@ -66,7 +72,8 @@ class RaggedTasks(abc.ABC):
 
         Args:
             index: Which task, from 0 to ``len(tasks) - 1``.
-            num_support: Support size. None: that of the draws, if they have one, or what suits the task.
+            num_support: Support size; 0 leaves all to the query. None: that of the draws, if they have one, or what
+                suits the task.
             num_query: Query size. None: all the rest.
             generator: CPU generator.
         """
@@ -143,14 +150,14 @@ class TaskSplits(RaggedTasks):
         self._smallest = torch.tensor([self._smallest_support(task) for task in self.tasks])
         super().__init__(torch.tensor([self._usable(index) for index in range(len(self.tasks))]), num_query=num_query)
         for index, name in enumerate(self.names):
-            smallest = int(self._smallest[index]) if num_support is None else num_support
             if num_support is not None and num_support < int(self._smallest[index]):
                 raise ValueError(
                     f"num_support is {num_support}, but task {name!r} has {int(self._smallest[index])} classes and its "
                     "support needs one example of each: raise num_support."
                 )
-            if int(self.capacities[index]) < smallest + 1:
-                self._refuse(index, smallest)
+        needed = self._smallest if num_support is None else torch.full_like(self._smallest, num_support)
+        if too_small := torch.nonzero(self.capacities < needed + 1).flatten().tolist():
+            self._refuse(too_small, int(needed[too_small[0]]))
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -225,7 +232,8 @@ class TaskSplits(RaggedTasks):
             labels = position.argmax(1)
         wanted = None if labels is None or not self._holds_every_class else labels[rows]
         order = rows[self._order(groups[rows], wanted, generator)]
-        num_support = num_support or self.num_support or max(len(order) // 2, int(self._smallest[index]))
+        if num_support is None:
+            num_support = self.num_support or max(len(order) // 2, int(self._smallest[index]))
         support, rest = order[:num_support], order[num_support:]
         query = rest[~torch.isin(groups[rest], groups[support])][:num_query]
         targets = task.y if labels is None else labels
@@ -275,7 +283,9 @@ class TaskSplits(RaggedTasks):
         _, group_sizes = groups.unique(return_counts=True)
         return total - int((group_sizes.sort(descending=True).values[:most_cut] - 1).sum())
 
-    def _refuse(self, index: int, smallest: int) -> None:
+    def _refuse(self, too_small: Sequence[int], smallest: int) -> None:
+        """Tells of the first task that is too small, and names the others."""
+        index, *others = too_small
         task, groups = self.tasks[index], self._groups[index]
         num_rows, num_groups = len(task.y), len(groups.unique())
         repeated = (
@@ -284,9 +294,12 @@ class TaskSplits(RaggedTasks):
             if num_groups < num_rows
             else ""
         )
+        shown = ", ".join(repr(self.names[other]) for other in others[:10])
+        more = " and others" if len(others) > 10 else ""
+        also = f" So are {len(others)} more: {shown}{more}." if others else ""
         raise ValueError(
             f"task {self.names[index]!r} has {num_rows} examples{repeated}; a split needs at least {smallest} for the "
-            "support and 1 for the query: drop the task or give it more."
+            f"support and 1 for the query: drop the task or give it more.{also}"
         )
 
 

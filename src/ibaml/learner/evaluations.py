@@ -13,7 +13,7 @@ import torch
 
 from ibaml.atomic import write_text
 from ibaml.learner.run_folder import EVALUATION
-from ibaml.metrics import Estimate, quantile_curve, reliability_curve, selective_curve
+from ibaml.metrics import Estimate, Sizes, quantile_curve, reliability_curve, selective_curve
 from ibaml.train.checkpoint import save_tensors
 from ibaml.train.evaluate import Evaluation
 from ibaml.types import Batch, Episode, Tensor
@@ -59,6 +59,8 @@ def write_evaluation(
     target.mkdir(exist_ok=True)
     report = {
         "tasks": {**tasks, "num_tasks": len(next(iter(evaluation.per_task.values())))},
+        "num_support": Sizes.of(evaluation.num_support)._asdict(),
+        "left_out": dict(evaluation.left_out),
         "step": step,
         "algorithm": algorithm,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -160,7 +160,7 @@ def store_solved(
             console=console,
             processes=processes,
         )
-        fitted, nll = calibrated(fitted, held_out), held_out.report["nll"].mean
+        fitted, nll = calibrated(fitted, [held_out]), held_out.report["nll"].mean
     chosen = Chosen(fitted.meta, solved.num_steps, nll, fitted.temperature, fitted.abstention)
     if run_folder is not None:
         processes.on_first(lambda: _store(run_folder, fitted, write, processes))

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,10 +13,11 @@ from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.curve import learning_curve
 from ibaml.learner.estimator import Estimator, NotFittedError
 from ibaml.learner.groups import predict_new
-from ibaml.learner.held_out import calibrated, evaluate_held_out
+from ibaml.learner.held_out import calibrate_held_out, evaluate_held_out
 from ibaml.learner.online import observe_task
+from ibaml.learner.scores import EvaluationReport
 from ibaml.likelihoods import Prediction
-from ibaml.metrics import Estimate, LearningCurve
+from ibaml.metrics import LearningCurve, Recalibration
 from ibaml.posterior import FittedModel, TaskPosterior
 from ibaml.train.checkpoint import meta_from_tensors, meta_to_tensors
 from ibaml.train.evaluate import Evaluation
@@ -105,8 +106,9 @@ class Predictor(Estimator):
         fitted = self.fitted_model
         like = algorithm.init(fitted.model.adapted, fitted.model.shared, generator=torch.Generator())
         meta = meta_from_tensors(meta_to_tensors(fitted.meta), like=like, source="the fitted learner")
-        # How often it errs was counted of the other one.
-        other = self.with_fitted(dataclasses.replace(fitted, algorithm=algorithm, meta=meta, abstention=None))
+        # What was counted and measured on held-out tasks was of the other one.
+        changes = {"algorithm": algorithm, "meta": meta, "abstention": None, "recalibration": None}
+        other = self.with_fitted(dataclasses.replace(fitted, **changes))
         other.algorithm, other._parameters = algorithm, {**self._parameters, "algorithm": algorithm}
         return other
 
@@ -212,44 +214,73 @@ class Predictor(Estimator):
         self._fitted = observe_task(self.fitted_model, x, y, most_tasks)
         return self
 
-    def calibrate(self, validation_tasks: Any, *, num_tasks: int = 200, seed: int = 0) -> Self:
+    @property
+    def recalibration(self) -> Recalibration | None:
+        """What the last ``calibrate`` found, in one line by ``str``; None before, and after ``load``."""
+        return None if self._fitted is None else self._fitted.recalibration
+
+    def calibrate(
+        self,
+        validation_tasks: Any,
+        *,
+        num_support: int | Iterable[int] | None = None,
+        num_tasks: int = 200,
+        seed: int = 0,
+    ) -> Self:
         """Fits one temperature on held-out tasks, by which all later predictions are made surer or less so.
 
-        It stays 1 where the gain in nll is not clear: where its 95% interval, paired over the tasks, includes zero.
+        It stays as ``fit`` left it (1, or that of its validation tasks) where the gain in nll is not clear: where the
+        gain's 95% interval, paired over tasks on which the temperature was not fitted, includes zero, or where there
+        are fewer than ``ibaml.train.temperature.LEAST_TASKS`` tasks. ``recalibration`` says what was found.
+
+        How sure predictions ought to be depends on how many rows are known: say how many there will be.
 
         For classes it divides logits, and it is counted how often predictions of each confidence are wrong, from which
         ``predict(max_error=...)`` knows when to abstain; for regression it multiplies standard deviations.
 
         Args:
             validation_tasks: Tasks that training has not seen, in the form that ``fit`` took.
+            num_support: How many rows of a task will be known when the learner is used; several numbers if that
+                varies, with each of which every task is then used. None: as the ``splits`` of ``fit`` said, or half of
+                each task's rows.
             num_tasks: Number of tasks to draw from a sampler or an image folder; others are used once each.
             seed: Seed of the splits.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If a task does not fit.
+            TypeError: If ``num_support`` is given and the tasks are split already, as those of a sampler are.
+            ValueError: If a task does not fit, or none has rows enough.
+
+        Warns:
+            RuntimeWarning: If there are too few tasks to know a temperature, or tasks with too few rows are left out.
         """
-        fitted = dataclasses.replace(self.fitted_model, temperature=1.0)
-        held_out = evaluate_held_out(
-            fitted,
+        self._fitted = calibrate_held_out(
+            self.fitted_model,
             validation_tasks,
             self._splits,
-            self.classes,
+            num_support=num_support,
             num_tasks=num_tasks,
             seed=seed,
             console=console_of(self.verbose),
         )
-        self._fitted = calibrated(fitted, held_out)
         return self
 
     def evaluate(
-        self, test_tasks: Any, *, num_tasks: int = 600, seed: int = 0, out_of_task: bool = False
-    ) -> dict[str, Estimate]:
+        self,
+        test_tasks: Any,
+        *,
+        num_support: int | None = None,
+        num_tasks: int = 600,
+        seed: int = 0,
+        out_of_task: bool = False,
+    ) -> EvaluationReport:
         """Adapts to test tasks and reports metrics with 95% intervals over tasks.
 
         Args:
-            test_tasks: Tasks in the form that ``fit`` took. Data, and sequences of Episodes, are used once each, data
-                with half of a task as support unless the ``splits`` of ``fit`` said otherwise.
+            test_tasks: Tasks in the form that ``fit`` took. Data, and sequences of Episodes, are used once each.
+            num_support: Data: how many rows of a task will be known when the learner is used; for an image folder in
+                all classes of a task together. None: as the ``splits`` of ``fit`` said, or half of each task's rows.
+                ``learning_curve`` has several numbers beside each other.
             num_tasks: Number of tasks to draw from a sampler or an image folder.
             seed: Names the fixed set of tasks, or the splits.
             out_of_task: Where each task has classes of its own: whether queries of the next task, foreign to it, are
@@ -258,19 +289,28 @@ class Predictor(Estimator):
         Returns:
             The scores of the likelihood's predictions (``ClassPrediction.scores``, ``MixturePrediction.scores``) in the
             units of the data; for classes ``ece_pooled`` and ``mce_pooled`` of all tasks together, and with
-            ``out_of_task`` the probability ``out_of_task_auroc`` that a foreign query has the larger score.
+            ``out_of_task`` the probability ``out_of_task_auroc`` that a foreign query has the larger score. And of what
+            tasks, with how many known rows: ``print`` shows it first.
 
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
-            ValueError: If a task does not fit, or has no classes of its own and ``out_of_task`` is asked for.
+            TypeError: If ``num_support`` is given and the tasks are split already, as those of a sampler are.
+            ValueError: If a task does not fit, or has more classes than the model tells apart, or no classes of its own
+                and ``out_of_task`` is asked for; if no task has rows enough.
+
+        Warns:
+            RuntimeWarning: If tasks with too few rows for ``num_support`` are left out, saying which.
         """
-        found = self.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed, out_of_task=out_of_task)
-        return dict(found.report)
+        found = self.evaluate_in_full(
+            test_tasks, num_support=num_support, num_tasks=num_tasks, seed=seed, out_of_task=out_of_task
+        )
+        return EvaluationReport(found)
 
     def evaluate_in_full(
         self,
         test_tasks: Any,
         *,
+        num_support: int | None = None,
         num_tasks: int = 600,
         seed: int = 0,
         out_of_task: bool = False,
@@ -281,6 +321,7 @@ class Predictor(Estimator):
 
         Args:
             test_tasks: As in ``evaluate``.
+            num_support: As there.
             num_tasks: As there.
             seed: As there.
             out_of_task: As there.
@@ -295,5 +336,12 @@ class Predictor(Estimator):
         how: dict[str, Any] = {"out_of_task": out_of_task, "on_progress": on_progress, "processes": processes}
         how["console"] = console_of(self.verbose) if on_progress is None else None
         return evaluate_held_out(
-            self.fitted_model, test_tasks, self._splits, self.classes, num_tasks=num_tasks, seed=seed, **how
+            self.fitted_model,
+            test_tasks,
+            self._splits,
+            self.classes,
+            num_support=num_support,
+            num_tasks=num_tasks,
+            seed=seed,
+            **how,
         )

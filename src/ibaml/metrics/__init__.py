@@ -12,6 +12,8 @@ are checked: a TypeError tells of a wrong dtype, a ValueError of a shape, range 
 | `regression` | squared error, nll, coverage of given intervals |
 | `calibration` | ECE and MCE of classes, per task and pooled; calibration of quantiles |
 | `selective` | accuracy on the examples that a model is surest of |
+| `sizes` | how many examples tasks had |
+| `recalibration` | what a fit of the output temperature found |
 | `learning` | scores against the number of known examples |
 | `abstention` | the confidence from which errors are as rare as wanted |
 | `detection` | AUROC of an uncertainty as detector of foreign examples |
@@ -34,17 +36,21 @@ from ibaml.metrics.classification import accuracy, brier, nll
 from ibaml.metrics.detection import ood_auroc
 from ibaml.metrics.intervals import Estimate, estimate, paired_difference
 from ibaml.metrics.learning import LearningCurve
+from ibaml.metrics.recalibration import Recalibration
 from ibaml.metrics.regression import central_interval, coverage, density_nll, gaussian_nll, mse
 from ibaml.metrics.reports import classification_report, regression_report
 from ibaml.metrics.selective import SelectiveCurve, selective_accuracy, selective_area, selective_curve
+from ibaml.metrics.sizes import Sizes
 
 __all__ = [
     "AbstentionCurve",
     "Estimate",
     "LearningCurve",
     "QuantileCurve",
+    "Recalibration",
     "ReliabilityCurve",
     "SelectiveCurve",
+    "Sizes",
     "abstention_curve",
     "accuracy",
     "brier",

@@ -22,7 +22,7 @@ from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
-from ibaml.metrics import AbstentionCurve
+from ibaml.metrics import AbstentionCurve, Recalibration
 from ibaml.posterior.task import TaskPosterior
 from ibaml.seeds import noise_generator
 from ibaml.types import Batch, InnerSolution, Params, Tensor
@@ -40,6 +40,7 @@ class FittedModel:
         device: Where to compute.
         temperature: Calibration temperature, by which predictions are made less sure; losses are untouched.
         abstention: How often confident predictions of held-out tasks were wrong, at that temperature; for classes.
+        recalibration: What ``calibrate`` found, if it was called; it is not stored with the model.
         experience: How many tasks the prior stands for, if that is known; where it can learn on from single tasks.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
@@ -53,6 +54,7 @@ class FittedModel:
     device: torch.device
     temperature: float = 1.0
     abstention: AbstentionCurve | None = None
+    recalibration: Recalibration | None = None
     experience: Experience | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None

@@ -19,6 +19,7 @@ from ibaml.learner.evaluations import draw_evaluation, write_evaluation
 from ibaml.learner.files import read_table
 from ibaml.learner.report import write_report
 from ibaml.learner.run_folder import RECIPE, write_summary
+from ibaml.learner.scores import EvaluationReport
 from ibaml.posterior import FittedModel
 from ibaml.recipes.settings import Recipe
 from ibaml.train import TrainingResult
@@ -63,13 +64,13 @@ class EvaluatedRun(NamedTuple):
     @property
     def headline(self) -> str:
         """One line that says what was evaluated on what."""
-        num_tasks = len(next(iter(self.evaluation.per_task.values())))
+        report = EvaluationReport(self.evaluation)
         temperature = getattr(self.learner.algorithm, "temperature", None)
         state = "" if self.step is None else f", state of step {self.step}"
         suffix = "" if temperature is None else f", temperature {temperature}"
         if self.learner.calibration_temperature != 1:
             suffix += f", output temperature {self.learner.calibration_temperature:.2f}"
-        return f"{self.name}: {num_tasks} test tasks, seed {self.seed}{state}{suffix}"
+        return f"{self.name}: test on {report.headline}; seed {self.seed}{state}{suffix}"
 
 
 def train_run(
@@ -158,6 +159,7 @@ def evaluate_run(
     *,
     recipe: Recipe | None = None,
     test: Path | None = None,
+    num_support: int | None = None,
     num_tasks: int | None = None,
     seed: int = 0,
     out_of_task: bool = False,
@@ -172,6 +174,7 @@ def evaluate_run(
         recipe: The run's recipe with other data settings, or other settings of its algorithm, for this evaluation
             alone. None: as it was trained, if a recipe was.
         test: Test tasks instead of the recipe's: a table or a folder of class folders of images.
+        num_support: Known rows of each task of ``test``; see ``MetaLearner.evaluate``.
         num_tasks: Number of test tasks, instead of the recipe's.
         seed: Names the set of test tasks; the same seed gives every run of the same data the same tasks.
         out_of_task: Whether queries of another task are predicted as well; see ``MetaLearner.evaluate``.
@@ -181,10 +184,15 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: If the folder holds no trained model, or a data file is not found.
-        ValueError: If a file is damaged, a setting is refused, there are no test tasks, or ``num_tasks`` is not
-            positive.
+        ValueError: If a file is damaged, a setting is refused, there are no test tasks, ``num_tasks`` is not
+            positive, or ``num_support`` does not suit the tasks.
         FloatingPointError: If predictions are not finite, naming the task.
     """
+    if num_support is not None and test is None:
+        raise ValueError(
+            "num_support splits the rows of --test; the tasks of a recipe come with a support, whose size is a setting "
+            "of its data: `ibaml evaluate RUN --help` lists them."
+        )
     learner = MetaLearner.load(folder, device=device)
     if (folder / RECIPE).is_file():
         stored = read_recipe(folder)
@@ -194,7 +202,9 @@ def evaluate_run(
         learner = learner.adapting_with(recipe.algorithm)
     if test is not None:
         tasks: Any = read_table(test) if test.is_file() else test
-        described, count = {"test": str(test.resolve())}, num_tasks or _NUM_TASKS
+        # Without a number of known rows as before there was one, so that evaluations of both times can be paired.
+        known = {} if num_support is None else {"num_support": num_support}
+        described, count = {"test": str(test.resolve()), **known}, num_tasks or _NUM_TASKS
     elif recipe is not None:
         tasks = recipe.data.sampler("test", data=data, device=device)
         described, count = settings_of_tests(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
@@ -203,6 +213,7 @@ def evaluate_run(
     try:
         evaluation = learner.evaluate_in_full(
             tasks,
+            num_support=num_support,
             num_tasks=count,
             seed=seed,
             out_of_task=out_of_task,

@@ -33,12 +33,19 @@ class Evaluation:
         per_task: Each score of each task, float64 vectors of length ``num_tasks``.
         predictions: Prediction of each task's query set, as tensors on the CPU.
         query_targets: Targets of each task's query set, on the CPU.
+        num_support: Number of support examples of each task.
+        sources: Which of the tasks that there are each one is a draw of. A sampler over given tasks may draw one twice;
+            of one that does not say what it draws, all count as different.
+        left_out: Tasks that were given and could not be used, by name, and why.
     """
 
     report: Mapping[str, Estimate]
     per_task: Mapping[str, Tensor]
     predictions: tuple[Prediction, ...]
     query_targets: tuple[Tensor, ...]
+    num_support: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     @property
     def targets(self) -> Tensor:
@@ -119,7 +126,8 @@ def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets
 def tempered(likelihood: Likelihood, evaluation: Evaluation, temperature: float) -> Evaluation:
     """Scores the same predictions made less sure (above 1) or surer (below 1)."""
     predictions = [prediction.tempered(temperature) for prediction in evaluation.predictions]
-    return summarise(likelihood, predictions, evaluation.query_targets)
+    found = summarise(likelihood, predictions, evaluation.query_targets)
+    return dataclasses.replace(evaluation, report=found.report, per_task=found.per_task, predictions=found.predictions)
 
 
 def draw_tasks(sampler: TaskSampler, start: int, stop: int, *, seed: int) -> Episode:
@@ -140,6 +148,12 @@ def draw_task(tasks: TaskSampler | Sequence[Episode], index: int, *, seed: int) 
     if isinstance(tasks, Sequence):
         return tasks[index]
     return tree.map(lambda leaf: leaf[0], draw_tasks(tasks, index, index + 1, seed=seed))
+
+
+def source_of(tasks: TaskSampler | Sequence[Episode], index: int, *, seed: int) -> int:
+    """Returns which of the tasks that there are ``draw_task`` draws; ``index`` itself if that is not known."""
+    which = None if isinstance(tasks, Sequence) else getattr(tasks, "sample_indices", None)
+    return index if which is None else which(1, generator=task_generator(seed, index))[0]
 
 
 def evaluate(
@@ -210,7 +224,8 @@ def evaluate(
                 if len(targets):
                     fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
             foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
-            found.append(_predict_task(fitted, task, index, foreign, seed=task_seed(seed, index)))
+            predicted = _predict_task(fitted, task, index, foreign, seed=task_seed(seed, index))
+            found.append(predicted._replace(source=source_of(tasks, index, seed=seed)))
             bar.update(len(found))
             if on_progress is not None:
                 on_progress(index + 1)
@@ -219,8 +234,10 @@ def evaluate(
     num_own = len(processes.share(num_tasks))
     with ProgressBar(console if processes.is_first else None, "evaluate", num_own) as bar:
         predicted = [task for share in processes.gather(lambda: own_share(bar)) for task in share]
-    predictions, targets, foreign = zip(*predicted, strict=True)
-    evaluation = summarise(fitted.model.likelihood, predictions, targets)
+    predictions, targets, foreign, num_support, sources = zip(*predicted, strict=True)
+    evaluation = dataclasses.replace(
+        summarise(fitted.model.likelihood, predictions, targets), num_support=num_support, sources=sources
+    )
     if not out_of_task:
         return evaluation
     own = (one.tensors()["out_of_task"] for one in evaluation.predictions)
@@ -271,6 +288,8 @@ class _Predicted(NamedTuple):
     prediction: Prediction
     targets: Tensor
     foreign: Tensor | None
+    num_support: int
+    source: int
 
 
 def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
@@ -291,4 +310,5 @@ def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tenso
         return fitted.prediction(outputs).to(torch.device("cpu"))
 
     scores = None if foreign is None else predict(foreign.to(fitted.device)).tensors()["out_of_task"]
-    return _Predicted(predict(task.query.x), fitted.in_units(task.query.y).cpu(), scores)
+    targets = fitted.in_units(task.query.y).cpu()
+    return _Predicted(predict(task.query.x), targets, scores, len(task.support.y), source=index)

@@ -45,7 +45,8 @@ from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, Traini
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
 from ibaml.train.step import NUM_CALLS_THAT_PAY, HypergradientStep, TaskHypergradients
-from ibaml.train.temperature import fit_abstention, output_temperature
+from ibaml.train.temperature import fit_abstention, recalibrate
+from ibaml.train.unsolved import LEAST_STEPS, warn_of_bias
 from ibaml.types import Episode, HypergradientInfo, TaskSampler, Tensor
 
 if TYPE_CHECKING:
@@ -315,13 +316,16 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _validate(self, tasks: TaskSampler, log: TrainingLog) -> str:
+        # Far from every seed that a user would give to test tasks.
+        seed = self.settings.seed + 10**6
+        if self._chosen.nll == math.inf and self.settings.num_steps >= LEAST_STEPS and self.processes.is_first:
+            warn_of_bias(self._fitted(), tasks, seed=seed)
         try:
             result = evaluate(
                 self._fitted(),
                 tasks,
                 num_tasks=self.settings.num_validation_tasks,
-                # Far from every seed that a user would give to test tasks.
-                seed=self.settings.seed + 10**6,
+                seed=seed,
                 processes=self.processes,
             )
         except (ValueError, FloatingPointError) as error:
@@ -330,14 +334,14 @@ class Trainer:
             raise kind(f"validation after step {self._step}: {error} {where_saved(self.run_folder)}") from error
         temperature = 1.0
         if self.settings.output_temperature:
-            temperature = output_temperature(result.predictions, result.query_targets)
+            temperature = recalibrate(result.predictions, result.query_targets, sources=result.sources).temperature
             result = tempered(self.model.likelihood, result, temperature)
         scores = {f"validation_{name}": value.mean for name, value in result.report.items()}
         log.write(self._step, self._seconds, {**scores, "validation_temperature": temperature})
         nll = result.report["nll"].mean
         improved = nll < self._chosen.nll
         if improved:
-            abstention = fit_abstention(result.predictions, result.query_targets)
+            abstention = fit_abstention(result.predictions, result.query_targets, sources=result.sources)
             self._chosen = Chosen(self._snapshot(), self._step, nll, temperature, abstention)
         self._is_validation_due = False
         self._save()
