@@ -13,7 +13,7 @@ from ibaml.algorithms import MetaParameters
 from ibaml.algorithms.model import build_model
 from ibaml.data.linear_regression import LinearRegressionTasks
 from ibaml.likelihoods import Gaussian
-from ibaml.priors import DiagonalGaussian
+from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import NaturalGradient, RelativeAdam
 from ibaml.solvers.linear import Dense
 from ibaml.train.evaluate import draw_task
@@ -27,7 +27,7 @@ TASKS = LinearRegressionTasks(
     num_queries=10,
 )
 UNSOLVED = algorithms.ibaml(inner=RelativeAdam(num_steps=4, learning_rate=0.05), num_samples=4, temperature=1.0)
-SOLVED = dataclasses.replace(UNSOLVED, inner=NaturalGradient(num_steps=20), linear=Dense())
+SOLVED = dataclasses.replace(UNSOLVED, inner=NaturalGradient(num_steps=15, learning_rate=1.0), linear=Dense())
 
 
 def bias(algorithm: Any) -> str | None:
@@ -52,20 +52,15 @@ def test_nothing_is_said_of_what_is_solved_or_exact(algorithm: Any) -> None:
     assert bias(algorithm) is None
 
 
-def test_nothing_is_said_where_more_steps_solve_nothing() -> None:
-    """Steps too long go to and fro however many they are."""
-    restless = dataclasses.replace(UNSOLVED, inner=RelativeAdam(num_steps=30, learning_rate=3.0))
-    assert bias(restless) is None
-
-
 def test_long_training_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(num_steps: int) -> None:
         settings = TrainerSettings(num_steps=num_steps, tasks_per_step=1, validate_every=1, num_validation_tasks=2)
-        learner = MetaLearner(nn.Linear(2, 1), UNSOLVED, "gaussian")
+        wide = dataclasses.replace(UNSOLVED, prior=DiagonalPrior(initial_log_var=(0.0, 0.1)))
+        learner = MetaLearner(nn.Linear(2, 1), wide, "gaussian")
         learner.fit(TASKS, TASKS, settings=dataclasses.replace(settings, fast=False))
 
     fit(1)
     monkeypatch.setattr("ibaml.train.trainer.LEAST_STEPS", 3)
     with pytest.warns(RuntimeWarning, match="the inner problem is not solved in 4 steps") as told:
-        fit(3)
+        fit(4)
     assert len(told) == 1

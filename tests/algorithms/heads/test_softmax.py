@@ -256,6 +256,18 @@ def test_samples_have_the_moments_of_the_posterior() -> None:
     torch.testing.assert_close(found, algorithm.covariance(solution, z), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_many_classes_are_predicted_a_few_queries_at_a_time(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    algorithm = Softmax(prior=OWN, posterior_temperature=1.0)
+    choose(monkeypatch, FORMS[form])
+    meta, episode = set_up(OWN)
+    solution, _ = solve(algorithm, meta.prior, inputs(meta, episode.support.x), episode.support.y, 3)
+    z = inputs(meta, episode.query.x)
+    whole = algorithm.covariance(solution, z)
+    monkeypatch.setattr("ibaml.algorithms.heads.softmax._MOST_AT_ONCE", 2 * 3 * 15)
+    torch.testing.assert_close(algorithm.covariance(solution, z), whole, rtol=1e-12, atol=1e-14)
+
+
 def test_predictive_loss_is_that_of_averaged_probabilities() -> None:
     algorithm = Softmax(prior=OWN, posterior_temperature=1.0, outer="predictive_nll")
     meta, episode = set_up(OWN)

@@ -31,6 +31,9 @@ from ibaml.likelihoods.base import wide
 from ibaml.priors.columns import ColumnPrior, DiagonalColumnPrior
 from ibaml.types import Batch, Episode, Params, Tensor
 
+_MOST_AT_ONCE = 2**23
+"""Numbers, 64 MB of them, that the covariances of the queries that are computed at once may take."""
+
 _TOLERANCE_EXPONENT = 0.6
 """Newton's method has converged where the length of its step in the Newton matrix is at most the root of the inner loss
 times the rounding error of the features to this power.
@@ -218,7 +221,10 @@ class Softmax(Head):
             inputs: ``z``, ``[num_examples, num_inputs]``.
         """
         whitened = self.prior.whiten(solution.prior, inputs.double())
-        return self.posterior_temperature * solution.problem.covariance(solution.factors, whitened)
+        num_classes, (num_examples, rank) = len(solution.weights), solution.problem.features.shape[-2:]
+        size = max(1, _MOST_AT_ONCE // (num_classes * max(num_examples, num_classes * rank)))
+        parts = [solution.problem.covariance(solution.factors, part) for part in whitened.split(size, -2)]
+        return self.posterior_temperature * (parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _samples(self, solution: SoftmaxPosterior, inputs: Tensor) -> Tensor:
         logits = self.mean(solution, inputs)
