@@ -16,6 +16,7 @@ import ibaml
 from ibaml import MetaLearner
 from ibaml.cli import main
 from ibaml.learner import defaults, held_out
+from ibaml.train import temperature
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -64,6 +65,7 @@ def few_steps(monkeypatch):
 
     monkeypatch.setattr(MetaLearner, "fit", short_fit)
     monkeypatch.setattr(held_out, "evaluate", short_evaluate)
+    monkeypatch.setattr(temperature, "LEAST_TASKS", NUM_TASKS)
     monkeypatch.setattr(defaults, "convex_algorithm", short_algorithm)
     monkeypatch.setattr(defaults, "TABLE_TRAINER", dataclasses.replace(defaults.TABLE_TRAINER, num_validation_tasks=2))
 

@@ -25,9 +25,9 @@ def test_scores_are_those_of_nested_supports_and_one_query_set(learner, monkeypa
     seen = []
     evaluate = module.evaluate
 
-    def remember(fitted, episodes, *, seed):
+    def remember(fitted, episodes, **how):
         seen.append(episodes)
-        return evaluate(fitted, episodes, seed=seed)
+        return evaluate(fitted, episodes, **how)
 
     monkeypatch.setattr(module, "evaluate", remember)
     test = pd.concat([table(6, seed=4), table(1, seed=5)[:4].assign(group="small")])

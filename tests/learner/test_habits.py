@@ -46,7 +46,7 @@ def written(monkeypatch, stream: io.StringIO, learner: MetaLearner, tasks, verbo
     learner = learner.with_fitted(learner.fitted_model)
     learner.verbose = verbose
     learner.evaluate(tasks)
-    learner.calibrate(tasks)
+    learner.calibrate(2 * tasks)
     learner.learning_curve(tasks, [1, 2])
     learner.fit(tasks)
     return stream.getvalue()

@@ -132,7 +132,7 @@ def test_evaluation_scores_the_whole_task():
     found = any_number.evaluate_in_full(tasks)
     assert [one.probs.shape[-1] for one in found.predictions] == [2, 4, 3]
     for call in (any_number.evaluate, any_number.calibrate):
-        call(tasks)
+        call(4 * tasks)
     for call in (fit("maml").evaluate, fit("maml").calibrate):
         with pytest.raises(ValueError, match="task '1' has 4 classes, but the model tells 2 apart: give tasks of as"):
             call(tasks)

@@ -12,6 +12,7 @@ from ibaml.algorithms import make_algorithm
 from ibaml.algorithms.heads.linear_gaussian import Precision, Reduction
 from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP
+from ibaml.solvers.inner import GradientDescent
 from ibaml.train import TrainerSettings
 from ibaml.types import Batch, Episode
 
@@ -128,3 +129,37 @@ def test_a_class_may_come_later_where_classes_are_exchangeable() -> None:
     at_once = learner.adapt(x, y)
     torch.testing.assert_close(late.predict(x).log_probs, at_once.predict(x).log_probs, rtol=1e-9, atol=1e-12)
     assert learner.adapt(x[two], y[two]).predict(x).probs.shape == (12, 2)
+
+
+def test_how_far_from_solved_and_what_helps() -> None:
+    """With few inner steps parts differ from the whole; further steps bring both to the one solution."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    y = 3 * x[:, :1] - 1 + 0.1 * torch.randn(12, 1, generator=generator, dtype=torch.float64)
+    tasks = [Episode(Batch(x, y), Batch(x, y))]
+    one_task = TrainerSettings(num_steps=1, tasks_per_step=1)
+
+    def fit(algorithm: Any) -> MetaLearner:
+        network = MLP(1, input_shape=2, hidden_sizes=(), norm="none").double()
+        return MetaLearner(network, algorithm, "gaussian").fit(tasks, settings=one_task)
+
+    def gap(one: TaskPosterior, other: TaskPosterior) -> float:
+        return float(tree.norm(tree.sub(one.value, other.value)))
+
+    inner = GradientDescent(num_steps=3, learning_rate=0.1)
+    learner = fit(make_algorithm("imaml", inner=inner, proximal_strength=0.5))
+    whole, parts = learner.adapt(x, y), learner.adapt(x[:3], y[:3]).update(x[3:], y[3:])
+    assert whole.distance_to_solution() == gap(whole.refined(), whole) / float(tree.norm(whole.value)) > 0.1
+    assert gap(whole.refined(60), parts.refined(60)) < 1e-6 < 1e-2 < gap(whole, parts)
+    assert whole.refined(60).distance_to_solution() < 1e-6
+    distribution = fit("ibaml").adapt(x, y)
+    before, after = distribution.value, distribution.refined().value
+    shifts = [
+        (after.mean[name] - before.mean[name]) / (0.5 * log_var).exp() for name, log_var in before.log_var.items()
+    ]
+    expected = torch.cat([each.flatten() for each in shifts]).square().mean().sqrt()
+    assert distribution.distance_to_solution() == pytest.approx(float(expected))
+    head = fit("linear_gaussian").adapt(x, y)
+    assert head.refined(3) is head and head.distance_to_solution() == 0
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        whole.refined(0)

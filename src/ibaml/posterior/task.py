@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ibaml import tree
 from ibaml.checks import require_positive_int
 from ibaml.data.tables import Array
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
 from ibaml.optional import require
 from ibaml.posterior.acquisition import Acquisition, acquire, in_terms_of
+from ibaml.priors import DiagonalGaussian
 from ibaml.types import Batch
 
 if TYPE_CHECKING:
@@ -173,6 +175,8 @@ class TaskPosterior:
         for all examples at once, after fewer steps. (Taking the old posterior as the prior of the new examples alone
         would save memory and add up the errors of its diagonal covariance.) Algorithms that adapt weights by a few
         steps (MAML) take these steps from the adapted weights: for them an update is further training on all examples.
+        Where the inner steps end before the solution, parts and the whole differ: ``distance_to_solution`` says how
+        far that is, and ``refined`` takes further steps.
 
         Args:
             x_more: Inputs of further examples.
@@ -203,3 +207,51 @@ class TaskPosterior:
         assert self._support is not None
         support = Batch(torch.cat([self._support.x, more.x]), torch.cat([self._support.y, more.y]))
         return self._fitted.solve(support, self._labels, seed=self._seed, start=self.value)
+
+    def refined(self, rounds: int = 1) -> "TaskPosterior":
+        """Runs the inner solver again from here on, on the same examples, and returns the new posterior.
+
+        Heads are solved already: it is this one. For algorithms whose few steps are what was trained (MAML), more of
+        them are another predictor.
+
+        Args:
+            rounds: How many times.
+
+        Raises:
+            TypeError: If ``rounds`` is not an int.
+            ValueError: If it is below one.
+            FloatingPointError: If the solution is not finite.
+
+        Cost:
+            That of ``adapt``, each time.
+        """
+        require_positive_int("rounds", rounds)
+        found = self
+        for _ in range(0 if self._fitted.algorithm.uses_features else rounds):
+            assert found._support is not None
+            found = self._fitted.solve(found._support, self._labels, seed=self._seed, start=found.value)
+        return found
+
+    def distance_to_solution(self) -> float:
+        """Says how far from solved the inner problem is: by how much as many inner steps again move the posterior.
+
+        Of a diagonal distribution over weights it is the root mean square of the shift of the means in standard
+        deviations, else the length of the shift relative to what is shifted; 0 for heads, which are solved exactly.
+        Above about 0.1 the posterior depends on where the solver started, so that ``update`` does not give what
+        ``adapt`` to all examples gives: take ``refined()``, or more or longer inner steps
+        (``MetaLearner.adapting_with``).
+
+        Raises:
+            FloatingPointError: If further steps give what is not finite.
+
+        Cost:
+            That of ``adapt``.
+        """
+        further = self.refined()
+        if further is self:
+            return 0.0
+        if not isinstance(self.value, DiagonalGaussian):
+            return float(tree.norm(tree.sub(further.value, self.value)) / tree.norm(self.value).clamp_min(1e-30))
+        shift = tree.ravel(tree.sub(further.value.mean, self.value.mean))[0]
+        deviation = torch.exp(0.5 * tree.ravel(self.value.log_var)[0])
+        return float((shift / deviation).square().mean().sqrt())
