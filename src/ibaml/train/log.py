@@ -129,10 +129,12 @@ class _Tensorboard:
         """Adds values of a step."""
         with self._unless_it_fails():
             if self._writer is not None:
-                # Its thread opens the file each time that it writes.
+                # Its thread opens the file each time that it writes, and ends with a traceback where it cannot: it has
+                # written before anybody removes the folder.
                 self._folder.mkdir(exist_ok=True)
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, step)
+                self._writer.flush()
 
     def close(self) -> None:
         """Writes what is left."""
