@@ -46,11 +46,11 @@ CRAFTED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a number in words": (lambda made: made["learner"]["algorithm"]["inner"].update(num_steps="5"), "of another kind"),
     "a huge network": (
         lambda made: made["learner"]["network"]["arguments"].update(hidden_sizes=[10**6, 10**6]),
-        r"the network has 1,000,005,000,001 weights, which the file does not hold",
+        r"the network has 1,000,006,000,001 weights, which the file does not hold",
     ),
     "another network": (
         lambda made: made["learner"]["network"]["arguments"].update(hidden_sizes="x"),
-        "holds settings",
+        "hidden_sizes must be an int",
     ),
 }
 
