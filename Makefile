@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 RUNS ?= runs
 BENCH_ARGS ?=
+FAULTS_ARGS ?=
+MUTATE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-cuda bench check static package extras format docs clean
+.PHONY: help demo test test-slow test-cuda bench faults mutate check static package extras format docs clean
 
 help:
 	@echo "make demo    learn rendered characters, beside prototypes and MAML trained for as long (no download of data)"
@@ -19,6 +21,8 @@ help:
 	@echo "make test-slow  run the few full-size tests that make test leaves out, having small ones of the same properties"
 	@echo "make test-cuda  everything that a user does, on a CUDA device against the CPU's numbers (three minutes)"
 	@echo "make bench   measure speed and accuracy of meta-gradients, beside a plain loop and other libraries (15 minutes)"
+	@echo "make faults  kill trainings, fill their disk, damage files, ask from many threads; FAULTS_ARGS='--minutes 10'"
+	@echo "make mutate  change the numerical core in small places and count what the tests notice; MUTATE_ARGS='--number 60'"
 	@echo "make check   everything that continuous integration runs"
 	@echo "make static  the part of check that is not the test suite: format, lint, types, layers, doctests, docs"
 	@echo "make package  build the wheel and the source archive, look into them, use the wheel without the checkout"
@@ -86,6 +90,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-enable --benchmark-columns=min,median,rounds
 	$(BIN)/python -m benchmarks.accuracy_per_cost --update-readme
 	$(BIN)/python -m benchmarks.run --max-minutes 7 --update-readme $(BENCH_ARGS)
+
+# In tests/, and so not of the package: found by that folder being on the path.
+faults: $(VENV)/.test
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.faults $(FAULTS_ARGS)
+
+mutate: $(VENV)/.test
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.mutate $(MUTATE_ARGS)
 
 static: $(VENV)/.dev
 	$(BIN)/ruff format --check .

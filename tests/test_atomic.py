@@ -2,7 +2,8 @@
 
 import pytest
 
-from ibaml.atomic import atomic_write, write_text
+from ibaml import atomic
+from ibaml.atomic import atomic_write, read_json, write_text
 
 
 def test_a_block_that_ends_replaces_the_file(tmp_path):
@@ -32,3 +33,20 @@ def test_a_file_that_cannot_be_written(tmp_path):
 def test_text_has_the_same_bytes_everywhere(tmp_path):
     write_text(tmp_path / "file.txt", "one\ntwö\n")
     assert (tmp_path / "file.txt").read_bytes() == b"one\ntw\xc3\xb6\n"
+
+
+def test_json_is_read_with_a_limit(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*file.json"):
+        read_json(path)
+    write_text(path, '{"a": [1, null]}')
+    assert read_json(path) == {"a": [1, None]}
+    write_text(path, "[" * 100_000)
+    with pytest.raises(ValueError, match="it is nested too deeply"):
+        read_json(path)
+    write_text(path, "[1")
+    with pytest.raises(ValueError, match="Expecting"):
+        read_json(path)
+    monkeypatch.setattr(atomic, "_MOST_BYTES", 1)
+    with pytest.raises(ValueError, match="it has 2 bytes, and at most 1 are read"):
+        read_json(path)

@@ -1,12 +1,16 @@
-"""Files written in one move: a reader sees the old file or the new one, never a part."""
+"""Files written in one move: a reader sees the old file or the new one, never a part. JSON read with a limit."""
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_MOST_BYTES = 2**26
 
 
 @contextmanager
@@ -83,3 +87,23 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in one move, with the same bytes on every system."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of at most 64 MiB.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is too large, nested too deeply, or no JSON. The message does not name the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and at most {_MOST_BYTES:,} are read")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

@@ -1,6 +1,8 @@
 """Checks of arguments that come from outside, each once."""
 
 import operator
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,3 +79,25 @@ def require_cpu_generator(generator: object) -> torch.Generator:
             "The data may still live on any device."
         )
     return generator
+
+
+def expand_home(name: str, path: str | os.PathLike[str]) -> Path:
+    """Returns a path with ``~`` and ``~user`` in place of a home folder written out.
+
+    Args:
+        name: Name of the argument, for the message.
+        path: What the caller passed.
+
+    Raises:
+        ValueError: If that user is not known, or this one has no home folder.
+
+    Examples:
+        >>> expand_home("path", "data/images").as_posix()
+        'data/images'
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} is {os.fspath(path)!r}, and the home folder that it begins with is not known: write the path out."
+        ) from error

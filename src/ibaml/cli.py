@@ -39,7 +39,7 @@ from ibaml.train.processes import (
     num_launched,
     require_devices,
 )
-from ibaml.train.progress import ProgressBar
+from ibaml.train.progress import ProgressBar, say
 
 _console = Console(stderr=True)
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # What a user can mend gets a sentence; anything else is a defect and keeps its traceback.
         if not is_told_by_first(error):
             origin = f" in process {launched_rank()}" if launched_rank() > 0 else ""
-            _console.print(f"[bold red]error{origin}:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+            say(_console, f"[bold red]error{origin}:[/] {_escape(str(error))}", markup=True)
         code = 2
     except KeyboardInterrupt:
         _tell("Interrupted.")
@@ -449,7 +449,7 @@ def _expanded(argument: str) -> str:
 
 
 def _tell(text: str) -> None:
-    _console.print(text, soft_wrap=True, markup=False)
+    say(_console, text)
 
 
 def _escape(text: str) -> str:

@@ -7,8 +7,11 @@ and no lists, so that every list of the JSON is read as a tuple.
 
 import dataclasses
 import difflib
+import functools
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 TYPE = "type"
 """Key of the name of the record's class."""
@@ -52,9 +55,13 @@ def from_json(value: Any, records: Iterable[type]) -> Any:
         records: The classes that may occur; none other is ever called.
 
     Raises:
-        ValueError: If a class is not among them, or has no field of a name, or refuses a value.
+        ValueError: If a class is not among them, or has no field of a name, or refuses a value; if a value is of
+            another kind than its field, such as text in place of a number; if records are nested too deeply.
     """
-    return _read(value, {record.__name__: record for record in records})
+    try:
+        return _read(value, {record.__name__: record for record in records})
+    except RecursionError as error:
+        raise ValueError("the settings are nested too deeply") from error
 
 
 def _read(value: Any, known: Mapping[str, type]) -> Any:
@@ -66,7 +73,7 @@ def _read(value: Any, known: Mapping[str, type]) -> Any:
     if TYPE not in value:
         return items
     name = value[TYPE]
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"there is no record of type {name!r}; there are {', '.join(sorted(known))}.")
     fields = [field.name for field in dataclasses.fields(known[name])]
     for key in items:
@@ -74,10 +81,37 @@ def _read(value: Any, known: Mapping[str, type]) -> Any:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
             raise ValueError(f"{name} has no setting {key!r}{hint}")
+    for key, kind in _kinds(known[name]).items():
+        if key in items and not _fits(items[key], kind):
+            raise ValueError(f"{name} has {key} = {items[key]!r}, which is of another kind than that setting")
     try:
         return known[name](**items)
     except TypeError as error:
         raise ValueError(f"{name} cannot be built from {items}: {error}") from error
+
+
+@functools.cache
+def _kinds(record: type) -> dict[str, Any]:
+    """Returns the types of the fields of a record; none where one is only known to a type checker."""
+    try:
+        return typing.get_type_hints(record)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of a kind, as far as kinds are plain values and tuples of them."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        each = arguments[:1] * len(value) if arguments[1:] == (...,) and isinstance(value, tuple) else arguments
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_fits, value, each))
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (str, bool, types.NoneType) else True
 
 
 def replace(record: Any, changes: Mapping[str, Any]) -> Any:

@@ -59,6 +59,44 @@ def test_every_task_and_many_sizes_are_drawn():
     assert sizes.min() == 1 and sizes.max() == 32
 
 
+def test_supports_are_as_often_below_as_above_the_geometric_mean_of_their_bounds():
+    sampler = TaskSplits(regression(1000), num_outputs=1, num_query=1)
+    source = generator()
+    sizes = torch.tensor([sampler.sample(1, generator=source).support.x.shape[1] for _ in range(300)])
+    # From 1 to 800; five standard deviations of a binomial of 300 are 43.
+    assert abs(int((sizes <= 28).sum()) - 150) < 43
+
+
+def test_a_task_with_more_classes_than_the_support_has_rows_is_not_drawn():
+    few, many = classification(40, num_classes=2)[0], classification(1, 40, num_classes=4)[1]
+    sampler = TaskSplits([few, many], num_outputs=4, stratify=True)
+    for seed in range(40):
+        support = sampler.sample(6, generator=generator(seed)).support
+        for x, y in zip(support.x, support.y, strict=True):
+            assert len(y.unique()) == (2 if x[0, 0] == 0 else 4)
+
+
+def copies(num_groups: int, num_copies: int) -> Batch:
+    """Groups of equal rows, of two classes in turn."""
+    x = torch.arange(float(num_groups)).repeat_interleave(num_copies).unsqueeze(1)
+    return Batch(x, x[:, 0].long() % 2)
+
+
+def test_copies_leave_room_for_every_class_in_a_stratified_support():
+    sampler = TaskSplits([copies(4, 3)], num_outputs=2, num_support=2, stratify=True)
+    for seed in range(20):
+        assert sampler.sample(1, generator=generator(seed)).support.y[0].sort().values.tolist() == [0, 1]
+
+
+def test_a_split_has_as_many_rows_as_it_promises_where_copies_are_cut():
+    sampler = TaskSplits([copies(6, 3)], num_outputs=2, stratify=True)
+    capacity = int(sampler.capacities[0])
+    for seed in range(20):
+        for num_support in range(2, capacity):
+            episode = sampler.episode(0, num_support, capacity - num_support, generator=generator(seed))
+            assert len(episode.support.y) == num_support and len(episode.query.y) == capacity - num_support
+
+
 @given(st.integers(0, 2**31))
 def test_a_stratified_support_has_every_class_of_its_task(seed):
     sampler = TaskSplits(classification(4, 20), num_outputs=3, stratify=True)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibaml.data.preprocessing import fit_standardizer
+from ibaml.data.preprocessing import fit_preprocessing, fit_standardizer
+from ibaml.data.tables import read_tasks
 
 RNG = np.random.default_rng(0)
 
@@ -56,3 +57,14 @@ def test_pieces_do_not_matter(num_pieces, seed):
     whole, split = fit_standardizer([values]), fit_standardizer(np.array_split(values, num_pieces))
     np.testing.assert_allclose(split.mean.numpy(), whole.mean.numpy(), atol=1e-12)
     np.testing.assert_allclose(split.inverse_scale.numpy(), whole.inverse_scale.numpy(), rtol=1e-12)
+
+
+def test_targets_have_the_scale_of_all_tasks_and_classes_the_number_of_the_smallest():
+    tasks = [(RNG.normal(size=(n, 2)), RNG.normal(3, 2, size=n)) for n in (5, 9)]
+    fitted = fit_preprocessing(read_tasks(tasks), target_kind="real", classes="shared", num_ways=None)
+    together = np.concatenate([y for _, y in tasks])
+    assert float(fitted.targets.mean) == pytest.approx(together.mean(), rel=1e-12)
+    assert float(fitted.targets.scale) == pytest.approx(together.std(), rel=1e-12)
+    classes = [(RNG.normal(size=(12, 2)), np.arange(12) % ways) for ways in (4, 2, 3)]
+    fitted = fit_preprocessing(read_tasks(classes), target_kind="classes", classes="per_task", num_ways=None)
+    assert fitted.num_outputs == 2

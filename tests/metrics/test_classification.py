@@ -123,6 +123,10 @@ class TestClassification:
         beyond = multiclass_calibration_error(probs[0], labels[0], num_classes=2, n_bins=1)
         assert beyond.item() == pytest.approx(0.52, abs=1e-6)
 
+    def test_a_confidence_on_an_edge_belongs_to_the_bin_below(self) -> None:
+        probs, labels = torch.tensor([[[0.5, 0.5], [0.75, 0.25]]]), torch.tensor([[0, 1]])
+        assert metrics.ece(probs, labels, num_bins=2).item() == (abs(1 - 0.5) + abs(0 - 0.75)) / 2
+
     def test_rounding_above_one_changes_nothing(self) -> None:
         probs, labels = random_predictions(1, 30, 3)
         probs[0, 0] = torch.tensor([1.0, 0.0, 0.0])

@@ -103,6 +103,10 @@ def test_central_coverage_is_the_share_between_the_quantiles(level):
     torch.testing.assert_close(found, ((low <= targets) & (targets <= high)).double().mean(1))
 
 
+def test_a_target_at_the_end_of_its_interval_lies_inside():
+    assert central_coverage(torch.tensor([[0.25, 0.75, 0.8]]), level=0.5).item() == pytest.approx(2 / 3)
+
+
 def test_bad_number_of_levels_is_refused():
     with pytest.raises(ValueError, match="num_levels is 0; expected at least 1"):
         quantile_curve(torch.zeros(1, 2), num_levels=0)

@@ -73,3 +73,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_nothing_to_hold():
     with only_training_in(None):
         pass
+
+
+def test_names_that_are_no_text(tmp_path):
+    folder = tmp_path / "bad\udcff"
+    with pytest.raises(OSError, match=r"run_folder '.*bad\\udcff' has a name that is no text in UTF-8"):
+        with only_training_in(folder):
+            pass
+    assert not folder.exists()

@@ -1,12 +1,17 @@
 """Signals end training after the running step, and then reach the program."""
 
+import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 
 from ibaml import MetaLearner
 from ibaml.networks import MLP
+from ibaml.train.checkpoint import CHECKPOINT, load_tensors
+from ibaml.train.processes import Processes
+from ibaml.train.progress import say
 from ibaml.train.signals import caught_signals, pass_on, results_are_read
 
 TASKS = [(x, x.sum(1)) for x in np.random.default_rng(0).normal(size=(4, 8, 3))]
@@ -111,3 +116,33 @@ def test_progress_that_nobody_sees_ends_no_training(error, is_terminal):
     network = MLP(1, input_shape=3, hidden_sizes=(4,), norm="none")
     learner = MetaLearner(network, "maml", likelihood="gaussian").fit(TASKS, TASKS, num_steps=2, progress=console)
     assert learner.training_result.stop_reason == "completed"
+    assert not say(console, "A line of the command line.") and say(None, "Nobody is told.")
+
+
+def test_a_pipe_that_nobody_reads_ends_no_training(monkeypatch):
+    """Of which rich makes a SystemExit, after it has sent standard output nowhere."""
+    from rich.console import Console
+
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        console = Console(file=Broken(BrokenPipeError(32, "Broken pipe"), is_terminal=False))
+        network = MLP(1, input_shape=3, hidden_sizes=(4,), norm="none")
+        learner = MetaLearner(network, "maml", likelihood="gaussian").fit(TASKS, TASKS, num_steps=2, progress=console)
+        assert not say(Console(file=console.file), "A line of the command line.")
+    assert learner.training_result.stop_reason == "completed"
+
+
+class Abandoned(Processes):
+    """One process whose launcher has died."""
+
+    def __init__(self) -> None:
+        super().__init__(launcher=os.getppid() + 1)
+
+
+def test_processes_whose_launcher_has_died_save_and_end(tmp_path):
+    assert not Processes(launcher=os.getppid()).is_abandoned and not Processes().is_abandoned
+    network = MLP(1, input_shape=3, hidden_sizes=(4,), norm="none")
+    learner = MetaLearner(network, "maml", likelihood="gaussian")
+    result = learner.fit(TASKS, num_steps=5, run_folder=tmp_path, processes=Abandoned()).training_result
+    assert (result.num_steps, result.stop_reason, result.ended_by) == (1, "interrupted", None)
+    assert load_tensors(tmp_path / CHECKPOINT)[1]["step"] == 1

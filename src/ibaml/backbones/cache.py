@@ -8,8 +8,6 @@ and two processes that write at once write files of their own.
 import hashlib
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy.typing as npt
 
 from ibaml.atomic import atomic_write
 from ibaml.data.files.locate import cache_folders
+from ibaml.data.files.npz import load_npz
 
 Features = npt.NDArray[np.float32]
 
@@ -61,14 +60,14 @@ class FeatureCache:
         wanted, found = set(digests), dict[bytes, Features]()
         for path in self._parts():
             try:
-                with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                    named = [row.tobytes() for row in file["digests"]]
-                    rows = [row for row, digest in enumerate(named) if digest in wanted and digest not in found]
-                    if not rows:
-                        continue
-                    features = np.asarray(file["features"], dtype=np.float32)
-                    found |= {named[row]: features[row] for row in rows}
-            except (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile, zlib.error):
+                named = [row.tobytes() for row in load_npz(path, ["digests"])["digests"]]
+                rows = [row for row, digest in enumerate(named) if digest in wanted and digest not in found]
+                if not rows:
+                    continue
+                features = np.asarray(load_npz(path, ["features"])["features"], dtype=np.float32)
+                found |= {named[row]: features[row] for row in rows}
+            # TypeError: numbers of another kind; IndexError: fewer features than digests.
+            except (OSError, ValueError, TypeError, IndexError):
                 continue
         return found
 

@@ -13,7 +13,7 @@ import torch
 
 from ibaml import records
 from ibaml.algorithms import make_algorithm
-from ibaml.atomic import write_text
+from ibaml.atomic import read_json, write_text
 from ibaml.baselines.base import Baseline, Problem, fresh_network, pose
 from ibaml.baselines.registry import BASELINES
 from ibaml.learner import MetaLearner
@@ -333,9 +333,12 @@ def _read_record(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | No
     path = folder / RECORD
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["of"] == json.loads(json.dumps(wanted)):
-        return stored["result"]
+    try:
+        stored = read_json(path)
+        if stored["of"] == json.loads(json.dumps(wanted)):
+            return stored["result"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {folder} to fit it again.") from error
     shutil.rmtree(folder)
     return None
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ibaml.atomic import write_text
+from ibaml.atomic import read_json, write_text
 from ibaml.baselines.base import FittedBaseline, Problem
 from ibaml.baselines.choosing import tempered
 from ibaml.learner import MetaLearner
@@ -167,5 +167,8 @@ def _require_uninterrupted(result: TrainingResult) -> None:
 def _read_plan(folder: Path, described: Sequence[str]) -> dict[str, Any] | None:
     if not (folder / PLAN).is_file():
         return None
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    return plan if plan.pop("among", None) == list(described) else None
+    try:
+        plan = read_json(folder / PLAN)
+        return plan if plan.pop("among", None) == list(described) else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / PLAN} is damaged ({error}): remove {folder} to fit it again.") from error

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 _END_OF_ARCHIVE = 22
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, whatever a file is called. Pillow would hand others, such as EPS, to programs that run them."""
 _MOST_PIXELS = 64_000_000
 _MOST_BYTES = 2**28
 """What is read of one image, so that a small file cannot fill the memory."""
@@ -219,7 +221,7 @@ def decode_image(content: bytes, name: str, *, channels: int) -> "Image.Image":
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
             problem = _find_problem(opened)
             if problem is None:
                 turned = ImageOps.exif_transpose(opened)
@@ -227,9 +229,10 @@ def decode_image(content: bytes, name: str, *, channels: int) -> "Image.Image":
                     turned = turned.convert("RGBA")
                     turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
                 return turned.convert("RGB" if channels == 3 else "L")
-    # SyntaxError: a broken PNG. The others are what Pillow and struct make of files whose parts contradict each other.
+    # SyntaxError: a broken PNG. Warning: Pillow's of a large image, where warnings are errors. The others are what
+    # Pillow and struct make of files whose parts contradict each other.
     except (
-        *(OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError),
+        *(OSError, EOFError, SyntaxError, ValueError, MemoryError, Warning, zlib.error, Image.DecompressionBombError),
         *(ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, struct.error),
     ) as error:
         raise ValueError(
@@ -268,13 +271,31 @@ def to_pixels(image: "Image.Image") -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def read_image_file(path: Path) -> bytes:
+    """Returns the contents of a file in a folder; a link counts as what it leads to.
+
+    Raises:
+        ValueError: If it is no file (a pipe or a device would never end), or too large.
+        OSError: If it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, or a link that leads nowhere: remove it.")
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"the image {path} has {size:,} bytes, and at most {_MOST_BYTES:,} are read: make it smaller.")
+    return path.read_bytes()
+
+
 @contextmanager
 def open_archive(path: Path) -> Generator[zipfile.ZipFile]:
     """Opens a zip archive.
 
     Raises:
         ValueError: If it is none, or not whole.
+        OSError: If it cannot be read.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file, where a zip archive was expected.")
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, LookupError, struct.error) as error:

@@ -23,6 +23,7 @@ from ibaml.seeds import task_generator
 from ibaml.train import Trainer, TrainerSettings
 from ibaml.train.evaluate import evaluate
 from ibaml.train.processes import Processes
+from ibaml.train.progress import say
 from ibaml.train.signals import pass_on
 from ibaml.types import Episode, Tensor
 
@@ -112,8 +113,8 @@ def choose(
         return found.per_task["nll"].reshape(num_held_out, _NUM_DRAWS).mean(1)
 
     def tell(text: str) -> None:
-        if console is not None and processes.is_first:
-            console.print(text, soft_wrap=True, markup=False, highlight=False)
+        if processes.is_first:
+            say(console, text)
 
     tell(f"Comparing {len(candidates)} models on {num_held_out} of the tasks: {', '.join(candidates)}.")
     found = {name: losses(candidate) for name, candidate in candidates.items()}

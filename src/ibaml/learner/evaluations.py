@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ibaml.atomic import write_text
+from ibaml.atomic import read_json, write_text
 from ibaml.learner.run_folder import EVALUATION
 from ibaml.metrics import Estimate, Sizes, quantile_curve, reliability_curve, selective_curve
 from ibaml.train.checkpoint import save_tensors
@@ -108,7 +108,7 @@ def read_evaluation(folder: Path) -> StoredEvaluation:
     """
     target = folder / EVALUATION
     try:
-        report = json.loads((target / "report.json").read_text(encoding="utf-8"))
+        report = read_json(target / "report.json")
         text = (target / "per_task.csv").read_bytes().decode()
         # Evaluations of an earlier version have no checksums.
         if "sha256" in report and report["sha256"] != _sha256(_canonical(report)):

@@ -17,6 +17,7 @@ from ibaml.optional import require
 from ibaml.posterior import FittedModel
 
 _TABLES = (".csv", ".parquet")
+_MOST_VALUES = 2**28
 
 
 def predict_files(
@@ -107,6 +108,7 @@ def read_table(path: Path, known: Mapping[str, Sequence[str]] | None = None) -> 
     pandas = require("pandas", "pandas", "tables")
     try:
         if path.suffix.lower() != ".csv":
+            _check_parquet(path)
             return as_table(pandas.read_parquet(path))
         table = as_table(pandas.read_csv(path))
         if wanted := [name for name in known or () if name in table.columns]:
@@ -115,8 +117,24 @@ def read_table(path: Path, known: Mapping[str, Sequence[str]] | None = None) -> 
                 if set(text[name]) <= {"", *(known or {})[name]}:
                     table[name] = text[name].mask(text[name] == "").astype(object)
         return table
-    except (ValueError, OSError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    # What pandas and pyarrow make of files that are damaged, or nested more deeply than they can follow.
+    except (ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {str(error) or type(error).__name__}") from error
+
+
+def _check_parquet(path: Path) -> None:
+    """Refuses a file that unpacks to more than can be meant: a few bytes may stand for any number of equal values.
+
+    Raises:
+        ImportError: If pyarrow is not installed.
+        ValueError: If it holds so many values.
+    """
+    require("pyarrow", "pyarrow", "tables")
+    from pyarrow.parquet import read_metadata
+
+    found = read_metadata(path)
+    if (size := found.num_rows * found.num_columns) > _MOST_VALUES:
+        raise ValueError(f"it has {size:,} values, and at most {_MOST_VALUES:,} are read")
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

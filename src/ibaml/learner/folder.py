@@ -9,10 +9,12 @@
 beside these (``ibaml.learner.run_folder``). A byte changed in either file is noticed, as is a file of another format.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +99,14 @@ class StoredModel(NamedTuple):
                 f"{self.path} holds a network that is not one of ibaml.networks: pass a module of the same "
                 "architecture, MetaLearner.load(folder, network=...)."
             )
-        dtype = next(value.dtype for name, value in self.tensors.items() if name.startswith("prior"))
-        return self.settings.network.build().to(dtype)
+        with _settings_of(self.path):
+            dtype = next(value.dtype for name, value in self.tensors.items() if name.startswith("prior"))
+            # Settings that somebody made may ask for any size.
+            with torch.device("meta"):
+                num_weights = sum(value.numel() for value in self.settings.network.build().parameters())
+            if num_weights > sum(value.numel() for value in self.tensors.values()):
+                raise ValueError(f"the network has {num_weights:,} weights, which the file does not hold")
+            return self.settings.network.build().to(dtype)
 
     def restore(self, model: Model, algorithm: Algorithm, device: torch.device) -> FittedModel:
         """Returns the fitted model; frozen parameters and buffers are copied into the network.
@@ -106,7 +114,8 @@ class StoredModel(NamedTuple):
         Raises:
             ValueError: If the model belongs to another network.
         """
-        like = algorithm.init(model.adapted, model.shared, generator=torch.Generator())
+        with _settings_of(self.path):
+            like = algorithm.init(model.adapted, model.shared, generator=torch.Generator())
         meta = meta_from_tensors(self.tensors, like=like, source=str(self.path))
         _restore_fixed(self, fixed_tensors(model.frozen, model.network))
         return FittedModel(
@@ -191,22 +200,45 @@ def read_model(folder: Path) -> StoredModel:
         {name.removeprefix(group): value for name, value in tensors.items() if name.startswith(group)}
         for group in (_SCALES, _ABSTENTION)
     )
-    preprocessing = metadata["preprocessing"]
-    return StoredModel(
-        path,
-        tensors,
-        settings=records.from_json(metadata["learner"], RECORDS),
-        seed=metadata["seed"],
-        splits=records.from_json(metadata["splits"], RECORDS),
-        preprocessing=None if preprocessing is None else Preprocessing.restore(preprocessing, scales),
-        temperature=metadata["calibration_temperature"],
-        # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
-        abstention=AbstentionCurve(**abstention) if abstention else None,
-        experience=None if metadata.get("experience") is None else Experience(**metadata["experience"]),
-        step=metadata["step"],
-        choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
-        backbone=metadata.get("backbone"),
-    )
+    with _settings_of(path):
+        temperature = metadata["calibration_temperature"]
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"calibration_temperature is {temperature}, and no positive number")
+        settings, splits = (records.from_json(metadata[name], RECORDS) for name in ("learner", "splits"))
+        if not (isinstance(settings, LearnerSettings) and isinstance(splits, SplitSettings)):
+            raise ValueError("they are those of something else than a learner")
+        preprocessing = metadata["preprocessing"]
+        return StoredModel(
+            path,
+            tensors,
+            settings=settings,
+            seed=metadata["seed"],
+            splits=splits,
+            preprocessing=None if preprocessing is None else Preprocessing.restore(preprocessing, scales),
+            temperature=temperature,
+            # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
+            abstention=AbstentionCurve(**abstention) if abstention else None,
+            experience=None if metadata.get("experience") is None else Experience(**metadata["experience"]),
+            step=metadata["step"],
+            choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
+            backbone=metadata.get("backbone"),
+        )
+
+
+@contextlib.contextmanager
+def _settings_of(path: Path) -> Generator[None]:
+    """Names the file whose settings cannot be used; a checksum tells damage, not what was written on purpose."""
+    try:
+        yield
+    # RuntimeError: torch's, of a network that does not fit into memory; StopIteration: a model without a prior.
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+        *(RuntimeError, MemoryError, StopIteration),
+    ) as error:
+        raise ValueError(
+            f"{path} holds settings that this version of ibaml cannot use ({str(error) or type(error).__name__}): it "
+            "was written by another version, or changed. Restore it from a copy."
+        ) from error
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

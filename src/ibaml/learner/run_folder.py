@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ibaml import records
-from ibaml.atomic import write_text
+from ibaml.atomic import read_json, write_text
 from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata
 from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, load_tensors
 from ibaml.train.log import METRICS, read_metrics
@@ -112,7 +112,7 @@ def title_of(folder: Path) -> tuple[str, str]:
     """Returns the name of what is in a folder and, of a recipe, its description."""
     if not (folder / RECIPE).is_file():
         return "A trained MetaLearner", ""
-    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_json(folder / RECIPE)
     return recipe["name"], recipe["description"]
 
 

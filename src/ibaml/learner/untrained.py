@@ -24,6 +24,7 @@ from ibaml.learner.defaults import HEAD_PATTERN, Suited
 from ibaml.learner.features import extract, splits_of
 from ibaml.likelihoods import Likelihood
 from ibaml.networks import MLP
+from ibaml.train.progress import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,8 +81,7 @@ def untrained(
         "inputs, and every feature counts the same. Labelled classes, by fit, would tell which count."
     )
     _logger.info("%s", text)
-    if console is not None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    say(console, text)
     network = MLP(num_ways, input_shape=num_features, hidden_sizes=(), zero_head=True)
     return Untrained(
         Suited(network, make_algorithm("gaussian_classes", initial_within_variance=_WITHIN), likelihood, HEAD_PATTERN),

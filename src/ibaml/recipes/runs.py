@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ibaml import records
-from ibaml.atomic import write_text
+from ibaml.atomic import read_json, write_text
 from ibaml.baselines import BaselineComparison, compare_with_baselines
 from ibaml.data.sources import settings_of_tests
 from ibaml.learner import MetaLearner
@@ -27,6 +27,7 @@ from ibaml.train.checkpoint import CHECKPOINT, first_difference, load_tensors
 from ibaml.train.evaluate import Evaluation, draw_tasks
 from ibaml.train.lock import only_training_in
 from ibaml.train.processes import Processes
+from ibaml.train.progress import say
 from ibaml.train.signals import results_are_read
 
 if TYPE_CHECKING:
@@ -135,11 +136,10 @@ def _train(
     if console is not None and processes.is_first:
         device = learner.device
         where = device.type if processes.size == 1 else f"{processes.size} processes on {device.type}"
-        console.print(
+        say(
+            console,
             f"Training {recipe.name} on {where}: {recipe.trainer.num_steps:,} meta-steps of "
             f"{recipe.trainer.tasks_per_step} tasks. Everything goes to {folder}.",
-            soft_wrap=True,
-            markup=False,
         )
     learner.fit(
         train_tasks,
@@ -391,8 +391,8 @@ def read_recipe(folder: Path) -> Recipe:
         raise FileNotFoundError(f"{folder} is no run of a recipe: it has no {RECIPE}. `ibaml train` makes one.")
     try:
         try:
-            text = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            text = read_json(path)
+        except ValueError as error:
             raise ValueError(f"this is no recipe of this version of ibaml: {error}") from error
         # A recipe of an earlier version has no checksum.
         known = text.pop("sha256", None)

@@ -35,6 +35,12 @@ class Recipe(LearnerSettings):
     trainer: TrainerSettings
     num_test_tasks: int = 600
 
+    def __post_init__(self) -> None:
+        """Refuses what no learner takes, and an evaluation of no tasks."""
+        super().__post_init__()
+        if self.num_test_tasks < 1:
+            raise ValueError(f"num_test_tasks must be at least 1, but is {self.num_test_tasks}.")
+
     def learner(self, *, device: torch.device | str = "cpu") -> MetaLearner:
         """Builds the learner, not yet fitted; ``learner.fit(..., settings=recipe.trainer)`` trains the recipe.
 

@@ -79,7 +79,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     if header.get("sha256") != digest(tensors, header.get("json", "")):
         raise ValueError(f"{path} is damaged: its checksum does not match its contents. Restore it from a copy.")
-    return tensors, json.loads(header["json"])
+    try:
+        metadata = json.loads(header.get("json", ""))
+        if not isinstance(metadata, dict):
+            raise ValueError("they are no object")
+    # A checksum tells damage, not what somebody wrote on purpose.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has settings that cannot be read ({error}). Restore it from a copy.") from error
+    return tensors, metadata
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -138,7 +145,7 @@ class TrainingState(NamedTuple):
         step: Steps taken.
         seconds: Seconds spent.
         is_validation_due: Whether the validation after that step has not been made.
-        running: What has been measured since the last row of metrics, JSON values.
+        running: What has been measured since the last row of metrics, and which rows there are, JSON values.
     """
 
     meta: MetaParameters

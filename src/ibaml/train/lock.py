@@ -23,11 +23,18 @@ def only_training_in(folder: Path | None) -> Generator[None]:
         folder: The folder; made if missing. None: there is nothing to hold.
 
     Raises:
-        OSError: If another training holds it, or it cannot be made.
+        OSError: If another training holds it, its name is no text, or it cannot be made.
     """
     if folder is None or (key := (folder.resolve(), threading.get_ident())) in _held:
         yield
         return
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError as error:
+        raise OSError(
+            f"run_folder {os.fspath(folder)!r} has a name that is no text in UTF-8, which its README needs: choose "
+            "another with --run-folder."
+        ) from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

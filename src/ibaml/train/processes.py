@@ -42,17 +42,19 @@ class ProcessLostError(RuntimeError):
 class Processes:
     """The processes of a run, seen from one of them; by default that one alone, and then every method is free.
 
-    All methods but ``share`` are collective: every process calls them, in the same order.
+    All methods but ``share`` and ``is_abandoned`` are collective: every process calls them, in the same order.
 
     Attributes:
         rank: Number of this process, from 0.
         size: Number of processes.
         device: Where this process computes.
+        launcher: Id of the process that started these ones and waits for them; None if nobody does.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = _CPU
+    launcher: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses a rank that is not below the size."""
@@ -63,6 +65,11 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the launcher has died, so that nobody would notice how these processes end, or could stop them."""
+        return self.launcher is not None and os.getppid() != self.launcher
 
     def share(self, count: int) -> range:
         """Returns which of ``count`` items this process computes: neighbours, and one more or less than any other.
@@ -292,6 +299,8 @@ def _join(device: torch.device, timeout: timedelta) -> Processes:
         raise ValueError(
             f"{num_launched()} processes need Lightning Fabric, which is not installed: pip install 'ibaml[processes]'."
         ) from error
+    # Before anything that takes time: a process whose parent dies gets another one.
+    launcher = os.getppid()
     # It announces the back end with a banner.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     num_local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -303,7 +312,7 @@ def _join(device: torch.device, timeout: timedelta) -> Processes:
     )
     with _lost_processes_named(Processes(rank=launched_rank(), size=num_launched())):
         fabric.launch()
-    return Processes(rank=fabric.global_rank, size=fabric.world_size, device=fabric.device)
+    return Processes(rank=fabric.global_rank, size=fabric.world_size, device=fabric.device, launcher=launcher)
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -102,6 +102,24 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        with self._unless_it_fails():
-            if self._console is not None:
-                self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if self._console is not None and not say(self._console, line):
+            self._console = None
+            self._progress.disable = True
+
+
+def say(console: "Console | None", line: str, *, markup: bool = False) -> bool:
+    """Prints a line, or says by False that nobody can read it: a closed terminal or pipe, or a full disk, ends no work.
+
+    Args:
+        console: Where; None is silent.
+        line: What.
+        markup: Whether words in brackets are styles of rich.
+    """
+    if console is None:
+        return True
+    try:
+        console.print(line, soft_wrap=True, markup=markup, highlight=False)
+    # SystemExit: what rich makes of a pipe that nobody reads. ValueError: a closed file, or a letter that it lacks.
+    except (OSError, ValueError, SystemExit):
+        return False
+    return True

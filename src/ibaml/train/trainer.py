@@ -41,6 +41,7 @@ from ibaml.train.lock import only_training_in
 from ibaml.train.log import TrainingBar, TrainingLog
 from ibaml.train.optimizer import parameter_groups
 from ibaml.train.processes import Processes, ProcessLostError, placed
+from ibaml.train.progress import say
 from ibaml.train.result import Chosen, StopReason, TrainingDivergedError, TrainingResult, raise_divergence
 from ibaml.train.settings import ONLY_HOW, TrainerSettings
 from ibaml.train.signals import caught_signals
@@ -190,7 +191,7 @@ class Trainer:
             TrainingBar(self.console, self.settings.num_steps, self._step) as bar,
         ):
             with caught_signals() as caught:
-                self._stop_wishes = lambda: (bool(caught), time.monotonic() > deadline)
+                self._stop_wishes = lambda: (bool(caught) or self.processes.is_abandoned, time.monotonic() > deadline)
                 if self._is_validation_due and validation_tasks is not None:
                     bar.say(self._validate(validation_tasks, log))
                 while self._step < self.settings.num_steps:
@@ -338,6 +339,7 @@ class Trainer:
             result = tempered(self.model.likelihood, result, temperature)
         scores = {f"validation_{name}": value.mean for name, value in result.report.items()}
         log.write(self._step, self._seconds, {**scores, "validation_temperature": temperature})
+        self._running = log.running
         nll = result.report["nll"].mean
         improved = nll < self._chosen.nll
         if improved:
@@ -457,5 +459,4 @@ class Trainer:
         self._generator.set_state(state.generator)
         self._step, self._seconds, self._chosen = state.step, state.seconds, state.chosen
         self._is_validation_due, self._running = state.is_validation_due, dict(state.running)
-        if self.console is not None:
-            self.console.print(f"Resuming at step {self._step} of {self.settings.num_steps}.")
+        say(self.console, f"Resuming at step {self._step} of {self.settings.num_steps}.")

@@ -71,3 +71,21 @@ def test_download_checks_the_checksum(places, monkeypatch):
 def test_cache_folders(places):
     assert locate.cache_folders(places[0]) == [places[0]]
     assert locate.cache_folders() == places[1:]
+
+
+def test_users_without_a_home(places, monkeypatch):
+    """As in containers, whose user may have no entry in the list of users."""
+
+    def no_home(project: str) -> str:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pooch, "os_cache", no_home)
+    assert locate.search_folders() == places[1:2]
+    monkeypatch.setenv("IBAML_DATA", "~nobody-of-that-name/x")
+    with pytest.raises(ValueError, match="IBAML_DATA is '~nobody-of-that-name/x', and the home folder .* is not known"):
+        find_data_file("a.npz")
+    monkeypatch.delenv("IBAML_DATA")
+    with pytest.raises(FileNotFoundError, match="a.npz not found; looked in no folder, as this user has no home"):
+        find_data_file("a.npz")
+    with pytest.raises(FileNotFoundError, match="images_background.zip cannot be kept: this user has no home folder"):
+        find_data_file("images_background.zip", download=True)

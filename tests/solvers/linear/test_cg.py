@@ -165,3 +165,19 @@ def test_indefinite_member_of_a_batch_leaves_its_neighbours_alone() -> None:
         torch.testing.assert_close(batched.value[index], single.value, rtol=0, atol=1e-9)
         torch.testing.assert_close(batched.residual_norm[index], single.residual_norm, rtol=0, atol=1e-9)
         assert batched.num_steps[index] == single.num_steps
+
+
+def test_a_direction_that_the_matrix_takes_to_rounding_is_not_followed() -> None:
+    """Its curvature may be positive by chance; a step along it would be 1e16 long."""
+    diagonal = torch.tensor([1.0, 1e-16], dtype=torch.float64)
+    solution = cg(lambda x: diagonal * x, torch.ones(2, dtype=torch.float64), max_steps=5)
+    assert solution.value.tolist() == [2.0, 2.0]
+    assert solution.negative_curvature and not solution.converged
+
+
+def test_claim_of_convergence_is_withdrawn_in_a_batch_where_rounding_alone_exceeds_it() -> None:
+    diagonal = torch.tensor([[1e-10, 1.0, 2.0], [0.5, 1.0, 2.0]], dtype=torch.float64)
+    solve = torch.vmap(lambda one: cg(lambda x: one * x, torch.ones(3, dtype=torch.float64), max_steps=30, rtol=1e-10))
+    solution = solve(diagonal)
+    assert (solution.residual_norm <= 1e-10 * 3**0.5).all(), "the recurrence met the tolerance in both"
+    assert solution.converged.tolist() == [False, True]

@@ -2,8 +2,6 @@
 
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from ibaml.atomic import atomic_write
 from ibaml.data.files.locate import cache_folders
+from ibaml.data.files.npz import load_npz
 from ibaml.data.images import ClassImages
 
 
@@ -46,19 +45,14 @@ def read_class_images(folders: Sequence[Path], name: str) -> ClassImages | None:
     """
     for folder in folders:
         try:
-            with (folder / name).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return ClassImages(
-                    images=torch.from_numpy(file["images"]),
-                    class_start=torch.from_numpy(file["class_start"]),
-                    class_names=tuple(str(class_name) for class_name in file["class_names"]),
-                )
-        except FileNotFoundError:
-            continue
-        # RuntimeError: an encrypted member, or one compressed in an unknown way; MemoryError: a header that lies.
-        except (
-            *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError),
-            *(zipfile.BadZipFile, zlib.error),
-        ):
+            arrays = load_npz(folder / name, ("images", "class_start", "class_names"))
+            return ClassImages(
+                images=torch.from_numpy(arrays["images"]),
+                class_start=torch.from_numpy(arrays["class_start"]),
+                class_names=tuple(str(class_name) for class_name in arrays["class_names"]),
+            )
+        # TypeError: values of another kind than images have.
+        except (OSError, ValueError, TypeError):
             continue
     return None
 
@@ -93,7 +87,7 @@ def write_class_images(folders: Sequence[Path], name: str, images: ClassImages) 
             continue
         return folder / name
     warnings.warn(
-        f"cannot write the cache file {name} to {' or '.join(failures)}: it is made anew each time. "
+        f"cannot write the cache file {name} to {' or '.join(failures) or 'any folder'}: it is made anew each time. "
         "Set IBAML_DATA to a writable folder to avoid that.",
         RuntimeWarning,
         stacklevel=3,

@@ -1,9 +1,12 @@
 """Where data files are looked for: an explicit folder, then ``$IBAML_DATA``, then a per-user cache."""
 
+import contextlib
 import os
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+
+from ibaml.checks import expand_home
 
 ENVIRONMENT_VARIABLE = "IBAML_DATA"
 """Environment variable that names the folder with data files."""
@@ -58,14 +61,19 @@ def search_folders(root: str | os.PathLike[str] | None = None) -> list[Path]:
         root: A folder given by the caller, if any.
 
     Returns:
-        One to three paths, which need not exist.
+        None to three paths, which need not exist.
+
+    Raises:
+        ValueError: If a path begins with a home folder that is not known.
     """
     folders: list[Path] = []
     if root is not None:
-        folders.append(Path(root).expanduser())
+        folders.append(expand_home("root", root))
     if environment := os.environ.get(ENVIRONMENT_VARIABLE):
-        folders.append(Path(environment).expanduser())
-    folders.append(Path(_pooch().os_cache("ibaml")))
+        folders.append(expand_home(ENVIRONMENT_VARIABLE, environment))
+    # In some containers a user has no home, and so no cache of his own.
+    with contextlib.suppress(RuntimeError, KeyError):
+        folders.append(Path(_pooch().os_cache("ibaml")))
     return folders
 
 
@@ -84,7 +92,7 @@ def cache_folders(cache_dir: str | os.PathLike[str] | None = None) -> list[Path]
     Returns:
         ``[cache_dir]``, or ``$IBAML_DATA`` (if set) and the per-user cache.
     """
-    return [Path(cache_dir).expanduser()] if cache_dir is not None else search_folders()
+    return [expand_home("cache_dir", cache_dir)] if cache_dir is not None else search_folders()
 
 
 def find_data_file(name: str, root: str | os.PathLike[str] | None = None, *, download: bool = False) -> Path:
@@ -110,9 +118,11 @@ def find_data_file(name: str, root: str | os.PathLike[str] | None = None, *, dow
             return folder / name
     source = SOURCES.get(name)
     if download and source is not None and source.url is not None:
+        if not folders:
+            raise FileNotFoundError(f"{name} cannot be kept: this user has no home folder. Set {ENVIRONMENT_VARIABLE}.")
         target = folders[0] if root is not None else folders[-1]
         return Path(_pooch().retrieve(source.url, known_hash=source.checksum, fname=name, path=target))
-    places = ", ".join(str(folder) for folder in folders)
+    places = ", ".join(str(folder) for folder in folders) or "no folder, as this user has no home"
     advice = source.help if source is not None else "Put it into one of them."
     unset = "" if os.environ.get(ENVIRONMENT_VARIABLE) else f" (${ENVIRONMENT_VARIABLE} is not set)"
     raise FileNotFoundError(f"{name} not found; looked in {places}{unset}. {advice}")

@@ -8,11 +8,12 @@ may still take much time or memory.
 import os
 import pickle  # noqa: TID251  (this module is the restricted unpickler that the ban points to)
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ibaml.checks import expand_home
 
 
 def load_arrays(path: str | os.PathLike[str]) -> Any:
@@ -42,7 +43,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Any:
         Traceback (most recent call last):
         ValueError: labels.pickle is refused: it names os.system
     """
-    path = Path(path).expanduser()
+    path = expand_home("path", path)
     with path.open("rb") as file:
         try:
             # Latin-1 maps the 256 bytes to the first 256 code points, so that byte strings of Python 2 can be restored.

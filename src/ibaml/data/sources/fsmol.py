@@ -6,8 +6,6 @@ compressed sparse rows. Labels are 1 for active. A support set is stratified: it
 
 import dataclasses
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,6 +16,7 @@ import torch
 
 from ibaml.checks import require_positive_int
 from ibaml.data.files.locate import find_data_file
+from ibaml.data.files.npz import load_npz
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.ragged import RaggedTasks
 from ibaml.data.sources.base import Split, queries_in
@@ -26,6 +25,7 @@ from ibaml.types import Batch, Episode, Tensor
 FILE_NAME = "fsmol_train_valid.npz"
 """Name of the file with FS-Mol's training and validation assays."""
 
+_MOST_BYTES = 2**31
 _ARRAYS = ("task_name", "task_split", "row_task", "row_mol", "label", "fp_ptr", "fp_index", "fp_count")
 
 Fingerprints = Literal["log_counts", "counts", "binary"]
@@ -181,23 +181,8 @@ def load_assays(
 def _read(file: Path) -> dict[str, npt.NDArray]:
     """Reads the arrays and refuses what does not fit together."""
     try:
-        # Opened here, as numpy leaves a file open that is no archive.
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            missing = [name for name in _ARRAYS if name not in archive.files]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            arrays = {name: archive[name] for name in _ARRAYS}
-    # RuntimeError: an encrypted member; its subclass NotImplementedError: one compressed by a method that Python lacks.
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        arrays = load_npz(file, _ARRAYS, most_bytes=_MOST_BYTES)
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read as an assay file: {error}.") from error
     for name, array in arrays.items():
         kinds = "U" if name in ("task_name", "task_split") else "iub"

@@ -10,13 +10,14 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from ibaml.checks import require_positive_int
+from ibaml.checks import expand_home, require_positive_int
 from ibaml.data.images import (
     ClassImages,
     Pixels,
     check_names,
     decode_image,
     open_archive,
+    read_image_file,
     read_member,
     resize_image,
     to_pixels,
@@ -139,7 +140,7 @@ def load_class_folder(
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; give one with class/image files.")
     return _read_classes(
-        _list_folder(path, depth=2), lambda parts: path.joinpath(*parts).read_bytes(), path, size, channels
+        _list_folder(path, depth=2), lambda parts: read_image_file(path.joinpath(*parts)), path, size, channels
     )
 
 
@@ -160,14 +161,14 @@ def load_images(path: str | os.PathLike[str], *, image_size: int | tuple[int, in
     files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden((file.name,))]
     if not files:
         raise ValueError(f"{path} holds no image (suffixes {', '.join(sorted(IMAGE_SUFFIXES))}).")
-    pictures = [_decode(file.read_bytes(), f"{file.name} of {path}", size, channels) for file in files]
+    pictures = [_decode(read_image_file(file), f"{file.name} of {path}", size, channels) for file in files]
     return ImageFiles(tuple(file.name for file in files), np.stack(pictures))
 
 
 def _check_arguments(
     path: str | os.PathLike[str], image_size: object, channels: int, layout: str
 ) -> tuple[Path, tuple[int, int] | None]:
-    path = Path(path).expanduser()
+    path = expand_home("path", path)
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels!r}.")
     size = _parse_image_size(image_size)
@@ -246,7 +247,7 @@ def _match_split(split: str, splits: list[str], path: Path) -> str:
 def _open_root(path: Path) -> Generator[tuple[list[_Entry], Callable[[tuple[str, ...]], bytes]]]:
     """Opens a folder or archive: what lies up to three levels deep, and a function that reads a file by its parts."""
     if path.is_dir():
-        yield _list_folder(path), lambda parts: path.joinpath(*parts).read_bytes()
+        yield _list_folder(path), lambda parts: read_image_file(path.joinpath(*parts))
         return
     with open_archive(path) as archive:
         check_names(archive)

@@ -25,6 +25,7 @@ from ibaml.data.images import (
     digest,
     member_stamps,
     open_archive,
+    read_image_file,
     read_member,
     resize_image,
     to_pixels,
@@ -264,7 +265,7 @@ def _open_folder(csv_path: Path) -> _ImageFiles:
         csv_content=csv_path.read_bytes(),
         images_name=str(images),
         stamp=stamp,
-        read=lambda name: (images / name).read_bytes(),
+        read=lambda name: read_image_file(images / name),
     )
 
 

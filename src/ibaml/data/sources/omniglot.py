@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import os
 import re
 import zipfile
@@ -16,6 +17,7 @@ from ibaml.data.files.cache import cached_images
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.images import (
     ClassImages,
+    check_names,
     class_starts,
     decode_image,
     digest,
@@ -177,6 +179,7 @@ def _decode(archive: zipfile.ZipFile, members: list[str], image_size: int, path:
             f"{path} has no file named like images_background/Alphabet/character01/0001_01.png; "
             "it is not the Omniglot archive that its publisher ships."
         )
+    check_names(archive)
     images = np.empty((len(members), image_size, image_size), dtype=np.uint8)
     names: list[str] = []
     starts: list[int] = []
@@ -201,8 +204,8 @@ def _decode(archive: zipfile.ZipFile, members: list[str], image_size: int, path:
 def _read_split_file(path: Path) -> dict[Split, set[str]]:
     """Reads which characters, as ``alphabet/character``, belong to which split."""
     wanted: dict[Split, set[str]] = {"train": set(), "validation": set(), "test": set()}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
         if reader.fieldnames is None or not {"alphabet", "character", "split"} <= set(reader.fieldnames):
             raise ValueError(
                 f"{path} must have the columns alphabet,character,split, got {reader.fieldnames}; fix its first line."
@@ -213,6 +216,8 @@ def _read_split_file(path: Path) -> dict[Split, set[str]]:
                     f"{path}, line {reader.line_num}: split must be train, val or test, got {row['split']!r}."
                 )
             wanted[_CSV_SPLITS[row["split"]]].add(f"{row['alphabet']}/{row['character']}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no text with commas ({error}); get the file again.") from error
     if empty := [split for split, names in wanted.items() if not names]:
         raise ValueError(f"{path} lists no character for the splits {', '.join(empty)}; use the complete file.")
     return wanted
