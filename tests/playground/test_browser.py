@@ -34,7 +34,7 @@ def address():
     with make_server(0) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
 
@@ -170,7 +170,7 @@ def test_model(page, pictures, tmp_path):
     browser.type("#model-query", str(tmp_path / "asked.csv"))
     browser.type("#model-support", str(tmp_path / "bad.csv"))
     browser.click("#model-go")
-    browser.wait_for_text("#model-error", "no column 'hours'")
+    browser.wait_for_text("#model-error", "the support table has no column hours; its columns are school, score.")
     browser.type("#model-support", str(tmp_path / "known.csv"))
     browser.click("#model-go")
     browser.wait_for_text("#model-says", "5 predictions")

@@ -160,7 +160,8 @@ def _covariance(a: Floats, b: Floats, kernel: Hyperparameters, *, with_noise: bo
 
 def _band(mean: Any, lower: Any, upper: Any, functions: Any) -> Band:
     width = float(np.mean(np.asarray(upper) - np.asarray(lower)))
-    return Band(*(np.asarray(value).tolist() for value in (mean, lower, upper)), width, np.asarray(functions).tolist())
+    mean, lower, upper, functions = (np.asarray(value).tolist() for value in (mean, lower, upper, functions))
+    return Band(mean, lower, upper, width, functions)
 
 
 def _read_points(points: list[Any]) -> Floats:

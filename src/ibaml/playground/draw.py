@@ -97,7 +97,7 @@ def judge(pictures: npt.NDArray[np.uint8], labels: Sequence[str], query: npt.NDA
         return Verdict(TOO_FEW, classes, [], 0.0, 0.0, 0.0)
     learner, thresholds = _models()
     prediction = learner.adapt(pictures, np.array(labels)).predict(query[None], max_error=MAX_ERROR)
-    assert isinstance(prediction, ClassPrediction)
+    assert isinstance(prediction, ClassPrediction) and prediction.classes is not None
     foreignness = float(prediction.out_of_task[0]) - thresholds.at(len(classes), len(labels) / len(classes))
     says = str(prediction.labels[0])
     if foreignness > 0:

@@ -15,6 +15,7 @@ from ibaml.data.sources.image_folder import IMAGE_SUFFIXES
 from ibaml.learner import MetaLearner
 from ibaml.learner.files import predict_files
 from ibaml.playground.requests import Answered, Asked, field
+from ibaml.recipes import runs
 
 TABLES, ARCHIVE = (".csv", ".parquet"), ".zip"
 MOST_UNPACKED = 256 * 2**20
@@ -25,8 +26,8 @@ def answer(asked: Asked) -> Answered:
     """Says what a saved model is, and predicts if there are examples.
 
     Args:
-        asked: ``folder``, that of a saved learner; ``support`` and ``query``, uploads ``{"name", "base64"}`` or nothing: a
-            table each, or for images a zip archive with class folders, and one with images.
+        asked: ``folder``, that of a saved learner; ``support`` and ``query``, uploads ``{"name", "base64"}`` or none:
+            tables, or for images a zip archive with class folders, and one with images.
 
     Returns:
         ``about``: pairs of a name and what it is; and with both uploads ``header`` and ``rows`` of the answers, the
@@ -40,7 +41,9 @@ def answer(asked: Asked) -> Answered:
     folder = field(asked, "folder", str).strip()
     if not folder:
         raise ValueError("no folder is named; expected that of a saved model, as learner.save(folder) writes it.")
-    learner = MetaLearner.load(Path(folder).expanduser())
+    path = Path(folder).expanduser()
+    # A recipe knows how files of its source are read.
+    learner = MetaLearner.load(path).with_fitted(runs.load_fitted(path))
     told: Answered = {"about": [list(line) for line in describe(learner)]}
     uploads = [asked.get(name) for name in ("support", "query")]
     if not any(uploads):
@@ -55,12 +58,12 @@ def describe(learner: MetaLearner) -> list[tuple[str, str]]:
     """Returns what a fitted learner is, as names and values to read."""
     fitted, preprocessing = learner.fitted_model, learner.preprocessing
     likelihood = learner.likelihood
-    is_of_classes = likelihood.target_kind == "classes"
     predicts = f"numbers ({likelihood.name})"
-    if is_of_classes:
-        own = learner.classes == "per_task" or preprocessing is None or preprocessing.class_labels is None
-        names = "" if own or preprocessing is None else ", ".join(map(str, preprocessing.class_labels.tolist()))
-        predicts = "classes that each task has of its own" if own else f"one of the classes {names}"
+    if likelihood.target_kind == "classes":
+        labels = None if preprocessing is None else preprocessing.class_labels
+        predicts = "classes that each task has of its own"
+        if labels is not None:
+            predicts = f"one of the classes {', '.join(map(str, labels.tolist()))}"
     about = [("predicts", predicts), ("algorithm", learner.algorithm.name)]
     if preprocessing is None:
         about.append(("inputs", "tensors that fit its network; files cannot tell what they are"))

@@ -15,6 +15,7 @@ import torch
 from ibaml.atomic import write_text
 from ibaml.data.images import ClassImages
 from ibaml.learner import MetaLearner
+from ibaml.likelihoods import ClassPrediction
 
 FILE = "none_of_these.json"
 WAYS = (2, 3, 5, 7, 10)
@@ -118,7 +119,9 @@ def _scores(
         pictures = torch.stack([_shuffled(images, int(number), generator) for number in chosen])
         support, queries = pictures[:num_ways, :num_shots], pictures[:, num_shots : num_shots + _NUM_QUERIES]
         posterior = learner.adapt(support.flatten(0, 1).numpy(), labels)
-        found = torch.from_numpy(posterior.predict(queries.flatten(0, 1).numpy()).out_of_task).double()
+        prediction = posterior.predict(queries.flatten(0, 1).numpy())
+        assert isinstance(prediction, ClassPrediction)
+        found = torch.from_numpy(prediction.out_of_task).double()
         own.append(found[: num_ways * _NUM_QUERIES])
         foreign.append(found[num_ways * _NUM_QUERIES :])
     return torch.cat(own), torch.cat(foreign)

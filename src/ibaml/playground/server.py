@@ -79,10 +79,13 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one request; see the module."""
 
     files: ClassVar[Mapping[str, bytes]] = {}
+    port: ClassVar[int] = 0
     # Warnings are caught for the whole process, and a model computes on all cores anyway.
     one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
-    server_version: ClassVar[str] = "ibaml"
-    sys_version: ClassVar[str] = ""
+
+    def version_string(self) -> str:
+        """Names the server, and nothing of the machine."""
+        return "ibaml"
 
     def do_GET(self) -> None:
         """Sends a file of the page."""
@@ -120,8 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing: what is asked is the user's own affair."""
 
     def _is_local(self) -> bool:
-        address = self.server.server_address
-        names = {f"{name}:{address[1]}" for name in (HOST, "localhost")}
+        names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host in names and (origin is None or origin in {f"http://{name}" for name in names}):
             return True
@@ -153,13 +155,18 @@ def make_server(port: int) -> ThreadingHTTPServer:
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"port is {port}; expected a number from 0 (any free one) to 65535.")
-    handler = type("PageHandler", (Handler,), {"files": page_files()})
+
+    class PageHandler(Handler):
+        files = page_files()
+
     try:
-        return ThreadingHTTPServer((HOST, port), handler)
+        server = ThreadingHTTPServer((HOST, port), PageHandler)
     except OSError as error:
         raise OSError(
-            f"port {port} of {HOST} cannot be opened ({error.strerror}): take another one, --port 0."
+            f"port {port} of {HOST} cannot be opened ({error.strerror}): take another one, such as --port 0."
         ) from error
+    PageHandler.port = server.server_port
+    return server
 
 
 def serve(port: int, *, open_page: bool, say: Callable[[str], None]) -> None:
@@ -175,7 +182,7 @@ def serve(port: int, *, open_page: bool, say: Callable[[str], None]) -> None:
         ValueError: If there is no such port.
     """
     with make_server(port) as server:
-        address = f"http://{HOST}:{server.server_address[1]}/"
+        address = f"http://{HOST}:{server.server_port}/"
         say(f"The playground is at {address} (this machine alone; Ctrl-C ends it).")
         if open_page:
             webbrowser.open(address)

@@ -58,14 +58,15 @@ export function svg(tag, attributes = {}, text = "") {
 
 // Rows of a table; cells are text or elements, and `mark(index)` names the class of a row.
 export function fillTable(table, header, rows, mark = () => "") {
-  const cell = (tag) => (value) => element(tag, isNumber(value) ? { className: "number" } : {}, [value]);
+  const kinds = header.map((_, column) => rows.every((row) => isNumber(row[column])) ? "number" : "");
+  const cell = (tag) => (value, column) => element(tag, { className: kinds[column] }, [value]);
   table.replaceChildren(
     element("thead", {}, [element("tr", {}, header.map(cell("th")))]),
     element("tbody", {}, rows.map((row, index) => element("tr", { className: mark(index) }, row.map(cell("td"))))),
   );
 }
 
-const isNumber = (value) => typeof value === "string" && value !== "" && Number.isFinite(Number(value.replace("%", "")));
+const isNumber = (value) => typeof value === "string" && Number.isFinite(Number(value.replace(/[<>%]/g, "")));
 
 export function fillList(list, pairs) {
   list.replaceChildren(...pairs.flatMap(([name, value]) => [
@@ -73,5 +74,9 @@ export function fillList(list, pairs) {
   ]));
 }
 
-export const percent = (value) => `${(100 * value).toFixed(value > 0.0995 && value < 0.9995 ? 0 : 1)}%`;
+export function percent(value) {
+  if (value > 0.9995) return ">99.9%";
+  if (value < 0.0005) return "<0.1%";
+  return `${(100 * value).toFixed(value > 0.0995 && value < 0.9905 ? 0 : 1)}%`;
+}
 export const short = (value) => Number(value.toPrecision(3)).toString();

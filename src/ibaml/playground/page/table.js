@@ -23,6 +23,7 @@ export function startTable() {
   async function go() {
     byId("table-says").textContent = "Learning what groups are like ...";
     byId("table-answers").replaceChildren();
+    byId("table-note").hidden = true;
     const answer = await ask("table", {
       csv: text.value, group: byId("table-group").value, target: byId("table-target").value,
     });
@@ -50,9 +51,10 @@ function show({ answers, target, group, next, learned_from: count, choice }) {
   const low = Math.min(...answers.map((each) => each.lower));
   const high = Math.max(...answers.map((each) => each.upper));
   const names = Object.keys(answers[0].inputs);
+  byId("table-note").hidden = false;
   fillTable(
     byId("table-answers"),
-    [group, ...names, target, "90% interval", "", "variance a measurement would save"],
+    [group, ...names, target, "90% interval", "", "saves"],
     answers.map((each) => [
       each.group, ...names.map((name) => `${each.inputs[name] ?? ""}`), short(each.mean),
       `${short(each.lower)} to ${short(each.upper)}`, interval(each, low, high), short(each.gain),
