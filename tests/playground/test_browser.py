@@ -75,6 +75,11 @@ def strokes_of(figure, seed):
     return [[(x / 280, y / 280) for x, y in (*line[::3], line[-1])] for line in lines]
 
 
+def settle(browser):
+    """Waits until all questions of the page are answered."""
+    browser.wait(lambda: browser.run("return document.querySelector('[aria-busy=true]') === null"), "answers")
+
+
 def test_draw(page, pictures):
     browser = page("draw")
     for row, figure in enumerate(("house", "star")):
@@ -83,7 +88,7 @@ def test_draw(page, pictures):
             browser.click(f"#add-{row}")
     browser.drag("#ask", strokes_of("house", 7))
     assert browser.wait_for_text("#verdict", "A, ").endswith("sure")
-    browser.wait_for_text("#history", "total")
+    settle(browser)
     assert browser.run("return document.querySelectorAll('#history tbody tr').length") == 2
     assert "nats of at most 0.69" in browser.text("#uncertainty")
     browser.screenshot(pictures / "playground_draw.png")
@@ -91,6 +96,7 @@ def test_draw(page, pictures):
     browser.click("#ask-clear")
     browser.drag("#ask", strokes_of("spiral", 7))
     browser.wait_for_text("#verdict", "None of these")
+    settle(browser)
     assert "above 0" in browser.text("#uncertainty")
     browser.screenshot(pictures / "playground_none.png")
 
@@ -113,10 +119,23 @@ def test_draw_by_keyboard_and_on_a_phone(page, pictures):
     right, left, up, down, space = "\ue014", "\ue012", "\ue013", "\ue015", " "
     browser.press(*[left] * 8, space, *[right] * 16, space, *[left] * 8, *[up] * 8, space, *[down] * 16, space)
     browser.wait_for_text("#verdict", "cross, ")
-    width = browser.run("return document.documentElement.scrollWidth")
-    assert width == 390
+    settle(browser)
+    assert browser.run("return document.documentElement.scrollWidth") == 390
     browser.run("document.querySelector('.wide').scrollIntoView()")
     browser.screenshot(pictures / "playground_phone.png")
+
+
+def test_tabs_by_keyboard_and_as_wide_as_a_phone(page):
+    browser = page("draw")
+    browser.resize(390, 844, phone=True)
+    browser.run("document.getElementById('tab-draw').focus()")
+    for tab in ("curve", "table", "model", "draw"):
+        browser.press("\ue014")
+        browser.wait(lambda tab=tab: browser.run("return !document.getElementById(arguments[0]).hidden", tab), tab)
+        assert browser.run("return document.activeElement.id") == f"tab-{tab}"
+        assert browser.run("return document.querySelectorAll('[role=tabpanel]:not([hidden])').length") == 1
+        assert browser.run("return document.documentElement.scrollWidth") == 390
+    settle(browser)
 
 
 def test_curve(page, pictures):

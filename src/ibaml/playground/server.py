@@ -6,6 +6,7 @@ pages (a JSON body cannot be sent across origins without leave, which is never g
 from elsewhere (Content-Security-Policy).
 """
 
+import contextlib
 import http
 import importlib.resources
 import json
@@ -139,8 +140,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {**_HEADERS, "Content-Type": content_type, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+        # A page that was closed meanwhile misses nothing.
+        with contextlib.suppress(ConnectionError):
+            self.end_headers()
+            self.wfile.write(content)
 
 
 def make_server(port: int) -> ThreadingHTTPServer:

@@ -23,7 +23,11 @@ function show(name) {
 }
 
 for (const [index, tab] of tabs.entries()) {
-  tab.addEventListener("click", () => { location.hash = tab.getAttribute("aria-controls"); });
+  tab.addEventListener("click", () => {
+    // Going to the fragment itself would take the focus from the tab.
+    history.pushState(null, "", `#${tab.getAttribute("aria-controls")}`);
+    fromHash();
+  });
   tab.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (step === undefined) return;
@@ -33,6 +37,10 @@ for (const [index, tab] of tabs.entries()) {
   });
 }
 
-const fromHash = () => show(location.hash.slice(1) in starters ? location.hash.slice(1) : "draw");
+function fromHash() {
+  show(location.hash.slice(1) in starters ? location.hash.slice(1) : "draw");
+}
+
 addEventListener("hashchange", fromHash);
+addEventListener("popstate", fromHash);
 fromHash();

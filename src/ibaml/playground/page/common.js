@@ -25,7 +25,7 @@ export async function ask(tab, body) {
   }
 }
 
-// Asks once at a time; of several questions that come meanwhile only the last one is asked.
+// Asks one question at a time; of those that come meanwhile only the last one is asked.
 export function latest(tab, show) {
   let waiting = null;
   let busy = false;
@@ -33,13 +33,16 @@ export function latest(tab, show) {
     waiting = body;
     if (busy) return;
     busy = true;
-    while (waiting !== null) {
-      const asked = waiting;
-      waiting = null;
-      const answer = await ask(tab, asked);
-      if (answer !== null && waiting === null) show(answer);
+    try {
+      while (waiting !== null) {
+        const asked = waiting;
+        waiting = null;
+        const answer = await ask(tab, asked);
+        if (answer !== null) show(answer);
+      }
+    } finally {
+      busy = false;
     }
-    busy = false;
   };
 }
 

@@ -62,10 +62,12 @@ export function startDraw() {
   function show({ verdict, seen, history }) {
     byId("seen").hidden = byId("seen-text").hidden = seen === "";
     if (seen !== "") byId("seen").src = seen;
-    byId("verdict").textContent = sentence(verdict, question.strokes.length > 0);
+    byId("verdict").textContent = sentence(verdict);
     const told = verdict !== null && verdict.probabilities.length > 0;
     byId("bars").replaceChildren(...(told ? bars(verdict) : []));
     fillList(byId("uncertainty"), told ? uncertainty(verdict) : []);
+    // While a line is drawn the answers are of one drawing alone: the table waits for its end.
+    if (question.current !== null) return;
     byId("history-text").hidden = history.length > 0;
     fillTable(byId("history"), history.length ? historyHeader(verdict) : [], history.map((row) => historyRow(row, verdict)));
   }
@@ -96,13 +98,13 @@ export function startDraw() {
   listClasses();
 }
 
-function sentence(verdict, isAsked) {
-  if (!isAsked) return "Draw a question.";
+function sentence(verdict) {
+  if (verdict === null) return "Draw a question.";
   if (verdict.says === "too few") return "Add examples of two classes.";
   if (verdict.says === "none of these") return "None of these";
   const best = Math.max(...verdict.probabilities);
   if (verdict.says === "not sure") return `Not sure; ${verdict.labels[verdict.probabilities.indexOf(best)]}, perhaps`;
-  return `${verdict.says}, ${percent(best)} sure`;
+  return `${verdict.says}, ${percent(best).replace(">", "over ")} sure`;
 }
 
 function bars(verdict) {
@@ -122,7 +124,7 @@ function bars(verdict) {
 
 function uncertainty(verdict) {
   const most = Math.log(verdict.labels.length);
-  const nats = (value) => `${value.toFixed(3)} nats`;
+  const nats = (value) => `${entropy(value)} nats`;
   return [
     ["total uncertainty", `${nats(verdict.total)} of at most ${most.toFixed(2)}`],
     ["of which epistemic", `${nats(verdict.epistemic)}: what more examples would remove`],
@@ -131,6 +133,8 @@ function uncertainty(verdict) {
   ];
 }
 
+const entropy = (value) => value < 0.0005 ? "<0.001" : value.toFixed(3);
+
 const historyHeader = (verdict) => ["examples", "added", ...verdict.labels, "total", "epistemic", "says"];
 
 function historyRow(row, verdict) {
@@ -138,5 +142,5 @@ function historyRow(row, verdict) {
     const index = row.labels.indexOf(label);
     return index < 0 ? "" : percent(row.probabilities[index]);
   });
-  return [`${row.num_examples}`, row.added, ...probabilities, row.total.toFixed(3), row.epistemic.toFixed(3), row.says];
+  return [`${row.num_examples}`, row.added, ...probabilities, entropy(row.total), entropy(row.epistemic), row.says];
 }
