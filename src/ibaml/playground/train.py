@@ -1,4 +1,4 @@
-"""Makes the models that the playground shows: ``python -m ibaml.playground.train``, half a minute on one core.
+"""Makes the models that the playground shows: ``python -m ibaml.playground.train``, a minute on one core.
 
 | folder of ``models`` | what |
 |---|---|

@@ -36,7 +36,7 @@ export function startDraw() {
       listClasses();
       ask(true);
     });
-    const add = element("button", { textContent: `Add to ${each.name}`, id: `add-${index}` });
+    const add = element("button", { textContent: "Add", ariaLabel: `Add to ${each.name}`, id: `add-${index}` });
     add.disabled = teach.strokes.length === 0 || own.length >= MOST_DRAWINGS;
     add.addEventListener("click", () => {
       examples.push({ of: each, strokes: teach.strokes });
