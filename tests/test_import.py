@@ -60,6 +60,10 @@ def test_the_command_line_loads_no_more_than_what_parses_and_prints(found) -> No
     assert [name for name in HEAVY if name in found[1]] == ["rich", "tyro"]
 
 
+def test_the_command_line_loads_no_playground(found) -> None:
+    assert [name for name in found[1] if name.startswith(("ibaml.playground", "http.server"))] == []
+
+
 def test_test_tools_are_loaded_by_testing_alone(found) -> None:
     assert {"pytest", "hypothesis"}.isdisjoint(found[1])
     assert found[2] == "ibaml.testing needs pytest and hypothesis: pip install 'ibaml[test]'."

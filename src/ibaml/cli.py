@@ -369,6 +369,19 @@ def doctor(*, json: bool = False) -> int:
     return 1 if found["missing"] else 0
 
 
+def playground(*, port: int = 7860, open: bool = True) -> None:
+    """Serve a page to play with to this machine alone: draw, click, paste, and see how sure a model is.
+
+    Args:
+        port: Port of the page; 0 takes a free one.
+        open: Whether a browser is opened.
+    """
+    # Nothing else needs its models.
+    from ibaml.playground.server import serve
+
+    serve(port, open_page=open, say=_tell)
+
+
 _COMMANDS = {
     "recipes": list_recipes,
     "train": train,
@@ -377,6 +390,7 @@ _COMMANDS = {
     "predict": predict,
     "reproduce": reproduce,
     "doctor": doctor,
+    "playground": playground,
 }
 _WITH_FLAGS: Mapping[str, Callable[[str, Sequence[str]], int | _Launch | None]] = {
     "train": train_with_flags,

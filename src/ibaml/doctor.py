@@ -20,7 +20,7 @@ FEATURES: dict[str, str] = {
     "botorch": "posteriors as models of BoTorch",
     "processes": "training over several processes",
     "experiments": "baselines of `ibaml compare` and `ibaml reproduce`",
-    "playground": "`ibaml playground`",
+    "playground": "the tab Table of `ibaml playground`",
 }
 """What each optional extra is for."""
 

@@ -63,9 +63,10 @@ _COMPARED_SIZE = 28
 _RENDERING_VERSION = 1
 _SEED = 20230615
 
-# Variations are drawn uniformly between minus and plus these. Before them the ink's longer side fills 19 of 28 pixels
-# (MNIST: 20), so that they rarely push ink out of the image.
-_BOX = 19 / 28
+INK_SHARE = 19 / 28
+"""Share of the image that the longer side of the ink fills before variations (MNIST: 20 of 28 pixels)."""
+
+# Variations are drawn uniformly between minus and plus these; they rarely push ink out of the image.
 _MAX_ROTATION = math.radians(15)
 _MAX_SHEAR = 0.2
 _MAX_LOG_SCALE = 0.15
@@ -270,7 +271,7 @@ def _place(bitmap: Bitmap, image_size: int, matrix: npt.NDArray[np.float64], shi
     # Drawn twice as large and averaged over 2 x 2 pixels: bilinear sampling alone would skip thin strokes.
     canvas_size = 2 * image_size
     height, width = bitmap.shape
-    inverse = np.linalg.inv(matrix) * (max(height, width) / (_BOX * canvas_size))
+    inverse = np.linalg.inv(matrix) * (max(height, width) / (INK_SHARE * canvas_size))
     # A margin lets bilinear sampling fade to black at the edge of the ink instead of cutting it off.
     margin = 2
     source = ImageOps.expand(Image.fromarray(bitmap), border=margin)
