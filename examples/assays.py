@@ -10,24 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
 
 from ibaml import MetaLearner, SplitSettings
 from ibaml.data import load_assays
 
-NUM_KNOWN, NUM_ROWS, NUM_BITS = 16, 64, 256
+NUM_KNOWN, NUM_ROWS, NUM_BITS = 16, 64, 64
 Assay = tuple[np.ndarray, np.ndarray]
 
 
 def made_up(num_assays: int, seed: int) -> list[Assay]:
-    """Assays of count fingerprints, in which the same six patterns of bits matter, each time in another way."""
-    patterns = np.random.default_rng(0).normal(size=(6, NUM_BITS)) / 8
+    """Assays of count fingerprints, in which the same three patterns of bits matter, each time in another way."""
+    patterns = np.random.default_rng(0).normal(size=(3, NUM_BITS)) / 4
     rng = np.random.default_rng(seed)
     assays = []
     for _ in range(num_assays):
-        counts = rng.poisson(rng.gamma(0.3, 0.5, NUM_BITS), (NUM_ROWS, NUM_BITS))
+        counts = rng.poisson(0.4, (NUM_ROWS, NUM_BITS))
         x = np.log1p(counts)
-        score = x @ (rng.normal(0, 6, 6) @ patterns)
+        score = x @ (rng.normal(0, 4, 3) @ patterns)
         active = score + rng.logistic(0, 0.5, NUM_ROWS) > np.median(score)
         assays.append((x, np.where(active, "active", "inactive")))
     return assays
@@ -43,12 +43,10 @@ def from_fsmol(split: str, num_assays: int, data: Path | None) -> list[Assay]:
 
 
 def logistic_regression(tasks: list[Assay]) -> float:
-    """Mean accuracy of a logistic regression on an assay's own known molecules, its strength by cross-validation."""
-    accuracies = []
-    for x, y in tasks:
-        model = LogisticRegressionCV(l1_ratios=(0,), use_legacy_attributes=False).fit(x[:NUM_KNOWN], y[:NUM_KNOWN])
-        accuracies.append(model.score(x[NUM_KNOWN:], y[NUM_KNOWN:]))
-    return float(np.mean(accuracies))
+    """Mean accuracy of a logistic regression on the known molecules of each assay, as in docs/evidence-molecules.md."""
+    fitted = [LogisticRegression(C=0.1).fit(x[:NUM_KNOWN], y[:NUM_KNOWN]) for x, y in tasks]
+    scores = [model.score(x[NUM_KNOWN:], y[NUM_KNOWN:]) for model, (x, y) in zip(fitted, tasks, strict=True)]
+    return float(np.mean(scores))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     except FileNotFoundError:
         train, test = made_up(options.num_assays, seed=1), made_up(30, seed=2)
         print("Made-up assays")
-    # Cross-validation needs five of each class.
-    test = [(x, y) for x, y in test if min(np.sum(y[:NUM_KNOWN] == name) for name in ("active", "inactive")) >= 5]
+    # A logistic regression needs both classes.
+    test = [(x, y) for x, y in test if len(set(y[:NUM_KNOWN])) == 2]
 
     splits = SplitSettings(num_support=NUM_KNOWN)
     learner = MetaLearner(seed=0).fit(train, 0.2, splits=splits, num_steps=options.steps)

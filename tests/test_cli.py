@@ -216,9 +216,11 @@ def test_train_leaves_a_complete_run(trained):
         "evaluation",
     }
     assert {path.name for path in (folder / "evaluation").iterdir()} == {
+        "report.html",
         "report.json",
         "per_task.csv",
         "predictions.safetensors",
+        "quantiles.png",
         "example_task.png",
     }
     assert load_tensors(folder / CHECKPOINT)[1]["step"] == 4
@@ -425,7 +427,7 @@ def test_evaluate_reports_what_it_stores(ibaml, trained):
         mean = sum(float(row[name]) for row in rows) / 5
         assert report["metrics"][name]["mean"] == pytest.approx(mean, abs=1e-12)
         assert f"{mean:.4f}" in next(line for line in output.splitlines() if line.startswith(name))
-    assert str(trained / "b" / "evaluation") in errors
+    assert f"The page {trained / 'b' / 'evaluation' / 'report.html'} shows it" in errors
     tensors, metadata = load_tensors(trained / "b" / "evaluation" / "predictions.safetensors")
     assert tensors["mean"].shape == tensors["targets"].shape == (5, 6, 1)
     assert metadata["tasks"]["seed"] == 0
@@ -621,7 +623,7 @@ def test_glyphs_from_end_to_end(ibaml, glyph_cache, monkeypatch):
         assert code == 0, errors
         assert "accuracy" in output and "ece_pooled" in output
         pictures = {path.name for path in Path(name, "evaluation").glob("*.png")}
-        assert pictures == {"reliability.png", "example_task.png"}
+        assert pictures == {"reliability.png", "selective.png", "example_task.png"}
     code, output, _ = ibaml("compare", "ibaml", "maml")
     assert code == 0
     assert "maml - ibaml" in output

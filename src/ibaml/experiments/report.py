@@ -28,7 +28,7 @@ from ibaml.metrics import Estimate
 from ibaml.train.checkpoint import require_writable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from ibaml.plots import Figure
 
 Settings = TypeVar("Settings")
 Rows = Sequence[Mapping[str, object]]
