@@ -34,6 +34,7 @@ from ibaml.networks import MLP, Conv4, NormPolicy
 from ibaml.priors import DiagonalColumnPrior, DiagonalPrior, FullColumnPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train import TrainerSettings
+from ibaml.train.whole_tasks import HasMarginal
 from ibaml.types import ClassScope, TaskSampler, Tensor
 
 HEAD = "head"
@@ -74,6 +75,9 @@ TABLE_TRAINER = TrainerSettings(
 
 SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=3e-2, log_var_learning_rate=0.1)
 """Outer loop for few parameters, and to tell candidates apart."""
+
+FURTHER_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=150, validate_every=75)
+"""Outer loop for tables after a comparison, from what that has learned."""
 
 FEATURE_TRAINER = dataclasses.replace(
     TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=150, num_validation_tasks=60
@@ -125,6 +129,8 @@ class Suited(NamedTuple):
         likelihood: The likelihood, with initial values near those of the targets.
         adapt: Name patterns of the parameters that each task adapts.
         trainer: Outer loop, if not the usual one.
+        in_whole: Whether the prior is over given features, so that it is estimated from whole tasks
+            (``ibaml.train.whole_tasks``) unless settings of an outer loop are given.
     """
 
     network: nn.Module
@@ -132,6 +138,7 @@ class Suited(NamedTuple):
     likelihood: Likelihood
     adapt: str | Sequence[str]
     trainer: TrainerSettings | None = None
+    in_whole: bool = False
 
 
 def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: ClassScope) -> Algorithm:
@@ -238,7 +245,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
         )
         if of_classes:
             network.get_parameter("head.bias").data.copy_(both.network.get_parameter("head.bias"))
-        return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER)
+        in_whole = isinstance(algorithm, HasMarginal)
+        return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER, in_whole=in_whole)
 
     if of_classes:
         # Bayes' rule as it is: few weights on given inputs, whose prior can be right.
