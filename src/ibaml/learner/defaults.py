@@ -59,6 +59,8 @@ MOST_STEPS = 200
 
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
+_MOST_CORRELATED_OF_CLASSES, _TASKS_AN_INPUT = 24, 4
+"""Inputs with correlated weights of classes, whose weak prior about independence bears more, if tasks are many."""
 _NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
@@ -237,7 +239,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     if of_classes and len(tasks) < LEAST_TASKS:
         return {BOTH: both}
     num_inputs = math.prod(tasks.input_shape)
-    is_narrow = num_inputs <= _MOST_CORRELATED
+    most = min(_MOST_CORRELATED_OF_CLASSES, len(tasks) // _TASKS_AN_INPUT) if of_classes else 0
+    is_narrow = num_inputs <= max(_MOST_CORRELATED, most)
 
     def on_inputs(algorithm: Algorithm) -> Suited:
         network = MLP(
