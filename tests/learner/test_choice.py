@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ibaml import MetaLearner
 from ibaml.algorithms import make_algorithm
+from ibaml.data.ragged import TaskSplits
 from ibaml.learner import choice, defaults
 from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
@@ -231,8 +232,11 @@ def test_the_time_limit_holds_for_estimates_in_closed_form():
 
 
 def test_more_inputs_correlate_where_there_are_many_tasks_of_classes():
-    rng = np.random.default_rng(0)
+    learner = MetaLearner()
+    batch = Batch(torch.randn(4, 14), torch.tensor([0, 1, 0, 1]))
     for num_tasks, expected in ((56, True), (55, False)):
-        wide = [(rng.normal(size=(4, 14)), np.array([0, 1, 0, 1])) for _ in range(num_tasks)]
-        learner = MetaLearner().fit(wide, num_steps=1)
-        assert (defaults.CORRELATED in learner.choice.nll) == expected
+        found = defaults.suited_to(
+            TaskSplits([batch] * num_tasks, num_outputs=2), learner.get_params(), learner.algorithm
+        )
+        assert (defaults.CORRELATED in found) == expected
+        assert found[defaults.LINE].in_whole and not found[defaults.BOTH].in_whole
