@@ -234,7 +234,7 @@ def test_the_time_limit_holds_for_estimates_in_closed_form():
 def test_more_inputs_correlate_where_there_are_many_tasks_of_classes():
     learner = MetaLearner()
     batch = Batch(torch.randn(4, 14), torch.tensor([0, 1, 0, 1]))
-    for num_tasks, expected in ((56, True), (55, False)):
+    for num_tasks, expected in ((28, True), (27, False)):
         found = defaults.suited_to(
             TaskSplits([batch] * num_tasks, num_outputs=2), learner.get_params(), learner.algorithm
         )

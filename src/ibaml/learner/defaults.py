@@ -59,7 +59,7 @@ MOST_STEPS = 200
 
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
-_MOST_CORRELATED_OF_CLASSES, _TASKS_AN_INPUT = 24, 4
+_MOST_CORRELATED_OF_CLASSES, _TASKS_AN_INPUT = 24, 2
 """Inputs with correlated weights of classes, whose weak prior about independence bears more, if tasks are many."""
 _NUM_TASKS_TO_START_FROM = 32
 
@@ -78,9 +78,6 @@ TABLE_TRAINER = TrainerSettings(
 SHORT_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=100, learning_rate=3e-2, log_var_learning_rate=0.1)
 """Outer loop for few parameters, and to tell candidates apart."""
 
-FURTHER_TRAINER = dataclasses.replace(TABLE_TRAINER, num_steps=150, validate_every=75)
-"""Outer loop for tables after a comparison, from what that has learned."""
-
 FEATURE_TRAINER = dataclasses.replace(
     TABLE_TRAINER, num_steps=150, tasks_per_step=4, validate_every=150, num_validation_tasks=60
 )
@@ -97,6 +94,12 @@ IMAGE_TRAINER = TrainerSettings(
     checkpoint_every=100,
 )
 """Outer loop for heads on images."""
+
+
+def further_trainer() -> TrainerSettings:
+    """Returns the outer loop for tables after a comparison: half as many steps, from what that has learned."""
+    num_steps = max(1, TABLE_TRAINER.num_steps // 2)
+    return dataclasses.replace(TABLE_TRAINER, num_steps=num_steps, validate_every=max(1, num_steps // 2))
 
 
 def trainer_settings(algorithm: Algorithm, source: Source, *, seed: int) -> TrainerSettings:

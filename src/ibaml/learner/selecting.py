@@ -121,5 +121,5 @@ def select(
         return Selection(found.suited, found.choice, solved, None, None)
     start, trainer = (found.meta if is_open else None), found.suited.trainer
     if start is not None and trainer is None:
-        trainer = defaults.FURTHER_TRAINER
+        trainer = defaults.further_trainer()
     return Selection(found.suited, found.choice, None, start, trainer)
