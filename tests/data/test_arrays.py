@@ -81,6 +81,9 @@ def test_masked_and_missing_numbers_are_missing(value: object):
     np.testing.assert_array_equal(found, [1.0, np.nan, 3.0])
     with pytest.raises(ValueError, match="y has 1 missing .* the first in row 1: drop or impute them"):
         read_targets("y", found)
+    two = np.array([[1.0, 2.0], [3.0, np.nan]])
+    with pytest.raises(ValueError, match="first in row 1, column 1: all targets of a row .* fit a learner for each"):
+        read_targets("y", two)
 
 
 def test_masks_of_inputs_and_labels():

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ibaml import MetaLearner
 from ibaml.algorithms import make_algorithm
+from ibaml.data.ragged import TaskSplits
 from ibaml.learner import choice, defaults
 from ibaml.learner.choice import Choice, simplest_good
 from ibaml.learner.folder import SETTINGS
@@ -150,14 +151,18 @@ def test_where_clusters_are_best_they_are_what_is_trained(monkeypatch):
     assert np.mean(right) > 0.8
 
 
-def test_a_rare_class_is_predicted_as_often_as_it_comes():
-    """Even from one row, which hardly ever shows it; within the quarter that so few tasks allow."""
-    learner = MetaLearner().fit(of_classes(60))
-    test = of_classes(260)[60:]
-    share = np.mean([np.mean(y == "yes") for _, y in test])
-    for num_support in (1, 8):
-        found = np.mean([learner.adapt(x[:num_support], y[:num_support]).predict(x[8:]).probs[:, 1] for x, y in test])
-        assert abs(found / share - 1) < 0.25, num_support
+def test_a_rare_class_is_predicted_as_often_as_it_comes_and_evaluation_says_so():
+    """Even from no row, and from two, which hardly ever show it."""
+    learner = MetaLearner().fit(of_classes(60), num_steps=20)
+    test = of_classes(180)[60:]
+    share = np.mean([np.mean(y[32:] == "yes") for _, y in test])
+    nll = []
+    for num_support in (0, 2, 8, 32):
+        found = [learner.adapt(x[:num_support], y[:num_support]).predict(x[32:]) for x, y in test]
+        assert abs(np.mean([one.probs[:, 1] for one in found]) / share - 1) < 0.15, num_support
+        nll.append(np.mean([one.nll(y[32:]) for one, (_, y) in zip(found, test, strict=True)]))
+    curve = learner.learning_curve(test, num_support=[0, 2, 8, 32]).to_frame()
+    np.testing.assert_allclose(curve["nll"], nll, atol=0.03)
 
 
 def test_training_starts_from_how_frequent_classes_are():
@@ -217,3 +222,21 @@ def test_a_head_of_classes_refuses_numbers():
         ValueError, match="algorithm 'softmax' tells classes apart, but the likelihood 'gaussian' is of"
     ):
         MetaLearner(likelihood="gaussian", algorithm="softmax").fit(tasks(np.sin), num_steps=1)
+
+
+def test_the_time_limit_holds_for_estimates_in_closed_form():
+    learner = MetaLearner(likelihood="gaussian").fit(tasks(np.sin), max_minutes=1e-9)
+    assert learner.training_result.stop_reason == "time limit" and learner.training_result.num_steps == 0
+    (x, y), *_ = tasks(np.sin)
+    assert np.isfinite(learner.adapt(x[:5], y[:5]).predict(x).mean).all()
+
+
+def test_more_inputs_correlate_where_there_are_many_tasks_of_classes():
+    learner = MetaLearner()
+    batch = Batch(torch.randn(4, 14), torch.tensor([0, 1, 0, 1]))
+    for num_tasks, expected in ((28, True), (27, False)):
+        found = defaults.suited_to(
+            TaskSplits([batch] * num_tasks, num_outputs=2), learner.get_params(), learner.algorithm
+        )
+        assert (defaults.CORRELATED in found) == expected
+        assert found[defaults.LINE].in_whole and not found[defaults.BOTH].in_whole

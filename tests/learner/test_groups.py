@@ -77,6 +77,7 @@ def test_many_groups_are_as_one_after_the_other(algorithm, dtype, tolerance):
     learner = fit(algorithm, dtype=dtype)
     known, asked = asked_and_known(classes=algorithm in CLASSES)
     prediction = learner.predict_new(known, asked)
+    assert prediction.to_frame().index.equals(asked.index)
     expected = one_by_one(learner, known, asked)
     np.testing.assert_allclose(values(prediction), expected, rtol=tolerance, atol=tolerance)
     assert isinstance(prediction.epistemic, np.ndarray)
@@ -159,10 +160,11 @@ def test_classes_of_each_group_are_joined():
 
     learner = MetaLearner(classes="per_task", algorithm="softmax")
     learner.fit(pd.concat([named("ab", "0"), named("xyz", "1")]), task="group", target="y", num_steps=1)
-    new = pd.concat([named("pq", "n"), named("qrs", "m")])
+    new = pd.concat([named("pq", "n"), named("qrs", "m")], ignore_index=True)
     asked = new.sample(frac=1, random_state=1)
     prediction = learner.predict_new(new, asked)
     assert prediction.classes.tolist() == ["p", "q", "r", "s"]
+    assert asked.join(prediction.to_frame()).query("group == 'n'").predicted.isin(["p", "q"]).all()
     for name, own in new.groupby("group"):
         rows = (asked.group == name).to_numpy()
         expected = learner.adapt(own, own.y).predict(asked[rows])

@@ -327,3 +327,17 @@ def test_predictions_of_tasks_with_classes_of_their_own_are_joined():
     other = dataclasses.replace(parts[0], sample_log_probs=parts[0].sample_log_probs[:3])
     with pytest.raises(ValueError, match="tasks have predictions of 3 and 5 samples, which cannot be joined: set num"):
         ClassPrediction.joined([other, parts[1]], [torch.tensor([0, 1]), torch.tensor([2, 3])])
+
+
+def test_labels_of_different_kinds_are_different_classes():
+    parts = [
+        classes(num_classes=2, num_examples=1, seed=seed).in_terms_of(labels=labels, is_vector=False, as_numpy=True)
+        for seed, labels in enumerate((np.array([1, 2]), np.array(["1", "b"])))
+    ]
+    whole = ClassPrediction.joined(parts, [torch.tensor([0]), torch.tensor([1])])
+    assert whole.classes.tolist() == [1, 2, "1", "b"]
+    np.testing.assert_allclose(whole.probs[0], [*parts[0].probs[0], 0, 0], rtol=1e-12)
+    np.testing.assert_allclose(whole.probs[1], [0, 0, *parts[1].probs[0]], rtol=1e-12)
+    assert type(whole.labels[0]) is int and type(whole.labels[1]) is str
+    numbers = [parts[0], dataclasses.replace(parts[1], classes=np.array([1.0, 2.5]))]
+    assert ClassPrediction.joined(numbers, [torch.tensor([0]), torch.tensor([1])]).classes.tolist() == [1.0, 2.0, 2.5]

@@ -143,3 +143,25 @@ def test_a_probability_of_zero_says_nothing_of_the_temperature() -> None:
     # The first label has the probability zero at every temperature.
     found = recalibrate([sure] * 10, [torch.tensor([0, 1]), torch.tensor([1, 1])] * 5)
     assert found.temperature == 1
+
+
+def test_temperatures_far_from_one_are_found_and_perfect_predictions_do_not_run_away() -> None:
+    predictions, labels = classes(40, 0.01)
+    assert fit_temperature(predictions, labels) == pytest.approx(0.01, rel=0.2)
+    predictions, labels = classes(40, 200.0)
+    assert fit_temperature(predictions, labels) == pytest.approx(200, rel=0.2)
+    right = ClassPrediction(torch.tensor([[[0.9, 0.1]]]).double().log())
+    assert 1 / 40 < fit_temperature([right], [torch.tensor([0])]) < 1 / 10
+
+
+def test_tasks_of_unequal_numbers_of_classes_have_the_same_weight() -> None:
+    two = ClassPrediction(torch.tensor([[[0.7, 0.3], [0.7, 0.3], [0.7, 0.3]]]).double().log())
+    three = ClassPrediction(torch.tensor([[[0.6, 0.3, 0.1]]]).double().log())
+    targets = [torch.tensor([0, 0, 1]), torch.tensor([1])]
+    temperature = fit_temperature([two, three], targets)
+
+    def loss(temperature: float) -> float:
+        of_tasks = zip((two, three), targets, strict=True)
+        return sum(float(one.tempered(temperature).nll(target).mean()) for one, target in of_tasks)
+
+    assert loss(temperature) < min(loss(0.98 * temperature), loss(1.02 * temperature))

@@ -152,8 +152,13 @@ def read_inputs(argument: str, x: Any) -> Array:
     return values
 
 
-def require_finite(argument: str, values: Array) -> None:
+def require_finite(argument: str, values: Array, *, advice: str = "drop or impute them") -> None:
     """Refuses missing and infinite values.
+
+    Args:
+        argument: How messages call the values.
+        values: Values of any kind.
+        advice: What to do.
 
     Raises:
         ValueError: Naming how many there are, and the row and column of the first.
@@ -165,9 +170,7 @@ def require_finite(argument: str, values: Array) -> None:
     where = f"row {first[0]}"
     if len(first) > 1:
         where += f", column {', '.join(map(str, first[1:]))}"
-    raise ValueError(
-        f"{argument} has {len(bad)} missing (NaN) or infinite values, the first in {where}: drop or impute them."
-    )
+    raise ValueError(f"{argument} has {len(bad)} missing (NaN) or infinite values, the first in {where}: {advice}.")
 
 
 def read_labels(argument: str, y: Array) -> Array:
@@ -245,7 +248,11 @@ def read_targets(argument: str, y: Array, rows: Sequence[Any] | None = None) -> 
         )
     if y.ndim not in (1, 2) or (y.ndim == 2 and y.shape[1] == 0):
         raise ValueError(f"{argument} has shape {y.shape}, but expected [num_examples] or [num_examples, num_outputs].")
-    require_finite(argument, y)
+    several = (
+        "all targets of a row have to be measured; drop such rows, or fit a learner for each target on its own rows"
+    )
+    advice = {"advice": several} if y.ndim == 2 and y.shape[1] > 1 else {}
+    require_finite(argument, y, **advice)
     return y.reshape(len(y), -1).astype(np.float64)
 
 
@@ -317,7 +324,8 @@ def complete(argument: str, column: Any) -> Array:
     if bool(missing.any()):
         raise ValueError(
             f"column {column.name!r} of {argument} is missing in {missing.sum()} rows, the first is row "
-            f"{missing.argmax()}: every row needs a task and a target; drop those that have none."
+            f"{missing.argmax()}: every row needs a task and all targets; drop those that have none, or of "
+            "several targets fit a learner for each."
         )
     return to_array(column)
 

@@ -34,6 +34,7 @@ from ibaml.networks import MLP, Conv4, NormPolicy
 from ibaml.priors import DiagonalColumnPrior, DiagonalPrior, FullColumnPrior
 from ibaml.solvers.inner import Adam, RelativeAdam
 from ibaml.train import TrainerSettings
+from ibaml.train.whole_tasks import HasMarginal
 from ibaml.types import ClassScope, TaskSampler, Tensor
 
 HEAD = "head"
@@ -58,6 +59,8 @@ MOST_STEPS = 200
 
 _NUM_FEATURES = 16
 _MOST_CORRELATED = 12  # Inputs; so many have 78 covariances.
+_MOST_CORRELATED_OF_CLASSES, _TASKS_AN_INPUT = 24, 2
+"""Inputs with correlated weights of classes, whose weak prior about independence bears more, if tasks are many."""
 _NUM_TASKS_TO_START_FROM = 32
 
 TABLE_TRAINER = TrainerSettings(
@@ -93,6 +96,12 @@ IMAGE_TRAINER = TrainerSettings(
 """Outer loop for heads on images."""
 
 
+def further_trainer() -> TrainerSettings:
+    """Returns the outer loop for tables after a comparison: half as many steps, from what that has learned."""
+    num_steps = max(1, TABLE_TRAINER.num_steps // 2)
+    return dataclasses.replace(TABLE_TRAINER, num_steps=num_steps, validate_every=max(1, num_steps // 2))
+
+
 def trainer_settings(algorithm: Algorithm, source: Source, *, seed: int) -> TrainerSettings:
     """Returns settings of the outer loop that suit tasks.
 
@@ -125,6 +134,8 @@ class Suited(NamedTuple):
         likelihood: The likelihood, with initial values near those of the targets.
         adapt: Name patterns of the parameters that each task adapts.
         trainer: Outer loop, if not the usual one.
+        in_whole: Whether the prior is over given features, so that it is estimated from whole tasks
+            (``ibaml.train.whole_tasks``) unless settings of an outer loop are given.
     """
 
     network: nn.Module
@@ -132,6 +143,7 @@ class Suited(NamedTuple):
     likelihood: Likelihood
     adapt: str | Sequence[str]
     trainer: TrainerSettings | None = None
+    in_whole: bool = False
 
 
 def find_algorithm(algorithm: str | Algorithm, likelihood: Likelihood, scope: ClassScope) -> Algorithm:
@@ -230,7 +242,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
     if of_classes and len(tasks) < LEAST_TASKS:
         return {BOTH: both}
     num_inputs = math.prod(tasks.input_shape)
-    is_narrow = num_inputs <= _MOST_CORRELATED
+    most = min(_MOST_CORRELATED_OF_CLASSES, len(tasks) // _TASKS_AN_INPUT) if of_classes else 0
+    is_narrow = num_inputs <= max(_MOST_CORRELATED, most)
 
     def on_inputs(algorithm: Algorithm) -> Suited:
         network = MLP(
@@ -238,7 +251,8 @@ def _candidates(tasks: TaskSplits, both: Suited) -> dict[str, Suited]:
         )
         if of_classes:
             network.get_parameter("head.bias").data.copy_(both.network.get_parameter("head.bias"))
-        return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER)
+        in_whole = isinstance(algorithm, HasMarginal)
+        return both._replace(network=network, algorithm=algorithm, trainer=SHORT_TRAINER, in_whole=in_whole)
 
     if of_classes:
         # Bayes' rule as it is: few weights on given inputs, whose prior can be right.

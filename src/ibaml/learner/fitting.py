@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ibaml import tree
-from ibaml.algorithms import Algorithm
+from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Extractor
@@ -30,6 +30,9 @@ from ibaml.train.signals import pass_on
 if TYPE_CHECKING:
     from rich.console import Console
 
+LEAST_MINUTES = 1e-3
+"""Of a training after a comparison that took all the time: one step."""
+
 
 def fit_model(
     model: Model,
@@ -45,6 +48,7 @@ def fit_model(
     console: "Console | None",
     processes: Processes,
     backbone: Extractor | None = None,
+    start: MetaParameters | None = None,
 ) -> tuple[FittedModel, TrainingResult]:
     """Trains a model on prepared tasks; arguments and errors are those of ``MetaLearner.fit``.
 
@@ -61,6 +65,7 @@ def fit_model(
         console: Where progress is shown, if anywhere.
         processes: The processes that share each step's tasks.
         backbone: What makes features of inputs, if anything does.
+        start: Meta-parameters to start from. None: those that the algorithm makes of the model.
     """
     num_draws = settings.num_steps * settings.tasks_per_step
     experience = experience_of(source.train, num_draws) if isinstance(algorithm, LinearGaussian) else None
@@ -89,6 +94,7 @@ def fit_model(
             model,
             algorithm,
             settings,
+            start=start,
             run_folder=run_folder,
             device=device,
             console=console,
@@ -165,7 +171,8 @@ def store_solved(
     if run_folder is not None:
         processes.on_first(lambda: _store(run_folder, fitted, write, processes))
     seconds = time.monotonic() - begun
-    return fitted, TrainingResult(chosen, fitted.meta, solved.num_steps, "completed", seconds)
+    ended = "time limit" if solved.is_late else "completed"
+    return fitted, TrainingResult(chosen, fitted.meta, solved.num_steps, ended, seconds)
 
 
 def pass_on_signal(result: TrainingResult, settings: TrainerSettings, run_folder: str | Path | None) -> None:

@@ -58,9 +58,13 @@ def predict_new(
     if task is None:
         raise ValueError("task is None, and fit was told of no column with tasks: name the one of both tables.")
     columns = None if target is None else target_names(target)[0]
-    return predict_groups(
+    prediction = predict_groups(
         fitted, as_table(known), as_table(asked), task=str(task), targets=columns, max_error=max_error
     )
+    if isinstance(prediction, ClassPrediction | MixturePrediction):
+        # Only tables of pandas label their rows.
+        prediction = dataclasses.replace(prediction, row_index=getattr(asked, "index", None))
+    return prediction
 
 
 def predict_groups(

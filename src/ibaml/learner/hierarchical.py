@@ -8,8 +8,10 @@ weights has too many for that: it is estimated from three quarters of the groups
 The line with the lowest score is kept unless curves are better by one standard error, paired over groups.
 """
 
+import functools
 import logging
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -60,12 +62,14 @@ class Solved(NamedTuple):
         meta: What was learned of them.
         choice: Which of the models it is, and why; None where there were too few groups to choose.
         num_steps: Steps that its estimation took.
+        is_late: Whether the time limit ended an estimation.
     """
 
     suited: Suited
     meta: MetaParameters
     choice: Choice | None
     num_steps: int
+    is_late: bool = False
 
 
 def fit_hierarchical(
@@ -75,6 +79,7 @@ def fit_hierarchical(
     scale: Tensor,
     most_steps: int,
     seed: int,
+    deadline: float | None = None,
     bar: ProgressBar | None = None,
 ) -> Solved:
     """Estimates the models and chooses one.
@@ -85,27 +90,29 @@ def fit_hierarchical(
         scale: Standard deviation of each target, for scores in the unit of the data.
         most_steps: Steps of each estimation at the most.
         seed: Seed of the rows that are drawn.
+        deadline: When estimations stop, by ``time.monotonic``. None: no limit.
         bar: Where progress is shown and what was chosen is said.
     """
     bar = bar or ProgressBar(None, "estimate")
     generator = torch.Generator().manual_seed(seed)
+    within = functools.partial(estimate, most_steps=most_steps, deadline=deadline)
     groups = _thinned(in_one(list(tasks.tasks)), max(_MOST_ENTRIES, 64 * len(tasks)), generator)
     num_inputs, num_targets = groups.x.shape[-1], groups.y.shape[-1]
     found: dict[str, Estimate] = {}
     if len(tasks) <= _GROUPS_A_WEIGHT * (num_inputs + 1):
         line = Lines(num_inputs=num_inputs, num_targets=num_targets, correlated=False)
-        found[LINE] = estimate(line, groups, most_steps=most_steps)
+        found[LINE] = within(line, groups)
     if len(tasks) < _LEAST_GROUPS:
-        return _as_head(found[LINE], tasks.input_shape, both, None)
+        return _as_head(found[LINE], tasks.input_shape, both, None)._replace(is_late=_has_passed(deadline))
     bar.update(1, _NUM_STAGES, status=CORRELATED)
     correlated = Lines(num_inputs=num_inputs, num_targets=num_targets, correlated=True)
     start = {**correlated.start(), **(found[LINE].parameters if LINE in found else {})}
-    found[CORRELATED] = estimate(correlated, groups, start=start, most_steps=most_steps)
+    found[CORRELATED] = within(correlated, groups, start=start)
     bar.update(2, status=CURVES)
     some = _thinned(groups, _MOST_ROWS, generator)
     curves = _curves(correlated, some)
     start = {**curves.start(), **found[CORRELATED].parameters}
-    found[CURVES] = estimate(curves, groups, some=some, start=start, most_steps=most_steps)
+    found[CURVES] = within(curves, groups, some=some, start=start)
     bar.update(3, status="left-out groups")
     scored = torch.randperm(len(tasks), generator=generator)[:_MOST_SCORED]
     episodes = [_episodes(tasks, scored, seed=seed + draw) for draw in range(_NUM_DRAWS)]
@@ -121,19 +128,22 @@ def fit_hierarchical(
     least = max(_LEAST_GROUPS_OF_COVARIANCE, _LEAST_GROUPS_A_WEIGHT * num_weights)
     if name == CURVES and len(tasks) >= least:
         bar.update(4, status=LEARNED_CURVES)
-        learned = _learned(found[CURVES], groups, episodes, scored, most_steps=most_steps)
+        learned = _learned(found[CURVES], groups, episodes, scored, most_steps=most_steps, deadline=deadline)
         found[LEARNED_CURVES], losses[LEARNED_CURVES] = learned.estimate, losses[CURVES] + learned.gain
         if learned.is_better:
             name = LEARNED_CURVES
-            found[name] = estimate(
-                found[name].hierarchy, groups, start=found[name].parameters, most_steps=min(most_steps, _FEW_STEPS)
-            )
+            few = min(most_steps, _FEW_STEPS)
+            found[name] = within(found[name].hierarchy, groups, start=found[name].parameters, most_steps=few)
     unit = float(torch.log(scale).sum())
     choice = Choice(name, {key: float(value.mean()) + unit for key, value in losses.items()}, len(scored))
     _logger.info("%s", choice)
     bar.update(_NUM_STAGES)
     bar.say(f"Chosen: {choice}.")
-    return _as_head(found[name], tasks.input_shape, both, choice)
+    return _as_head(found[name], tasks.input_shape, both, choice)._replace(is_late=_has_passed(deadline))
+
+
+def _has_passed(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 class _Learned(NamedTuple):
@@ -152,7 +162,13 @@ def _curves(lines: Lines, groups: Groups) -> Curves:
 
 
 def _learned(
-    curves: Estimate, groups: Groups, episodes: list[tuple[Groups, Groups]], scored: Tensor, *, most_steps: int
+    curves: Estimate,
+    groups: Groups,
+    episodes: list[tuple[Groups, Groups]],
+    scored: Tensor,
+    *,
+    most_steps: int,
+    deadline: float | None,
 ) -> _Learned:
     """Estimates a covariance of all weights from three quarters of the groups and judges it on the rest."""
     assert isinstance(curves.hierarchy, Curves)
@@ -164,7 +180,7 @@ def _learned(
     # Length-scales and variances of the simpler one are those of all groups, which speaks for it if anything.
     found = [
         estimate(curves.hierarchy, rest, start=curves.parameters, most_steps=0),
-        estimate(family, rest, most_steps=min(most_steps, _TRIAL_STEPS)),
+        estimate(family, rest, most_steps=min(most_steps, _TRIAL_STEPS), deadline=deadline),
     ]
     place = torch.arange(len(held_out))
     losses = [

@@ -31,6 +31,7 @@ from ibaml.train.hierarchical import (
     moments,
     restricted,
     restricted_nll,
+    wider,
 )
 from ibaml.types import Params, Tensor
 
@@ -281,25 +282,19 @@ class Estimate(NamedTuple):
         return mean, wider(num_groups - 1) * among + uncertainty
 
 
-def wider(degrees_of_freedom: int) -> float:
-    """Returns the variance of the Gaussian with as wide a central 90% interval as a Student t of scale one.
-
-    Examples:
-        >>> round(wider(9), 3), round(wider(1000), 3)
-        (1.242, 1.002)
-    """
-    from scipy.special import ndtri, stdtrit  # for those who fit only
-
-    return float(stdtrit(max(degrees_of_freedom, 1), 0.95) / ndtri(0.95)) ** 2
-
-
 def features_of(hierarchy: Hierarchy, p: Params, groups: Groups) -> Tensor:
     """Returns the features of groups, ``[num_groups, num_rows, num_features]``."""
     return hierarchy.features(p, groups.x.flatten(0, 1)).unflatten(0, groups.x.shape[:2])
 
 
 def estimate(
-    hierarchy: Hierarchy, groups: Groups, *, some: Groups | None = None, start: Params | None = None, most_steps: int
+    hierarchy: Hierarchy,
+    groups: Groups,
+    *,
+    some: Groups | None = None,
+    start: Params | None = None,
+    most_steps: int,
+    deadline: float | None = None,
 ) -> Estimate:
     """Estimates the hyper-parameters of a family from groups.
 
@@ -309,6 +304,7 @@ def estimate(
         some: Rows that hyper-parameters are estimated from. None: all.
         start: Hyper-parameters to start from. None: those of the family.
         most_steps: Number of steps at the most.
+        deadline: When to stop, by ``time.monotonic``. None: no limit.
     """
     start = hierarchy.start() if start is None else start
     some = groups if some is None else some
@@ -322,7 +318,7 @@ def estimate(
         of = moments(features.detach(), some)
         return restricted_nll(*model, of, features, some) + hierarchy.penalty(p)
 
-    found = minimise(loss, start, most_steps=most_steps)
+    found = minimise(loss, start, most_steps=most_steps, deadline=deadline)
     of = moments(features_of(hierarchy, found.parameters, groups), groups)
     return Estimate(hierarchy, found.parameters, _at(hierarchy, found.parameters, of), found.num_steps)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,15 @@ from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
 from ibaml.backbones import Backbone, Extractor, as_backbone
 from ibaml.checks import require_int
-from ibaml.data.prepare import Source, SplitSettings, prepare
+from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
-from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
-from ibaml.learner.choice import Choice, choose
+from ibaml.learner.choice import Choice
 from ibaml.learner.features import prepare_features
-from ibaml.learner.fitting import fit_model, pass_on_signal, store_solved
+from ibaml.learner.fitting import LEAST_MINUTES, fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
-from ibaml.learner.hierarchical import Solved, fit_hierarchical
 from ibaml.learner.predictor import Predictor
+from ibaml.learner.selecting import select
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.learner.untrained import untrained
 from ibaml.likelihoods import Likelihood, find_likelihood
@@ -34,7 +33,7 @@ from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
-from ibaml.train.progress import ProgressBar, console_of
+from ibaml.train.progress import console_of
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -237,47 +236,43 @@ class MetaLearner(Predictor):
         )
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
-        usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
+        usual, start = defaults.trainer_settings(self.algorithm, source, seed=self.seed), None
         if self._parameters["network"] is None:
             candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
-            solved = None
-            if defaults.is_hierarchical(source.train, candidates):
-                solved = self._solve(source, candidates, num_steps, console)
-                if settings is None:
-                    self._splits, self.choice = splits, solved.choice
-                    self._fitted, self.training_result = store_solved(
-                        self._become(solved.suited),
-                        self.algorithm,
-                        solved,
-                        source,
-                        begun=begun,
-                        console=console,
-                        seed=self.seed,
-                        device=self.device,
-                        run_folder=None if run_folder is None else Path(run_folder).expanduser(),
-                        write=self._write,
-                        processes=processes or Processes(),
-                        backbone=extractor,
-                    )
-                    return self
-                candidates = {"": solved.suited}
-            trial = dataclasses.replace(defaults.SHORT_TRAINER, seed=self.seed)
-            if num_steps is not None:
-                trial = dataclasses.replace(trial, num_steps=min(num_steps, trial.num_steps))
-            suited, choice = choose(
+            selected = select(
                 candidates,
                 self._become,
                 source,
-                trial,
+                is_open=settings is None,
+                num_steps=num_steps,
                 splits=splits,
+                seed=self.seed,
                 device=self.device,
                 max_minutes=max_minutes,
                 processes=processes or Processes(),
                 console=console,
             )
-            self.choice = choice if solved is None else solved.choice
-            self._become(suited)
-            usual = usual if suited.trainer is None else dataclasses.replace(suited.trainer, seed=self.seed)
+            model, self.choice, start = self._become(selected.suited), selected.choice, selected.start
+            if selected.solved is not None:
+                self._splits = splits
+                self._fitted, self.training_result = store_solved(
+                    model,
+                    self.algorithm,
+                    selected.solved,
+                    source,
+                    begun=begun,
+                    console=console,
+                    seed=self.seed,
+                    device=self.device,
+                    run_folder=None if run_folder is None else Path(run_folder).expanduser(),
+                    write=self._write,
+                    processes=processes or Processes(),
+                    backbone=extractor,
+                )
+                return self
+            if max_minutes is not None:
+                max_minutes = max(max_minutes - (time.monotonic() - begun) / 60, LEAST_MINUTES)
+            usual = usual if selected.trainer is None else dataclasses.replace(selected.trainer, seed=self.seed)
         settings = settings or usual
         if num_steps is not None:
             settings = dataclasses.replace(settings, num_steps=num_steps)
@@ -295,6 +290,7 @@ class MetaLearner(Predictor):
             console=console,
             processes=processes or Processes(),
             backbone=extractor,
+            start=start,
         )
         pass_on_signal(self.training_result, settings, run_folder)
         return self
@@ -398,26 +394,6 @@ class MetaLearner(Predictor):
         # By name: requires_grad=False freezes as well, which no pattern would tell.
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits, choice=self.choice)
-
-    def _solve(
-        self,
-        source: Source,
-        candidates: Mapping[str, defaults.Suited],
-        num_steps: int | None,
-        console: "Console | None",
-    ) -> Solved:
-        assert isinstance(source.train, TaskSplits) and source.preprocessing is not None
-        targets = source.preprocessing.targets
-        assert targets is not None
-        with ProgressBar(console, "estimate") as bar:
-            return fit_hierarchical(
-                source.train,
-                candidates[defaults.CORRELATED],
-                scale=targets.scale,
-                most_steps=defaults.MOST_STEPS if num_steps is None else num_steps,
-                seed=self.seed,
-                bar=bar,
-            )
 
     def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt

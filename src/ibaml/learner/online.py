@@ -42,8 +42,9 @@ def observe_task(fitted: FittedModel, x: Any, y: Any, most_tasks: float | None) 
     algorithm, experience = fitted.algorithm, fitted.experience
     if not isinstance(algorithm, LinearGaussian):
         raise ValueError(
-            f"algorithm {algorithm.name!r} has no closed form by which a single task moves its prior: use "
-            "likelihood='gaussian' with algorithm='linear_gaussian', or fit again with all tasks."
+            f"algorithm {algorithm.name!r} has no closed form by which a single task moves its prior: fit again with "
+            "all tasks. For numbers with Gaussian noise algorithm='linear_gaussian', the default on few inputs, "
+            "takes tasks in one by one."
         )
     if most_tasks is not None and not most_tasks > 0:
         raise ValueError(f"most_tasks is {most_tasks}; expected a positive number of tasks, or None for no limit.")

@@ -27,6 +27,7 @@ class ClassPrediction:
         as_numpy: Whether values are numpy arrays.
         out_of_task_score: What ``out_of_task`` shows; None if there is nothing but probabilities.
         min_confidence: The least confidence with which an example is answered, infinite for none; None: all are.
+        row_index: Labels of the rows of the table that was asked of, for ``to_frame``; None: 0, 1, ...
     """
 
     sample_log_probs: Tensor
@@ -35,6 +36,7 @@ class ClassPrediction:
     as_numpy: bool = False
     out_of_task_score: Tensor | None = None
     min_confidence: float | None = None
+    row_index: Any = None
 
     def __repr__(self) -> str:
         """Shows how many rows there are, the classes that are predicted, and how sure."""
@@ -166,7 +168,8 @@ class ClassPrediction:
     def joined(cls, predictions: Sequence["ClassPrediction"], rows: Sequence[Tensor]) -> "ClassPrediction":
         """Returns the predictions of tasks with classes of their own as one of the classes of all.
 
-        A class that a task does not have has the probability zero there. Other settings are those of the first.
+        A class that a task does not have has the probability zero there. Labels of different kinds are different
+        classes, as the number 1 and the text "1" are. Other settings are those of the first.
 
         Args:
             predictions: Predictions with labels.
@@ -176,7 +179,7 @@ class ClassPrediction:
             ValueError: If they differ in their number of samples.
         """
         labels = [cast(Array, one.classes) for one in predictions]
-        classes = np.unique(np.concatenate(labels))
+        classes, places = _all_labels(labels)
         numbers = sorted({len(one.sample_log_probs) for one in predictions})
         if len(numbers) > 1:
             raise ValueError(
@@ -185,10 +188,10 @@ class ClassPrediction:
                 "learner.adapting_with(dataclasses.replace(learner.algorithm, num_evaluation_samples=...))."
             )
         parts: list[Tensor] = []
-        for one, own in zip(predictions, labels, strict=True):
+        for one, place in zip(predictions, places, strict=True):
             values = one.sample_log_probs
             whole = values.new_full((*values.shape[:-1], len(classes)), -math.inf)
-            whole[..., torch.from_numpy(np.searchsorted(classes, own)).to(values.device)] = values
+            whole[..., torch.from_numpy(place).to(values.device)] = values
             parts.append(whole)
         scores = [one.out_of_task_score for one in predictions if one.out_of_task_score is not None]
         order = torch.cat(list(rows)).argsort().to(parts[0].device)
@@ -239,7 +242,7 @@ class ClassPrediction:
 
     def to_frame(self, *, level: float = 0.9, names: Sequence[str] | None = None, index: Any = None) -> Any:
         """Returns ``columns`` as a pandas DataFrame; see ``Prediction``."""
-        return as_frame(self.columns(level=level, names=names or ()), index)
+        return as_frame(self.columns(level=level, names=names or ()), self.row_index if index is None else index)
 
     @property
     def _log_probs(self) -> Tensor:
@@ -394,6 +397,21 @@ def _indices(targets: Array, classes: Array) -> Array:
         unknown = targets[~found.any(1)][0]
         raise ValueError(f"targets has the label {unknown.item()!r}; expected one of {classes.tolist()}.")
     return found.argmax(1)
+
+
+def _all_labels(labels: Sequence[Array]) -> tuple[Array, list[Array]]:
+    """Returns the labels of all, each once and in order, and the places of those of each."""
+    kinds = {"number" if own.dtype.kind in "iuf" else own.dtype.kind for own in labels}
+    if len(kinds) == 1:
+        joint = np.unique(np.concatenate(labels))
+        return joint, [np.searchsorted(joint, own) for own in labels]
+    # Put into one array as they are, the number 1 would become the text "1".
+    keys = [[(type(label).__name__, label) for label in own.tolist()] for own in labels]
+    ordered = sorted(set().union(*keys))
+    place_of = {key: place for place, key in enumerate(ordered)}
+    joint = np.empty(len(ordered), dtype=object)
+    joint[:] = [label for _, label in ordered]
+    return joint, [np.array([place_of[key] for key in own]) for own in keys]
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class MixturePrediction:
             components are those of weight samples.
         joint: Covariance between the targets at all examples, ``[num_targets, num_examples, num_examples]``, if it was
             asked for.
+        row_index: Labels of the rows of the table that was asked of, for ``to_frame``; None: 0, 1, ...
     """
 
     components: Components
@@ -83,6 +84,7 @@ class MixturePrediction:
     as_numpy: bool = False
     draw: Callable[[], Tensor] | None = None
     joint: Tensor | None = None
+    row_index: Any = None
 
     def __repr__(self) -> str:
         """Shows how many rows there are, where the means lie, and how wide the 90% intervals are."""
@@ -308,7 +310,7 @@ class MixturePrediction:
     def to_frame(self, *, level: float = 0.9, names: Sequence[str] | None = None, index: Any = None) -> Any:
         """Returns ``columns`` as a pandas DataFrame; see ``Prediction``."""
         names = [str(number) for number in range(self._mean.shape[-1])] if names is None else names
-        return as_frame(self.columns(level=level, names=names), index)
+        return as_frame(self.columns(level=level, names=names), self.row_index if index is None else index)
 
     @property
     def _mean(self) -> Tensor:

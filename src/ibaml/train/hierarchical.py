@@ -17,6 +17,7 @@ few hyper-parameters: L-BFGS in float64 needs some dozens of such steps where st
 """
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -237,20 +238,25 @@ class Minimum(NamedTuple):
         parameters: The point.
         value: The function there.
         num_steps: Steps that were taken.
+        is_late: Whether the time ended the search.
     """
 
     parameters: Params
     value: float
     num_steps: int
+    is_late: bool = False
 
 
-def minimise(function: Callable[[Params], Tensor], start: Params, *, most_steps: int) -> Minimum:
+def minimise(
+    function: Callable[[Params], Tensor], start: Params, *, most_steps: int, deadline: float | None = None
+) -> Minimum:
     """Minimises a function by L-BFGS in float64; a point where it is not finite ends a line search early.
 
     Args:
         function: Scalar function of parameters.
         start: Where to start, float64.
         most_steps: Number of steps at the most.
+        deadline: No step begins after it, by ``time.monotonic``; the best point so far is returned. None: no limit.
     """
     from scipy.optimize import minimize  # half a second, for those who fit only
 
@@ -272,8 +278,32 @@ def minimise(function: Callable[[Params], Tensor], start: Params, *, most_steps:
     first = torch.cat([value.detach().flatten() for value in values]).numpy()
     size = max(1.0, abs(evaluate(first)[0]))
     options = {"maxiter": most_steps, "maxcor": 20, "ftol": _TOLERANCE / size, "gtol": 1e-3}
-    found = minimize(evaluate, first, jac=True, method="L-BFGS-B", options=options)
-    return Minimum(unravel(torch.from_numpy(found.x)), float(found.fun), int(found.nit))
+
+    def is_late() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    def stop_when_late(intermediate_result: object) -> None:
+        del intermediate_result
+        if is_late():
+            raise StopIteration
+
+    if is_late():
+        return Minimum(unravel(torch.from_numpy(first)), size, 0, is_late=True)
+    found = minimize(evaluate, first, jac=True, method="L-BFGS-B", options=options, callback=stop_when_late)
+    # Of scipy's codes of how a search ends, 99 is that of the callback.
+    return Minimum(unravel(torch.from_numpy(found.x)), float(found.fun), int(found.nit), found.status == 99)
+
+
+def wider(degrees_of_freedom: int) -> float:
+    """Returns the variance of the Gaussian with as wide a central 90% interval as a Student t of scale one.
+
+    Examples:
+        >>> round(wider(9), 3), round(wider(1000), 3)
+        (1.242, 1.002)
+    """
+    from scipy.special import ndtri, stdtrit  # for those who fit only
+
+    return float(stdtrit(max(degrees_of_freedom, 1), 0.95) / ndtri(0.95)) ** 2
 
 
 _WALL = 1e12

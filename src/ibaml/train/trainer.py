@@ -61,6 +61,7 @@ class Trainer:
         model: Network and likelihood.
         algorithm: What computes the hypergradients.
         settings: Settings of the loop.
+        start: Meta-parameters to start from. None: those that the algorithm makes of the model.
         run_folder: Where checkpoints and logs go; a checkpoint in it is resumed. None: nothing is written.
         device: Where to compute; with several processes, the device of this one.
         console: Where progress is shown; None is silent.
@@ -79,6 +80,7 @@ class Trainer:
         algorithm: Algorithm,
         settings: TrainerSettings,
         *,
+        start: MetaParameters | None = None,
         run_folder: Path | None = None,
         device: torch.device | str = "cpu",
         console: "Console | None" = None,
@@ -100,9 +102,9 @@ class Trainer:
         self.console = console if self.processes.is_first else None
 
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._meta = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
+        initial = algorithm.init(self.model.adapted, self.model.shared, generator=self._generator)
         # The optimiser holds copies: it changes them in place, while the model's initial values are the user's.
-        self._meta = tree.map(lambda leaf: leaf.clone(), self._meta)
+        self._meta = tree.map(lambda leaf: leaf.detach().clone(), initial if start is None else start)
         self._hypergradients = HypergradientStep(
             self.model,
             algorithm,

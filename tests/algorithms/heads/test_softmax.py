@@ -123,6 +123,32 @@ def test_covariance_is_the_inverse_hessian_in_weights(monkeypatch: pytest.Monkey
     torch.testing.assert_close(algorithm.covariance(solution, z), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", PRIORS)
+def test_marginal_likelihood_is_that_of_laplace_in_weights(
+    monkeypatch: pytest.MonkeyPatch, family: str, form: str
+) -> None:
+    choose(monkeypatch, FORMS[form])
+    algorithm = Softmax(prior=PRIORS[family])
+    meta, episode = set_up(algorithm.prior)
+    batch = Batch(inputs(meta, episode.support.x), episode.support.y)
+
+    def nll(prior: Any) -> Tensor:
+        return algorithm.marginal_nll(prior, {}, batch, 3)
+
+    weights = solve(algorithm, meta.prior, batch.x, batch.y, 3)[0].weights.flatten()
+
+    def loss(flat: Tensor) -> Tensor:
+        return inner_loss(PRIORS[family], meta.prior, flat.reshape(3, 5), batch)
+
+    log_var = meta.prior.log_var.expand(3, -1)
+    expected = loss(weights) + 0.5 * (torch.func.hessian(loss)(weights).logdet() + log_var.sum())
+    torch.testing.assert_close(nll(meta.prior), expected, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(
+        lambda log_var: nll(meta.prior._replace(log_var=log_var)), meta.prior.log_var.clone().requires_grad_()
+    )
+
+
 @pytest.mark.parametrize("family", PRIORS)
 def test_unknowns_of_examples_and_of_weights_give_the_same(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     algorithm = Softmax(prior=PRIORS[family], posterior_temperature=1.0, outer="predictive_nll")

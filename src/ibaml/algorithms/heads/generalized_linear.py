@@ -185,6 +185,17 @@ class GeneralizedLinear(HeadOfFunctions):
         nll = nll + 0.5 * log_determinant(factor).sum()
         return LaplacePosterior(prior, mean, spread, nll, Batch(inputs, support.y.double())), residual
 
+    def marginal_nll(self, prior: Any, shared: Params, examples: Batch, num_outputs: int) -> Tensor:
+        """Returns Laplace's approximation of minus the log marginal likelihood; see ``HasMarginal``.
+
+        Raises:
+            ValueError: If the likelihood is not known.
+
+        Cost:
+            That of ``solve``.
+        """
+        return self.solve(prior, shared, examples, num_outputs)[0].nll
+
     def moments(self, solution: LaplacePosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z.mean`` and ``z^T S z``, 0 for outputs that all tasks share; see ``HeadOfFunctions``."""
         inputs, num_targets = inputs.double(), solution.support.y.shape[-1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.heads.least_squares import cholesky_or_nan
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan, log_determinant, plus_identity
 from ibaml.types import Tensor
 
 _NUM_HALVINGS = 24
@@ -88,6 +88,23 @@ class Problem(Protocol):
         ...
 
 
+class ClassProblem(Problem, Protocol):
+    """The inner problem of a softmax head."""
+
+    def covariance(self, factors: Sequence[Tensor], whitened: Tensor, /) -> Tensor:
+        """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
+
+        Args:
+            factors: From ``factorize``.
+            whitened: Whitened features of the queries, ``[num_priors, num_queries, rank]``.
+        """
+        ...
+
+    def log_determinant(self, log_probs: Tensor, /) -> Tensor:
+        """Returns the logarithm of the determinant of the Newton matrix, of the whitened weights of all classes."""
+        ...
+
+
 class _OfExamples(NamedTuple):
     """Unknowns are coefficients of the examples, ``e_c = (Z C_c)^T x_c``.
 
@@ -123,14 +140,21 @@ class _OfExamples(NamedTuple):
         return unknown - errors
 
     def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
+        return self._factors(log_probs)[1:]
+
+    def log_determinant(self, log_probs: Tensor) -> Tensor:
+        """See ``ClassProblem``: ``|I + W G| = prod_c |I + D_c G_c| |R^T E R|``, as probabilities add up to 1."""
+        factor, _, total = self._factors(log_probs)
+        return log_determinant(factor).sum(-1) + log_determinant(total)
+
+    def _factors(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # E_c = V_c^T V_c with V_c = L_c^-1 D_c^1/2 and L_c L_c^T = I + D_c^1/2 G_c D_c^1/2, whose eigenvalues are at
         # least 1. The root of a probability that underflows has a derivative if it is taken of the logarithm.
         root = torch.exp(0.5 * log_probs)
-        identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-        factor = cholesky_or_nan(identity + root.unsqueeze(-1) * self.products * root.unsqueeze(-2))
+        factor = cholesky_or_nan(plus_identity(root.unsqueeze(-1) * self.products * root.unsqueeze(-2)))
         half = torch.linalg.solve_triangular(factor, torch.diag_embed(root), upper=False)
         stacked = half.flatten(-3, -2)
-        return half, cholesky_or_nan(stacked.mT @ stacked)
+        return factor, half, cholesky_or_nan(stacked.mT @ stacked)
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
         half, total = factors
@@ -139,12 +163,7 @@ class _OfExamples(NamedTuple):
         return right - first + each(half.mT, each(half, shift))
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
-
-        Args:
-            factors: From ``factorize``.
-            whitened: Whitened features of the queries, ``[num_priors, num_queries, rank]``.
-        """
+        """See ``ClassProblem``."""
         # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
         half, total = factors
         explained = half @ (self.features @ whitened.mT)
@@ -211,15 +230,19 @@ class _OfWeights(WhitenedWeights):
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """Returns the covariance of logits, as that of ``_OfExamples``."""
+        """See ``ClassProblem``."""
         (factor,) = factors
         identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
         along = inverse.unflatten(-1, (-1, whitened.shape[-1])).movedim(-2, 0) @ whitened.mT
         return torch.einsum("kim,jim->mkj", along, along)
 
+    def log_determinant(self, log_probs: Tensor) -> Tensor:
+        """See ``ClassProblem``."""
+        return log_determinant(self.factorize(log_probs)[0])
 
-def problem_of(features: Tensor, num_classes: int) -> _OfExamples | _OfWeights:
+
+def problem_of(features: Tensor, num_classes: int) -> ClassProblem:
     """Returns the problem in the unknowns that cost less; ``features`` are ``[num_priors, num_examples, rank]``."""
     num_examples, rank = features.shape[-2:]
     if _costs_less_in_weights(num_examples, rank, num_classes):

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.least_squares import cholesky_or_nan
-from ibaml.algorithms.heads.newton import cross_entropy, newton, problem_of
+from ibaml.algorithms.heads.newton import ClassProblem, cross_entropy, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
@@ -56,6 +57,28 @@ class SoftmaxPosterior(NamedTuple):
     prior: Any
     problem: Any
     factors: Any
+
+
+class _Mode(NamedTuple):
+    """The mode of the weights of a task and what is known of it there, float64.
+
+    Attributes:
+        prior: The prior.
+        weights: The mode, ``[num_classes, num_inputs]``.
+        unknown: Likewise, in the unknowns of the problem.
+        targets: 1 where an example is of a class, ``[num_classes, num_examples]``.
+        log_probs: Log-probabilities at the mode, likewise.
+        problem: The inner problem.
+        factors: Of the Newton matrix of the last step, detached.
+    """
+
+    prior: Any
+    weights: Tensor
+    unknown: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    problem: ClassProblem
+    factors: Sequence[Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +183,34 @@ class Softmax(Head):
             classes, ``R`` whitened features and ``N`` examples.
         """
         del shared
+        mode, residual = self._mode(prior, support, num_outputs)
+        problem, factors, weights = mode.problem, mode.factors, mode.weights
+        if not self.posterior_temperature:
+            return SoftmaxPosterior(weights, mode.prior, (), ()), residual
+        if self.outer == "predictive_nll":
+            # Only here the derivative of the covariance is wanted.
+            factors = problem.factorize(mode.log_probs)
+        return SoftmaxPosterior(weights, mode.prior, problem, tuple(factors)), residual
+
+    def marginal_nll(self, prior: Any, shared: Params, examples: Batch, num_outputs: int) -> Tensor:
+        """Returns Laplace's approximation of minus the log marginal likelihood; see ``HasMarginal``.
+
+        ``-log p(y) = nll(e*) + |e*|^2 / 2 + log det(H) / 2`` with the Newton matrix ``H`` at the mode ``e*``.
+
+        Raises:
+            ValueError: If there is a prior for each of another number of classes.
+
+        Cost:
+            That of ``solve``.
+        """
+        del shared
+        mode, _ = self._mode(prior, examples, num_outputs)
+        nll = -(mode.targets * mode.log_probs).sum()
+        squared_norm = mode.problem.inner(mode.unknown, mode.unknown, mode.problem.outputs(mode.unknown))
+        return nll + 0.5 * (squared_norm + mode.problem.log_determinant(mode.log_probs))
+
+    def _mode(self, prior: Any, support: Batch, num_outputs: int) -> "tuple[_Mode, Tensor]":
+        """Returns the mode and the relative norm of the inner gradient there."""
         # In float64: a weak prior and features of any size make a Newton matrix that float32 cannot hold.
         inputs, prior = support.x.double(), tree.map(torch.Tensor.double, prior)
         mean = self.prior.mean(prior)
@@ -182,12 +233,8 @@ class Softmax(Head):
         log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
         unknown = unknown - fixed.solve(factors, problem.residual(unknown, targets - log_probs.exp()))
         weights = mean + self.prior.colour(prior, problem.whitened(unknown))
-        if not self.posterior_temperature:
-            return SoftmaxPosterior(weights, prior, (), ()), residual
-        if self.outer == "predictive_nll":
-            # Only here the derivative of the covariance is wanted.
-            factors = problem.factorize(torch.log_softmax(offset + problem.outputs(unknown), 0))
-        return SoftmaxPosterior(weights, prior, problem, tuple(factors)), residual
+        log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
+        return _Mode(prior, weights, unknown, targets, log_probs, problem, factors), residual
 
     def predict(self, solution: SoftmaxPosterior, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns logits under each sample, ``[num_samples, num_examples, num_classes]``; see ``Head``.
