@@ -10,15 +10,17 @@ The line with the lowest score is kept unless curves are better by one standard 
 
 import logging
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
+from ibaml.data.prepare import Source
 from ibaml.data.ragged import TaskSplits
 from ibaml.learner.choice import Choice, simplest_good
-from ibaml.learner.defaults import CORRELATED, CURVES, LEARNED_CURVES, LINE, SHORT_TRAINER, Suited
+from ibaml.learner.defaults import CORRELATED, CURVES, LEARNED_CURVES, LINE, MOST_STEPS, SHORT_TRAINER, Suited
 from ibaml.learner.hierarchies import Curves, Estimate, LearnedCurves, Lines, estimate, features_of
 from ibaml.likelihoods import Gaussian
 from ibaml.networks import MLP, RadialBasis
@@ -29,6 +31,9 @@ from ibaml.seeds import task_generator
 from ibaml.train.hierarchical import Groups, in_one, query_nll
 from ibaml.train.progress import ProgressBar
 from ibaml.types import Episode, Tensor
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +71,37 @@ class Solved(NamedTuple):
     meta: MetaParameters
     choice: Choice | None
     num_steps: int
+
+
+def solve(
+    source: Source,
+    candidates: Mapping[str, Suited],
+    *,
+    num_steps: int | None,
+    seed: int,
+    console: "Console | None" = None,
+) -> Solved:
+    """Estimates the models of prepared tasks with real targets and chooses one; see ``fit_hierarchical``.
+
+    Args:
+        source: The tasks.
+        candidates: What suits them, with correlated weights among it.
+        num_steps: Steps of each estimation at the most. None: ``defaults.MOST_STEPS``.
+        seed: As there.
+        console: Where progress is shown, if anywhere.
+    """
+    assert isinstance(source.train, TaskSplits) and source.preprocessing is not None
+    targets = source.preprocessing.targets
+    assert targets is not None
+    with ProgressBar(console, "estimate") as bar:
+        return fit_hierarchical(
+            source.train,
+            candidates[CORRELATED],
+            scale=targets.scale,
+            most_steps=MOST_STEPS if num_steps is None else num_steps,
+            seed=seed,
+            bar=bar,
+        )
 
 
 def fit_hierarchical(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ from ibaml.algorithms.model import Model, build_model, num_outputs_of
 from ibaml.algorithms.tail import last_layer
 from ibaml.backbones import Backbone, Extractor, as_backbone
 from ibaml.checks import require_int
-from ibaml.data.prepare import Source, SplitSettings, prepare
+from ibaml.data.prepare import SplitSettings, prepare
 from ibaml.data.preprocessing import CLASS_SCOPES
-from ibaml.data.ragged import TaskSplits
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice, choose
 from ibaml.learner.features import prepare_features
+from ibaml.learner.fine_tuning import TRAINER, restored, tuning
 from ibaml.learner.fitting import fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
-from ibaml.learner.hierarchical import Solved, fit_hierarchical
+from ibaml.learner.hierarchical import solve
 from ibaml.learner.predictor import Predictor
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.learner.untrained import untrained
@@ -34,7 +34,7 @@ from ibaml.posterior import FittedModel
 from ibaml.train import TrainerSettings, TrainingResult
 from ibaml.train.devices import resolve_device
 from ibaml.train.processes import Processes
-from ibaml.train.progress import ProgressBar, console_of
+from ibaml.train.progress import console_of
 from ibaml.types import ClassScope, ColumnName
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class MetaLearner(Predictor):
         classes: Labels of data: ``"shared"`` means the same in all tasks (active and inactive); ``"per_task"``: each
             task has classes of its own, as new classes of images are. Image folders are always the latter.
         backbone: A frozen feature extractor: any ``nn.Module``, callable or ``Backbone`` (with the size and scale of
-            its images). Inputs become its features, once, and ``network`` and head see these alone. It is not trained,
-            changed or stored: ``load`` wants it again.
+            its images), or a name such as ``"timm:resnet50"`` (``named_backbone``). Inputs become its features, once,
+            and ``network`` and head see these alone. It is not changed or stored: ``load`` wants it again.
+        fine_tune: Name patterns of its parameters that all tasks learn with the prior, such as ``"layer4.*"``.
         device: Where to compute.
         verbose: Whether to show progress, with the time left, of all that takes more than two seconds. None: on a
             terminal; True: also in pipes and notebooks, by a line now and then; False: never. It may be changed later.
@@ -79,6 +80,7 @@ class MetaLearner(Predictor):
     Raises:
         TypeError: If the seed is no integer.
         ValueError: If a name is unknown, a pattern matches nothing, or there is no such device.
+        ImportError, OSError: As of ``named_backbone``.
 
     Examples:
         >>> import numpy as np
@@ -100,15 +102,18 @@ class MetaLearner(Predictor):
         *,
         freeze: str | Sequence[str] = (),
         classes: ClassScope = "shared",
-        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
+        backbone: nn.Module | Callable[..., Any] | Backbone | str | None = None,
+        fine_tune: str | Sequence[str] = (),
         device: torch.device | str = "cpu",
         verbose: bool | None = None,
         seed: int = 0,
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
+        if fine_tune and backbone is None:
+            raise ValueError(f"fine_tune={fine_tune!r} names parameters of a backbone, and there is none.")
         by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
-        by_name = {"freeze": freeze, "classes": classes, "backbone": backbone, "device": device}
+        by_name = {"freeze": freeze, "classes": classes, "backbone": backbone, "fine_tune": fine_tune, "device": device}
         super().__init__(**by_position, **by_name, verbose=verbose, seed=seed)
         self.network = network
         self.likelihood = find_likelihood(likelihood)
@@ -117,6 +122,7 @@ class MetaLearner(Predictor):
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
         self.backbone = None if backbone is None else as_backbone(backbone)
+        self.fine_tune = as_patterns(fine_tune)
         self.device = resolve_device(device)
         self.verbose = verbose
         self.seed = require_int("seed", seed)
@@ -225,25 +231,34 @@ class MetaLearner(Predictor):
         if self.backbone is not None:
             extractor = Extractor(self.backbone, self.device)
             read = functools.partial(prepare_features, extractor, console=console)
-        source = read(
-            train_tasks,
-            validation_tasks,
-            target_kind=self.likelihood.target_kind,
-            classes=self.classes,
-            splits=splits,
-            seed=self.seed,
-            dtype=torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
-            columns={"task": task, "target": target, "features": features},
-            formula=formula,
-        )
+        how: dict[str, Any] = {
+            "target_kind": self.likelihood.target_kind,
+            "classes": self.classes,
+            "splits": splits,
+            "seed": self.seed,
+            "dtype": torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
+            "columns": {"task": task, "target": target, "features": features},
+            "formula": formula,
+        }
+        tuned = None
+        if self.fine_tune:
+            assert extractor is not None
+            given: dict[str, Any] = {"parameters": self._parameters, "algorithm": self.algorithm, "console": console}
+            tuned = tuning(extractor, self.fine_tune, train_tasks, validation_tasks, how=how, **given)
+            extractor, source = tuned.inputs, tuned.source
+        else:
+            source = read(train_tasks, validation_tasks, **how)
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
         usual = defaults.trainer_settings(self.algorithm, source, seed=self.seed)
-        if self._parameters["network"] is None:
+        if tuned is not None:
+            self._become(tuned.suited)
+            usual = dataclasses.replace(TRAINER, seed=self.seed)
+        elif self._parameters["network"] is None:
             candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
             solved = None
             if defaults.is_hierarchical(source.train, candidates):
-                solved = self._solve(source, candidates, num_steps, console)
+                solved = solve(source, candidates, num_steps=num_steps, seed=self.seed, console=console)
                 if settings is None:
                     self._splits, self.choice = splits, solved.choice
                     self._fitted, self.training_result = store_solved(
@@ -318,6 +333,8 @@ class MetaLearner(Predictor):
             TypeError: If there is no backbone, or inputs are of no accepted form.
             ValueError: If classes are not of each task's own, or there are too few inputs.
         """
+        if self.fine_tune:
+            raise ValueError("fit_prior learns from no tasks, so that there is nothing to fine_tune: leave it out.")
         if self.backbone is None:
             raise TypeError("fit_prior needs a backbone, whose features make the prior: MetaLearner(backbone=...).")
         if self.likelihood.target_kind != "classes" or self.classes != "per_task":
@@ -356,7 +373,7 @@ class MetaLearner(Predictor):
         folder: str | Path,
         *,
         network: nn.Module | None = None,
-        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
+        backbone: nn.Module | Callable[..., Any] | Backbone | str | None = None,
         device: torch.device | str = "cpu",
     ) -> "MetaLearner":
         """Loads a trained learner.
@@ -373,9 +390,7 @@ class MetaLearner(Predictor):
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
         """
         stored = read_model(Path(folder).expanduser())
-        extractor = Extractor.restore(stored.backbone, backbone, torch.device(device), source=str(folder))
-        if network is None:
-            network = stored.build_network()
+        extractor, network = restored(stored, backbone, network, torch.device(device), source=str(folder))
         own = None if extractor is None else extractor.backbone
         learner = cls.from_settings(stored.settings, network=network, backbone=own, device=device, seed=stored.seed)
         learner._splits, learner.choice = stored.splits, stored.choice
@@ -399,26 +414,6 @@ class MetaLearner(Predictor):
         # By name: requires_grad=False freezes as well, which no pattern would tell.
         settings = dataclasses.replace(self.settings, freeze=tuple(sorted(fitted.model.frozen)))
         return write_model(folder, fitted, settings=settings, seed=self.seed, splits=self._splits, choice=self.choice)
-
-    def _solve(
-        self,
-        source: Source,
-        candidates: Mapping[str, defaults.Suited],
-        num_steps: int | None,
-        console: "Console | None",
-    ) -> Solved:
-        assert isinstance(source.train, TaskSplits) and source.preprocessing is not None
-        targets = source.preprocessing.targets
-        assert targets is not None
-        with ProgressBar(console, "estimate") as bar:
-            return fit_hierarchical(
-                source.train,
-                candidates[defaults.CORRELATED],
-                scale=targets.scale,
-                most_steps=defaults.MOST_STEPS if num_steps is None else num_steps,
-                seed=self.seed,
-                bar=bar,
-            )
 
     def _become(self, suited: defaults.Suited) -> Model:
         self.algorithm, self.likelihood, self.adapt_patterns = suited.algorithm, suited.likelihood, suited.adapt
