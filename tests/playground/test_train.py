@@ -1,13 +1,18 @@
 """What ships with the playground: small, made by its own script, and as accurate as the recipe says."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from ibaml import MetaLearner
 from ibaml.data import load_glyphs
+from ibaml.playground import train
 from ibaml.playground.none_of_these import Thresholds, find_thresholds
 from ibaml.playground.train import CURVES, DRAWINGS, FIELDS, MODELS, curves_for_training, fields, train_curves
+from ibaml.recipes import get_recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,26 @@ def test_the_model_of_curves_is_what_the_script_makes(tmp_path):
     ours, theirs = (learner.adapt(x[:4], y[:4]).predict(grid) for learner in (made, shipped))
     np.testing.assert_allclose(ours.mean, theirs.mean, atol=0.02)
     np.testing.assert_allclose(ours.standard_deviation, theirs.standard_deviation, rtol=0.02)
+
+
+def test_the_script_makes_what_ships(tmp_path, monkeypatch):
+    """With three steps of training and thresholds for one size of tasks."""
+    short = get_recipe(train.RECIPE).replace(
+        {"trainer.num_steps": 3, "trainer.validate_every": 3, "trainer.num_validation_tasks": 2}
+    )
+    few = partial(find_thresholds, ways=(2,), shots=(1,), num_tasks=2)
+    monkeypatch.setattr(train, "get_recipe", lambda name: short)
+    monkeypatch.setattr(train, "find_thresholds", few)
+    monkeypatch.setattr(train, "FIELDS", tmp_path / "fields.csv")
+    train.main(tmp_path)
+    made, shipped = (
+        {path.relative_to(root) for path in root.rglob("*") if path.is_file()} for root in (tmp_path, MODELS)
+    )
+    assert made - {Path("fields.csv")} == shipped
+    assert (tmp_path / "fields.csv").read_bytes() == FIELDS.read_bytes()
+    learner = MetaLearner.load(tmp_path / DRAWINGS)
+    assert learner.preprocessing.image_size == (28, 28)
+    assert learner.network.input_shape == MetaLearner.load(MODELS / DRAWINGS).network.input_shape
 
 
 def test_the_example_table_is_what_the_script_makes():
