@@ -158,7 +158,15 @@ class GradientBased(abc.ABC):
 
     def mean_outputs(self, network: Network, shared: Params, posterior: Any, x: Tensor) -> Tensor:
         """Returns the outputs at the mean weights; see ``Algorithm``."""
-        return network.outputs(self._family.mean(posterior), shared, x)
+        return network.outputs(self.mean_weights(posterior), shared, x)
+
+    def mean_weights(self, posterior: Any) -> Params:
+        """Returns the mean of the adapted weights.
+
+        Args:
+            posterior: What ``adapt`` returned.
+        """
+        return self._family.mean(posterior)
 
     def map_weights(self, function: Callable[[Params], Params], prior: Any) -> Any:
         """Applies a function of weights to each part of a prior; see ``Algorithm``."""

@@ -9,6 +9,15 @@ from ibaml.backbones.backbone import Backbone, as_backbone
 from ibaml.backbones.cache import FeatureCache
 from ibaml.backbones.extractor import Extraction, Extractor
 from ibaml.backbones.named import import_backbone
-from ibaml.backbones.outputs import as_features
+from ibaml.backbones.outputs import as_features, read_features
 
-__all__ = ["Backbone", "Extraction", "Extractor", "FeatureCache", "as_backbone", "as_features", "import_backbone"]
+__all__ = [
+    "Backbone",
+    "Extraction",
+    "Extractor",
+    "FeatureCache",
+    "as_backbone",
+    "as_features",
+    "import_backbone",
+    "read_features",
+]

@@ -41,25 +41,30 @@ def as_features(outputs: Any, num_inputs: int, mask: Tensor | None = None) -> Te
         >>> as_features((torch.ones(2, 5, 3), None), 2).shape
         torch.Size([2, 3])
     """
+    return read_features(outputs, num_inputs, mask).detach().cpu()
+
+
+def read_features(outputs: Any, num_inputs: int, mask: Tensor | None = None) -> Tensor:
+    """Returns what ``as_features`` does, where it was computed and differentiable; arguments and errors likewise."""
     if isinstance(outputs, Mapping):
-        return as_features(_member(cast("Mapping[str, Any]", outputs)), num_inputs, mask)
+        return read_features(_member(cast("Mapping[str, Any]", outputs)), num_inputs, mask)
     if isinstance(outputs, tuple | list) and _holds_tensors(members := cast("Sequence[Any]", outputs)):
         # A list of one vector for each input, as sentence encoders give, is no tuple of outputs.
         is_list_of_vectors = isinstance(outputs, list) and len(members) == num_inputs and members[0].ndim == 1
-        return as_features(torch.stack(list(members)) if is_list_of_vectors else members[0], num_inputs, mask)
+        return read_features(torch.stack(list(members)) if is_list_of_vectors else members[0], num_inputs, mask)
     values: Tensor = outputs if isinstance(outputs, torch.Tensor) else _as_tensor(outputs)
     if values.is_complex():
         raise TypeError(f"the backbone returns values of dtype {values.dtype}, but features are real: {_WRAP}.")
-    if values.ndim < 2 or len(values) != num_inputs or 0 in values.shape[1:]:
+    if values.ndim < 2 or values.shape[0] != num_inputs or 0 in values.shape[1:]:
         raise ValueError(
             f"the backbone returns shape {tuple(values.shape)} for {num_inputs} inputs, but expected [num_inputs, "
             f"num_features], maps [num_inputs, channels, height, width] or sequences [num_inputs, length, "
             f"num_features] (recurrent layers: batch_first=True): {_WRAP}."
         )
-    values = values.detach().float()
+    values = values.float()
     if values.ndim == 3:
-        return _mean_of_sequence(values, mask).cpu()
-    return (values if values.ndim == 2 else values.flatten(2).mean(2)).cpu()
+        return _mean_of_sequence(values, mask)
+    return values if values.ndim == 2 else values.flatten(2).mean(2)
 
 
 def _holds_tensors(members: Sequence[Any]) -> bool:

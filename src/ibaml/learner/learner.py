@@ -48,8 +48,9 @@ class MetaLearner(Predictor):
 
     Args:
         network: Any ``nn.Module`` whose forward takes a batch of inputs. None: one that
-            suits the data that ``fit`` gets (``ibaml.learner.defaults``). What is learned is in ``meta_parameters`` and
-            what a task adapts in ``posterior.value``: the module itself keeps its weights of before.
+            suits the data that ``fit`` gets (``ibaml.learner.defaults``). The module keeps its weights of before, also
+            as ``learner.network``: what is learned is in ``meta_parameters``, what a task adapts in
+            ``posterior.value``, and ``posterior.to_module()`` is a module with both.
         algorithm: ``"head"``: implicit Bayesian meta-learning of a prior over the last linear layer on shared
             features, solved exactly by the head that suits the likelihood. Or another name of ``ALGORITHMS``
             (``"ibaml"``: the paper's, on all weights; ``"maml"``, ...) with the settings of its publication or, for a

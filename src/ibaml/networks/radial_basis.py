@@ -75,6 +75,8 @@ class RadialBasis(nn.Module):
         self.centres = nn.Parameter(torch.randn(num_centres, num_inputs, generator=generator))
         self.log_length_scale = nn.Parameter(torch.zeros(num_inputs))
         self.head = nn.Linear(num_centres + num_inputs, num_outputs)
+        self._inverse: Tensor | None
+        self.register_buffer("_inverse", None)
         initialize_weights(self, self.head, nonlinearity="tanh", generator=generator, zero_head=zero_head)
 
     def forward(self, x: Float[Tensor, "examples ..."]) -> Float[Tensor, "examples outputs"]:
@@ -90,23 +92,38 @@ class RadialBasis(nn.Module):
             ValueError: If the inputs have another shape than the network was built for.
         """
         check_input(x, self.input_shape, min_examples=1)
-        flat = x.reshape(len(x), -1)
-        return self.head(torch.cat([radial_features(flat, self.centres, self.log_length_scale), flat], 1))
+        flat = x.flatten(1)
+        features = radial_features(flat, self.centres, self.log_length_scale, inverse=self._inverse)
+        return self.head(torch.cat([features, flat], 1))
+
+    def fix_features(self) -> None:
+        """Keeps ``L^-1`` at the present centres and lengths, so that features take products alone, for an export."""
+        scaled = self.centres.detach() * torch.exp(-self.log_length_scale.detach())
+        factor = _factor(scaled.double())
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        self.register_buffer("_inverse", torch.linalg.solve_triangular(factor, identity, upper=False))
 
 
-def radial_features(x: Tensor, centres: Tensor, log_length_scale: Tensor) -> Tensor:
+def radial_features(x: Tensor, centres: Tensor, log_length_scale: Tensor, *, inverse: Tensor | None = None) -> Tensor:
     """Returns ``L^-1 k(C, x)`` for each input, ``[num_examples, num_centres]``; see ``RadialBasis``.
 
     Args:
         x: Inputs, ``[num_examples, num_inputs]``.
         centres: ``[num_centres, num_inputs]``.
         log_length_scale: Natural logarithm of a length for each input, ``[num_inputs]``.
+        inverse: ``L^-1``, float64, if it is known.
     """
-    inverse = torch.exp(-log_length_scale)
-    scaled, centres = x * inverse, centres * inverse
-    nugget = _NUGGET * torch.eye(len(centres), dtype=x.dtype, device=x.device)
-    factor = torch.linalg.cholesky(_kernel(centres, centres) + nugget)
-    return torch.linalg.solve_triangular(factor, _kernel(centres, scaled), upper=False).mT
+    shrink = torch.exp(-log_length_scale)
+    scaled, centres = x * shrink, centres * shrink
+    kernel = _kernel(centres, scaled)
+    if inverse is not None:
+        return (inverse @ kernel.double()).mT.to(x.dtype)
+    return torch.linalg.solve_triangular(_factor(centres), kernel, upper=False).mT
+
+
+def _factor(centres: Tensor) -> Tensor:
+    nugget = _NUGGET * torch.eye(len(centres), dtype=centres.dtype, device=centres.device)
+    return torch.linalg.cholesky(_kernel(centres, centres) + nugget)
 
 
 def _kernel(left: Tensor, right: Tensor) -> Tensor:
@@ -138,7 +155,7 @@ def spread_out(x: Tensor, num_centres: int, log_length_scale: Tensor) -> Tensor:
         tensor([0., 1.])
     """
     scaled = x * torch.exp(-log_length_scale)
-    left = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    left = torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
     columns: list[Tensor] = []
     chosen: list[int] = []
     while len(chosen) < num_centres:

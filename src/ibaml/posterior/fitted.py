@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
-from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
+from ibaml.likelihoods import ClassPrediction, Likelihood, MixturePrediction, Prediction
 from ibaml.metrics import AbstentionCurve, Recalibration
 from ibaml.posterior.task import TaskPosterior
 from ibaml.seeds import noise_generator
@@ -296,13 +297,7 @@ class FittedModel:
         """
         require_finite_outputs(self.algorithm, outputs)
         with torch.no_grad():
-            prediction = self.model.likelihood.predict(
-                outputs["outputs"], self.meta.shared, output_variance=outputs.get("output_variance")
-            )
-            if isinstance(prediction, ClassPrediction) and "out_of_task" in outputs:
-                prediction = dataclasses.replace(prediction, out_of_task_score=outputs["out_of_task"])
-            if self.temperature != 1:
-                prediction = prediction.tempered(self.temperature)
+            prediction = predicted(self.model.likelihood, self.meta.shared, outputs, self.temperature)
             if self.preprocessing is None or self.preprocessing.targets is None:
                 return prediction
             mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
@@ -425,6 +420,21 @@ class FittedModel:
             return targets
         mean, scale = self.preprocessing.targets.mean, self.preprocessing.targets.scale
         return targets.double() * scale.to(targets.device) + mean.to(targets.device)
+
+
+def predicted(likelihood: Likelihood, shared: Params, outputs: Mapping[str, Tensor], temperature: float) -> Prediction:
+    """Returns the prediction that outputs make, in units of the encoded targets, tempered.
+
+    Args:
+        likelihood: Of the targets.
+        shared: Holds its parameters.
+        outputs: From ``Algorithm.outputs``.
+        temperature: Calibration temperature.
+    """
+    prediction = likelihood.predict(outputs["outputs"], shared, output_variance=outputs.get("output_variance"))
+    if isinstance(prediction, ClassPrediction) and "out_of_task" in outputs:
+        prediction = dataclasses.replace(prediction, out_of_task_score=outputs["out_of_task"])
+    return prediction if temperature == 1 else prediction.tempered(temperature)
 
 
 def _is_empty(values: Any) -> bool:

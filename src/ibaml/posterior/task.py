@@ -16,6 +16,7 @@ from ibaml.types import Batch
 
 if TYPE_CHECKING:
     from ibaml.posterior.fitted import FittedModel
+    from ibaml.posterior.module import TaskModule
 
 
 class TaskPosterior:
@@ -81,7 +82,7 @@ class TaskPosterior:
         if isinstance(x_query, torch.Tensor) and x_query.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "x_query requires a gradient, and predictions are made without one: pass x_query.detach(), or for "
-                "derivatives in the inputs take to_botorch() or differences of predictions."
+                "derivatives in the inputs call posterior.to_module() with them."
             )
         fitted = self._fitted
         min_confidence = None if max_error is None else fitted.min_confidence(max_error)
@@ -159,6 +160,33 @@ class TaskPosterior:
         from ibaml.posterior.botorch import TaskModel
 
         return TaskModel(self._fitted, self.value)
+
+    def to_module(self, *, num_samples: int | None = None, seed: int = 0, of_features: bool = False) -> "TaskModule":
+        """Returns the posterior as a plain ``nn.Module``, to be exported, shipped or differentiated in its inputs.
+
+        It holds copies of all that a prediction needs: scales, trained network or backbone, what adaptation found, and
+        the temperature of ``calibrate``. Called with a tensor in the units of the data (columns in the order of
+        training) it returns the probabilities of ``predict``, or its mean and variance as a pair. Nothing is checked,
+        resized or sampled. It goes through ``torch.export.export`` with any number of examples, from there to ONNX
+        (``torch.onnx.export``), into ``state_dict`` and to other devices.
+
+        Args:
+            num_samples: Algorithms that adapt a distribution over all weights: so many weight samples, those of
+                ``predict`` where it is the algorithm's ``num_evaluation_samples``. None: the mean of the weights.
+            seed: Of the weight samples.
+            of_features: With a backbone: the inputs are its features, computed elsewhere.
+
+        Raises:
+            ValueError: If the backbone is a function and ``of_features`` False; if there is no backbone and it is True;
+                if inputs are columns of categories or with gaps; if ``num_samples`` is given to an algorithm without
+                weight samples.
+            TypeError: If ``num_samples`` is no integer.
+        """
+        from ibaml.posterior.module import to_module  # which imports what is below
+
+        if num_samples is not None:
+            require_positive_int("num_samples", num_samples)
+        return to_module(self._fitted, self.value, num_samples=num_samples, seed=seed, of_features=of_features)
 
     def update(self, x_more: Any, y_more: Any) -> "TaskPosterior":
         """Takes in more examples of the same task and returns the new posterior; this one stays as it is.

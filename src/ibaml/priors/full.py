@@ -252,10 +252,9 @@ def unit_triangular(lower: Tensor, size: int) -> Tensor:
         lower: The entries, ``[..., size (size - 1) / 2]``.
         size: Rows of the matrix.
     """
-    index = torch.zeros(size, size, dtype=torch.int64, device=lower.device)
-    rows, columns = torch.tril_indices(size, size, -1, device=lower.device)
-    index[rows, columns] = torch.arange(2, 2 + len(rows), device=lower.device)
-    index.fill_diagonal_(1)
+    column = torch.arange(size, device=lower.device)
+    row = column.unsqueeze(-1)
+    index = torch.where(row > column, row * (row - 1) // 2 + column + 2, (row == column).long())
     # Gathering, where writing into a matrix of zeros would be in place, has derivatives of every order under vmap.
     one = (*lower.shape[:-1], 1)
     return torch.cat([lower.new_zeros(one), lower.new_ones(one), lower], -1)[..., index]

@@ -118,6 +118,17 @@ class Head(abc.ABC):
         del solution, shared, more, num_outputs
         return None
 
+    def in_products(self, solution: Any) -> Any:
+        """Returns a solution of which ``predict`` takes products alone, for programs that know no factorisation.
+
+        Inverses of triangular factors are in it, so that nothing is solved for a prediction. Nothing else is computed
+        from it. Heads that solve nothing have it already.
+
+        Args:
+            solution: From ``solve`` or ``extend``.
+        """
+        return solution
+
     @abc.abstractmethod
     def predict(self, solution: Any, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns ``"outputs"``, ``[num_samples, num_examples, num_outputs]``, and maybe more, as ``outputs`` does.

@@ -28,7 +28,7 @@ from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.gaussian import HeadOfFunctions
 from ibaml.algorithms.heads.least_squares import is_dual, log_determinant
-from ibaml.algorithms.heads.linear_gaussian import Precision, Reduction
+from ibaml.algorithms.heads.linear_gaussian import Independent, Precision, Reduction, Root, in_products
 from ibaml.algorithms.heads.newton import newton
 from ibaml.algorithms.heads.separable import OfWeights, SeparableLoss
 from ibaml.algorithms.nll import Nll
@@ -70,7 +70,7 @@ class LaplacePosterior(NamedTuple):
 
     prior: Any
     mean: Tensor
-    spread: Precision | Reduction
+    spread: Precision | Reduction | Independent | Root
     nll: Tensor
     support: Batch
 
@@ -196,12 +196,16 @@ class GeneralizedLinear(HeadOfFunctions):
         """
         return self.solve(prior, shared, examples, num_outputs)[0].nll
 
+    def in_products(self, solution: LaplacePosterior) -> LaplacePosterior:
+        """Returns the posterior with a root of its covariance; see ``Head``."""
+        return solution._replace(spread=in_products(solution.spread))
+
     def moments(self, solution: LaplacePosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z.mean`` and ``z^T S z``, 0 for outputs that all tasks share; see ``HeadOfFunctions``."""
         inputs, num_targets = inputs.double(), solution.support.y.shape[-1]
         mean = solution.mean @ inputs.mT
         variance = solution.spread.variance(self.prior.whiten(solution.prior, inputs)[:num_targets])
-        return mean, torch.cat([variance, mean.new_zeros(len(mean) - num_targets, len(inputs))])
+        return mean, torch.cat([variance, mean.new_zeros(len(mean) - num_targets, inputs.shape[0])])
 
     def joint_covariance(self, solution: LaplacePosterior, inputs: Tensor) -> Tensor:
         """Returns ``Z C S C^T Z^T``, 0 for outputs that all tasks share; see ``HeadOfFunctions``."""

@@ -17,7 +17,7 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
-from ibaml.algorithms.heads.least_squares import cholesky_or_nan, gaussian_nll, log_determinant
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan, gaussian_nll, inverse_of_factor, log_determinant
 from ibaml.priors import DiagonalColumnPrior
 from ibaml.types import Batch, Params, Tensor
 
@@ -79,6 +79,7 @@ class GaussianProcessPosterior(NamedTuple):
         error: ``y - m(Z)``, ``[num_targets, num_support]``.
         weights: ``a``, ``[num_targets, num_support]``.
         cholesky: ``L``, ``[num_targets, num_support, num_support]``.
+        inverse: ``L^-1``, where predictions are to take products alone; no rows elsewhere.
     """
 
     prior: GaussianProcessPrior
@@ -86,6 +87,13 @@ class GaussianProcessPosterior(NamedTuple):
     error: Tensor
     weights: Tensor
     cholesky: Tensor
+    inverse: Tensor
+
+    def explained(self, cross: Tensor) -> Tensor:
+        """Returns ``L^-1 k(Z, z)``, ``[num_targets, num_support, num_examples]``."""
+        if len(self.inverse):
+            return self.inverse @ cross
+        return torch.linalg.solve_triangular(self.cholesky, cross, upper=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +186,7 @@ class GaussianProcess(GaussianHead):
         found, wanted = (total.detach() @ weights.detach().unsqueeze(-1)).squeeze(-1), error.detach()
         size = torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)
         residual = torch.linalg.vector_norm(found - wanted) / size
-        return GaussianProcessPosterior(prior, inputs, error, weights, cholesky), residual
+        return GaussianProcessPosterior(prior, inputs, error, weights, cholesky, cholesky[:0]), residual
 
     @property
     def is_sequential(self) -> bool:
@@ -201,7 +209,7 @@ class GaussianProcess(GaussianHead):
         identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
         own = kernel_matrix(prior, inputs, inputs) + noise_variance(shared, targets)[:, None, None] * identity
         cross = kernel_matrix(prior, solution.inputs, inputs)
-        left = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False).mT
+        left = solution.explained(cross).mT
         corner = cholesky_or_nan(own - left @ left.mT)
         nothing = torch.zeros_like(left.mT)
         cholesky = torch.cat([torch.cat([solution.cholesky, nothing], -1), torch.cat([left, corner], -1)], -2)
@@ -210,13 +218,18 @@ class GaussianProcess(GaussianHead):
         size = torch.linalg.vector_norm(error).clamp_min(torch.finfo(error.dtype).tiny)
         residual = torch.linalg.vector_norm(cholesky @ (cholesky.mT @ weights) - error.unsqueeze(-1)) / size
         all_inputs = torch.cat([solution.inputs, inputs])
-        return GaussianProcessPosterior(prior, all_inputs, error, weights.squeeze(-1), cholesky), residual
+        found = GaussianProcessPosterior(prior, all_inputs, error, weights.squeeze(-1), cholesky, cholesky[:0])
+        return found, residual
+
+    def in_products(self, solution: GaussianProcessPosterior) -> GaussianProcessPosterior:
+        """Returns the posterior with the inverse of its factor; see ``Head``."""
+        return solution._replace(inverse=inverse_of_factor(solution.cholesky))
 
     def moments(self, solution: GaussianProcessPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and variance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
         cross = kernel_matrix(solution.prior, solution.inputs, inputs)
-        known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)
+        known = solution.explained(cross)
         # Rounding may leave a little less than nothing.
         variance = (kernel_diagonal(solution.prior, inputs) - (known**2).sum(-2)).clamp_min(0)
         return _mean(solution.prior, inputs) + (cross.mT @ solution.weights.unsqueeze(-1)).squeeze(-1), variance
@@ -225,7 +238,7 @@ class GaussianProcess(GaussianHead):
         """Returns the covariance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
         cross = kernel_matrix(solution.prior, solution.inputs, inputs)
-        known = torch.linalg.solve_triangular(solution.cholesky, cross, upper=False)
+        known = solution.explained(cross)
         return kernel_matrix(solution.prior, inputs, inputs) - known.mT @ known
 
     def support_nll(self, solution: GaussianProcessPosterior) -> tuple[Tensor, int]:
@@ -264,7 +277,7 @@ def kernel_diagonal(prior: GaussianProcessPrior, inputs: Tensor) -> Tensor:
     parts = [
         torch.exp(parameters) @ (inputs**2).mT
         if name == _LINEAR
-        else torch.exp(parameters.log_variance).unsqueeze(-1).expand(-1, len(inputs))
+        else torch.exp(parameters.log_variance).unsqueeze(-1).expand(-1, inputs.shape[0])
         for name, parameters in prior.kernels.items()
     ]
     return torch.stack(parts).sum(0)
@@ -273,6 +286,6 @@ def kernel_diagonal(prior: GaussianProcessPrior, inputs: Tensor) -> Tensor:
 def _mean(prior: GaussianProcessPrior, inputs: Tensor) -> Tensor:
     """Returns the mean function at some inputs, ``[num_kernels, num_examples]``."""
     if not len(prior.mean):
-        return inputs.new_zeros(1, len(inputs))
+        return inputs.new_zeros(1, inputs.shape[0])
     # The constant is the last input.
     return prior.mean @ inputs[:, -prior.mean.shape[-1] :].mT

@@ -103,6 +103,23 @@ def plus_identity(matrix: Tensor) -> Tensor:
     return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
+def inverse_of_factor(cholesky: Tensor) -> Tensor:
+    """Returns the inverse of a lower triangular matrix, ``[..., n, n]``."""
+    identity = torch.eye(cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device)
+    return torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
+
+
+def cholesky_in_products(matrix: Tensor) -> Tensor:
+    """Returns the Cholesky factor of a small matrix by one product for each column; see ``Head.in_products``."""
+    rows = torch.arange(matrix.shape[-1], device=matrix.device)
+    columns: list[Tensor] = []
+    for index in range(matrix.shape[-1]):
+        column = matrix[..., index] * torch.rsqrt(matrix[..., index, index]).unsqueeze(-1)
+        columns.append(torch.where(rows >= index, column, 0.0))
+        matrix = matrix - columns[-1].unsqueeze(-1) * columns[-1].unsqueeze(-2)
+    return torch.stack(columns, -1)
+
+
 def cholesky_or_nan(matrix: Tensor) -> Tensor:
     """Returns the Cholesky factor; NaN for a matrix that is not positive definite, where torch would raise."""
     factor, info = torch.linalg.cholesky_ex(matrix)

@@ -24,6 +24,7 @@ from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
 from ibaml.algorithms.heads.least_squares import (
     cholesky_or_nan,
     gaussian_nll,
+    inverse_of_factor,
     is_dual,
     least_squares,
     log_determinant,
@@ -139,6 +140,30 @@ class Reduction(NamedTuple):
         return Reduction(torch.cat([self.rows, more], -2), cholesky), step
 
 
+class Root(NamedTuple):
+    """Covariance ``S = R^T R`` of whitened weights, for predictions by products alone.
+
+    Attributes:
+        root: ``R``, ``[num_targets, rank, rank]``.
+    """
+
+    root: Tensor
+
+    def variance(self, whitened: Tensor) -> Tensor:
+        """Returns ``x^T S x`` for each row of ``X``, ``[num_targets, num_examples]``."""
+        return ((whitened @ self.root.mT) ** 2).sum(-1)
+
+    def covariance(self, whitened: Tensor) -> Tensor:
+        """Returns ``X S X^T``, ``[num_targets, num_examples, num_examples]``."""
+        factor = whitened @ self.root.mT
+        return factor @ factor.mT
+
+
+def in_products(spread: "Precision | Reduction | Independent | Root") -> "Reduction | Independent | Root":
+    """Returns a covariance whose use takes products alone; see ``Head.in_products``."""
+    return Root(inverse_of_factor(spread.cholesky)) if isinstance(spread, Precision) else spread
+
+
 class Independent(NamedTuple):
     """A diagonal covariance of whitened weights.
 
@@ -171,7 +196,7 @@ class ColumnPosterior(NamedTuple):
 
     prior: Any
     mean: Tensor
-    spread: Precision | Reduction | Independent
+    spread: Precision | Reduction | Independent | Root
     squares: Tensor
     num_support: Tensor
     noise: Tensor
@@ -274,7 +299,7 @@ class LinearGaussian(GaussianHead):
             are fewer than weights.
         """
         del shared, num_outputs
-        if isinstance(solution.spread, Independent):
+        if not isinstance(solution.spread, Precision | Reduction):
             return None
         inputs, deviation = more.x.double(), solution.noise.sqrt()[:, None, None]
         rows = self.prior.whiten(solution.prior, inputs) / deviation
@@ -292,6 +317,10 @@ class LinearGaussian(GaussianHead):
         )
         return extended, residual
 
+    def in_products(self, solution: ColumnPosterior) -> ColumnPosterior:
+        """Returns the posterior with a root of its covariance; see ``Head``."""
+        return solution._replace(spread=in_products(solution.spread))
+
     def moments(self, solution: ColumnPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z.mean`` and ``z^T S z``; see ``HeadOfFunctions``."""
         inputs = inputs.double()
@@ -304,14 +333,14 @@ class LinearGaussian(GaussianHead):
 
     def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, Tensor]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
-        assert not isinstance(solution.spread, Independent)
+        assert isinstance(solution.spread, Precision | Reduction)
         constant = solution.num_support * torch.log(2 * math.pi * solution.noise)
         nll = 0.5 * (solution.squares + log_determinant(solution.spread.cholesky) + constant)
         return nll.sum(), solution.num_support
 
     def joint_nll(self, solution: ColumnPosterior, noise: Tensor, query: Batch) -> Tensor:
         """Returns minus the joint log density of the query set; see ``GaussianHead``."""
-        assert not isinstance(solution.spread, Independent)
+        assert isinstance(solution.spread, Precision | Reduction)
         inputs = query.x.double()
         error = query.y.double().mT - solution.mean @ inputs.mT
         return solution.spread.joint_nll(self.prior.whiten(solution.prior, inputs), error, noise).sum()

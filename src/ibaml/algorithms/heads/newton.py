@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.heads.least_squares import cholesky_or_nan, log_determinant, plus_identity
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan, inverse_of_factor, log_determinant, plus_identity
 from ibaml.types import Tensor
 
 _NUM_HALVINGS = 24
@@ -163,14 +163,15 @@ class _OfExamples(NamedTuple):
         return right - first + each(half.mT, each(half, shift))
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """See ``ClassProblem``."""
+        """See ``ClassProblem``; factors may be those of ``in_products``."""
         # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
-        half, total = factors
+        half, total, *inverse = factors
         explained = half @ (self.features @ whitened.mT)
         prior = (whitened**2).sum(-1)
         # No less than what rounding leaves of the prior's variance.
         own = torch.maximum(prior - (explained**2).sum(-2), torch.finfo(prior.dtype).eps * prior)
-        between = torch.linalg.solve_triangular(total, half.mT @ explained, upper=False)
+        summed = half.mT @ explained
+        between = inverse[0] @ summed if inverse else torch.linalg.solve_triangular(total, summed, upper=False)
         return torch.diag_embed(own.mT) + torch.einsum("knm,jnm->mkj", between, between)
 
 
@@ -230,16 +231,20 @@ class _OfWeights(WhitenedWeights):
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """See ``ClassProblem``."""
-        (factor,) = factors
-        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        """See ``ClassProblem``; factors may be those of ``in_products``."""
+        factor, *known = factors
+        inverse = known[0] if known else inverse_of_factor(factor)
         along = inverse.unflatten(-1, (-1, whitened.shape[-1])).movedim(-2, 0) @ whitened.mT
         return torch.einsum("kim,jim->mkj", along, along)
 
     def log_determinant(self, log_probs: Tensor) -> Tensor:
         """See ``ClassProblem``."""
         return log_determinant(self.factorize(log_probs)[0])
+
+
+def in_products(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns factors of a Newton matrix with the inverse of the last one beside them; see ``Head.in_products``."""
+    return *factors, inverse_of_factor(factors[-1])
 
 
 def problem_of(features: Tensor, num_classes: int) -> ClassProblem:

@@ -22,8 +22,8 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
-from ibaml.algorithms.heads.least_squares import cholesky_or_nan
-from ibaml.algorithms.heads.newton import ClassProblem, cross_entropy, newton, problem_of
+from ibaml.algorithms.heads.least_squares import cholesky_in_products, cholesky_or_nan
+from ibaml.algorithms.heads.newton import ClassProblem, cross_entropy, in_products, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
@@ -51,12 +51,14 @@ class SoftmaxPosterior(NamedTuple):
         prior: The prior.
         problem: The inner problem; an empty tuple at temperature 0, where the mode is all.
         factors: Those of the Newton matrix at the mode, whose inverse is the covariance at temperature 1; likewise.
+        points: From ``normal_points``, where predictions are to take products alone; an empty tuple elsewhere.
     """
 
     weights: Tensor
     prior: Any
     problem: Any
     factors: Any
+    points: Any = ()
 
 
 class _Mode(NamedTuple):
@@ -236,6 +238,13 @@ class Softmax(Head):
         log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
         return _Mode(prior, weights, unknown, targets, log_probs, problem, factors), residual
 
+    def in_products(self, solution: SoftmaxPosterior) -> SoftmaxPosterior:
+        """Returns the posterior with an inverse and the points that logits are integrated over; see ``Head``."""
+        if not self.posterior_temperature:
+            return solution
+        points = normal_points(self.num_evaluation_samples, solution.weights.mT)
+        return solution._replace(factors=in_products(solution.factors), points=points)
+
     def predict(self, solution: SoftmaxPosterior, shared: Params, inputs: Tensor, noise: Params) -> dict[str, Tensor]:
         """Returns logits under each sample, ``[num_samples, num_examples, num_classes]``; see ``Head``.
 
@@ -284,8 +293,12 @@ class Softmax(Head):
         limits = torch.finfo(covariance.dtype)
         ridge = (8 * num_classes * limits.eps * variance + limits.tiny)[..., None, None]
         identity = torch.eye(num_classes, dtype=covariance.dtype, device=covariance.device)
-        factor = cholesky_or_nan(covariance + ridge * identity).to(logits.dtype)
-        return logits + torch.einsum("sk,njk->snj", normal_points(self.num_evaluation_samples, logits), factor)
+        covariance = covariance + ridge * identity
+        if isinstance(solution.points, Tensor):
+            factor, points = cholesky_in_products(covariance), solution.points.to(logits.dtype)
+        else:
+            factor, points = cholesky_or_nan(covariance), normal_points(self.num_evaluation_samples, logits)
+        return logits + torch.einsum("sk,njk->snj", points, factor.to(logits.dtype))
 
 
 def normal_points(num_points: int, like: Tensor) -> Tensor:
