@@ -216,6 +216,20 @@ def test_how_to_network(tmp_path, monkeypatch, few_steps):
     assert len(names["learner"].model.frozen) == 4
 
 
+def test_how_to_text(tmp_path, monkeypatch, few_steps):
+    monkeypatch.setenv("IBAML_DATA", str(tmp_path))
+    names = run("howto-text.md")
+    assert names["prediction"].probs.shape == (20, 4) and names["prediction"].classes.tolist()[0] == "new-0"
+    assert set(names["tuned"].model.shared) == {"backbone.layers.1.weight", "backbone.layers.1.bias"}
+
+
+def test_how_to_molecules(tmp_path, monkeypatch, few_steps):
+    monkeypatch.setenv("IBAML_DATA", str(tmp_path))
+    names = run("howto-molecules.md")
+    assert (names["low"] < names["high"]).all() and len(names["high"]) == 24
+    assert names["learner"].backbone.name == "log counts and descriptors, 1"
+
+
 def test_how_to_tuning():
     names = run("howto-tuning.md")
     assert names["info"].linear_residual < 1e-6

@@ -327,8 +327,8 @@ def predict(
         level: Probability that a regression interval holds the target.
         max_error: Abstain from examples such that no more than this share of the other labels is wrong; for classes,
             of a model that was trained with validation tasks, or calibrated.
-        backbone: The feature extractor that the model was trained with, if it had one: module:name, such as
-            my_backbones:resnet for an object of my_backbones.py in this folder, whose code is run.
+        backbone: The feature extractor that the model was trained with, if it had one: timm:resnet50 and the like, or
+            module:name, such as my_backbones:resnet for an object of my_backbones.py in this folder, whose code is run.
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
     extractor = None if backbone is None else import_backbone(backbone)

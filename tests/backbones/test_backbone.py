@@ -88,5 +88,5 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_what_cannot_be_called():
-    with pytest.raises(TypeError, match="backbone must be an nn.Module, a callable or a Backbone, but is a str"):
-        as_backbone("resnet18")
+    with pytest.raises(TypeError, match="backbone must be an nn.Module, a callable or a Backbone, but is a int"):
+        as_backbone(18)

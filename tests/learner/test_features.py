@@ -161,11 +161,58 @@ class TestForms:
             assert f"Features of 20 inputs, {known} of them known before; 0.0 MB are kept" in console.file.getvalue()
 
 
+TEXTS, LABELS = ["aab", "abb", "aaa", "bbb", "aa", "b"], ["a", "b", "a", "b", "a", "b"]
+
+
+def counts(texts):
+    return [[text.count("a"), text.count("b"), len(text)] for text in texts]
+
+
+class TestTables:
+    def test_a_column_of_text_is_pairs_of_lists(self, tmp_path):
+        names = [f"task {number}" for number in range(5)]
+        table = pd.DataFrame({"who": np.repeat(names, 6), "said": TEXTS * 5, "meant": LABELS * 5, "other": 0})
+        named = Backbone(module=counts, name="counts")
+        how = {"task": "who", "target": "meant", "features": ["said"], "num_steps": 3}
+        learner = MetaLearner(backbone=named).fit(table, table, **how)
+        pairs = {name: (TEXTS, LABELS) for name in names}
+        expected = MetaLearner(backbone=named).fit(pairs, pairs, num_steps=3)
+        answer = expected.adapt(TEXTS, LABELS).predict(["aaab", "bbba"]).probs
+        # A table with columns in any order, others among them.
+        asked = pd.DataFrame({"other": [1, 2], "said": ["aaab", "bbba"]})
+        found = learner.adapt(table[:6], LABELS).predict(asked).probs
+        np.testing.assert_allclose(found, answer)
+        assert learner.evaluate(table) == expected.evaluate(pairs)
+        loaded = MetaLearner.load(learner.save(tmp_path / "model"), backbone=counts)
+        np.testing.assert_allclose(loaded.adapt(table[:6], LABELS).predict(asked).probs, answer)
+        with pytest.raises(ValueError, match="x_query has no column 'said', which the backbone reads; it has other"):
+            learner.adapt(table[:6], LABELS).predict(asked[["other"]])
+
+    def test_numbers_to_predict(self):
+        table = pd.DataFrame({"task": np.repeat(list("abcd"), 6), "text": TEXTS * 4, "y": np.arange(24.0)})
+        how = {"task": "task", "target": "y", "num_steps": 2}
+        learner = MetaLearner(likelihood="gaussian", backbone=counts).fit(table, **how)
+        assert learner.adapt(TEXTS, np.arange(6.0)).predict(table[:3]).mean.shape == (3,)
+        assert learner.evaluate(table)["nll"].mean > -100
+
+
 class TestRefused:
-    def test_tables(self):
-        table = pd.DataFrame({"task": ["a", "b"], "text": ["x", "y"], "label": [0, 1]})
-        with pytest.raises(TypeError, match=r"tasks is a table, but a backbone takes .*groupby\('task'\)"):
+    def test_several_columns(self):
+        table = pd.DataFrame({"task": ["a", "b"], "text": ["x", "y"], "more": [1, 2], "label": [0, 1]})
+        with pytest.raises(ValueError, match="reads one column of a table, but there are text, more: name it"):
             MetaLearner(backbone=len).fit(table, task="task", target="label")
+        with pytest.raises(TypeError, match="formula says what becomes of several columns, and a backbone reads one"):
+            MetaLearner(backbone=len).fit(table, task="task", formula="label ~ text")
+        with pytest.raises(TypeError, match="validation_tasks is a table, but tasks is none"):
+            MetaLearner(backbone=len).fit([(["x", "y"], [0, 1])] * 2, table)
+
+    def test_tables_where_training_had_none(self):
+        learner = MetaLearner(backbone=counts).fit([(TEXTS, LABELS)] * 4, num_steps=1)
+        table = pd.DataFrame({"task": "a", "text": TEXTS, "label": LABELS})
+        with pytest.raises(TypeError, match="tasks is a table, but the model was trained on none"):
+            learner.evaluate(table)
+        with pytest.raises(TypeError, match="x_support is a table, but the backbone was given none in training"):
+            learner.adapt(table, LABELS)
 
     def test_a_folder_without_a_size(self, folder):
         with pytest.raises(ValueError, match="the backbone has no image_size, to which the images of .* are resized"):

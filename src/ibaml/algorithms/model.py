@@ -190,7 +190,7 @@ class Model(PlainNll):
         """Whether those of a task need not pass through the network apart from those of others."""
         body = self.network if self.tail is None else self.tail.body
         return not any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and not keeps_statistics(module)  # pyright: ignore[reportPrivateUsage]
+            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None  # pyright: ignore[reportPrivateUsage]
             for module in body.modules()
         )
 

@@ -163,12 +163,3 @@ class Backbone:
         arrays = pixels.cpu().numpy().transpose(0, 2, 3, 1)
         images = [Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0]) for array in arrays]
         return torch.from_numpy(np.stack([to_pixels(resize_image(image, size)) for image in images]))
-
-
-def as_backbone(backbone: Any) -> Backbone:
-    """Returns a backbone as a record; a module or callable gets the default settings.
-
-    Raises:
-        TypeError: If it is none of these.
-    """
-    return backbone if isinstance(backbone, Backbone) else Backbone(module=backbone)

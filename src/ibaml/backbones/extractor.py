@@ -23,6 +23,7 @@ from ibaml.backbones.inputs import (
     take,
 )
 from ibaml.backbones.outputs import as_features
+from ibaml.data.columns import as_table, is_table
 from ibaml.types import Tensor
 
 _VERSION = 1
@@ -67,6 +68,7 @@ class Extractor:
         device: Where it computes.
         digest: Of the backbone when this was made; None for a function without a name.
         square_root: Whether the square root of features is taken; see ``Backbone``.
+        column: Column of tables that holds the inputs, if training had tables.
 
     Raises:
         ValueError: If the weights changed since, at every use.
@@ -77,6 +79,7 @@ class Extractor:
         self.device = device
         self.digest = backbone.digest()
         self.square_root = bool(backbone.square_root)
+        self.column: str | None = None
         self._inputs_of_a_part = inputs_of_a_part
         owner = backbone.owner
         self._stamp = None if owner is None else weights_stamp(owner)
@@ -112,7 +115,7 @@ class Extractor:
                 f"{source} holds a model on the features of a backbone{named} (digest {_short(digest)}), which is not "
                 "stored: pass it, MetaLearner.load(folder, backbone=...)."
             )
-        settings = {name: _as_setting(value) for name, value in stored.items() if name != "digest"}
+        settings = {name: _as_setting(value) for name, value in stored.items() if name not in ("digest", "column")}
         if not isinstance(backbone, Backbone):
             backbone = Backbone(module=backbone, **settings)
         given = {name: _as_setting(value) for name, value in backbone.settings().items()}
@@ -130,11 +133,33 @@ class Extractor:
                 f"features of {_short(digest)}: its weights or its structure differ; give the same backbone."
             )
         found.square_root = settings["square_root"]
+        found.column = stored.get("column")
         return found
 
     def settings(self) -> dict[str, Any]:
-        """Returns the backbone's settings and digest, as JSON values."""
-        return {**self.backbone.settings(), "square_root": self.square_root, "digest": self.digest}
+        """Returns the backbone's settings and digest, and what it reads of tables, as JSON values."""
+        own = {"square_root": self.square_root, "digest": self.digest, "column": self.column}
+        return {**self.backbone.settings(), **own}
+
+    def read(self, argument: str, x: Any) -> Inputs:
+        """Returns inputs as ``read_backbone_inputs`` does, of a table the column that training had.
+
+        Args:
+            argument: How messages call the inputs.
+            x: The inputs, or a table with them in one of its columns.
+
+        Raises:
+            TypeError, ValueError: As of ``read_backbone_inputs``; if there is no such column.
+        """
+        if self.column is None or not is_table(x):
+            return read_backbone_inputs(argument, x)
+        table = as_table(x)
+        if self.column not in table.columns:
+            raise ValueError(
+                f"{argument} has no column {self.column!r}, which the backbone reads; it has "
+                f"{', '.join(table.columns)}."
+            )
+        return read_backbone_inputs(f"column {self.column!r} of {argument}", table[self.column].tolist())
 
     def choose_root(self, features: Sequence[Features]) -> list[Features]:
         """Decides by features of training tasks whether the square root is taken, and returns them so.
@@ -166,7 +191,7 @@ class Extractor:
             ValueError: Likewise, or if features are not finite, or the weights have changed.
         """
         self._require_unchanged()
-        inputs = read_backbone_inputs(argument, x)
+        inputs = self.read(argument, x)
         size, total = self.backbone.batch_size, num_inputs_of(inputs)
         batches = [take(inputs, range(start, min(start + size, total))) for start in range(0, total, size)]
         return self._transformed(np.concatenate([self._pass(argument, batch) for batch in batches]))
@@ -182,7 +207,7 @@ class Extractor:
             TypeError, ValueError: As of ``features``.
         """
         self._require_unchanged()
-        inputs = [(argument, read_backbone_inputs(argument, x)) for argument, x in tasks]
+        inputs = [(argument, self.read(argument, x)) for argument, x in tasks]
         named = [digests(each) for _, each in inputs]
         wanted = list(dict.fromkeys(digest for of_task in named for digest in of_task))
         known = {digest: self._memory[digest] for digest in wanted if digest in self._memory}

@@ -31,8 +31,8 @@ def read_backbone_inputs(argument: str, x: Any) -> Inputs:
     """
     if is_table(x):
         raise TypeError(
-            f"{argument} is a table, but a backbone takes arrays or lists of strings: give a column of it, such as "
-            "table['text'].tolist(), in pairs (X, y)."
+            f"{argument} is a table, but the backbone was given none in training, and takes arrays or lists of "
+            "strings: give a column of it, such as table['text'].tolist()."
         )
     if isinstance(x, str | bytes):
         raise TypeError(f"{argument} is a single string; expected a list of them: use [text].")

@@ -46,12 +46,14 @@ class FeatureTasks:
     Args:
         sampler: The sampler.
         to_features: Features of inputs ``[num_inputs, *input_shape]``, scaled.
-        num_features: How many there are.
+        input_shape: Shape of the features of one input.
     """
 
-    def __init__(self, sampler: TaskSampler, to_features: Callable[[Tensor], Tensor], num_features: int) -> None:
+    def __init__(
+        self, sampler: TaskSampler, to_features: Callable[[Tensor], Tensor], input_shape: tuple[int, ...]
+    ) -> None:
         self.sampler = sampler
-        self.input_shape: tuple[int, ...] = (num_features,)
+        self.input_shape: tuple[int, ...] = input_shape
         self._to_features = to_features
         # What a sampler may offer beside the Protocol, this one has where that one does.
         for name in ("class_scope", "sample_classes", "sample_indices", "left_out"):

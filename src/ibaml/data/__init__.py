@@ -5,6 +5,7 @@ samplers of their own. Every sampler is a ``ibaml.types.TaskSampler``. ``ibaml.d
 recipes hold: which data, in which sizes of tasks.
 """
 
+from ibaml.data.augmentation import Augmentation
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.files.pickles import load_arrays
@@ -24,6 +25,7 @@ from ibaml.data.sources.tiny_imagenet import load_tiny_imagenet
 __all__ = [
     "AssayTasks",
     "Assays",
+    "Augmentation",
     "ClassImages",
     "EpisodeSampler",
     "FixedEpisodes",

@@ -3,6 +3,7 @@
 import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
+from ibaml.data.augmentation import Augmentation
 from ibaml.data.images import ClassImages, scale_pixels
 from ibaml.types import Batch, ClassScope, Episode, PyTree, Tensor
 
@@ -21,6 +22,7 @@ class EpisodeSampler:
         num_ways: Classes in a task.
         num_shots: Support images of each class.
         num_queries: Query images of each class.
+        augmentation: How images are changed at every draw. None: not at all.
 
     Raises:
         TypeError: If ``images`` is not ClassImages or a count is not an int.
@@ -41,11 +43,20 @@ class EpisodeSampler:
         tensor([0, 0, 0, 1, 1, 1])
     """
 
-    def __init__(self, images: ClassImages, *, num_ways: int, num_shots: int, num_queries: int) -> None:
+    def __init__(
+        self,
+        images: ClassImages,
+        *,
+        num_ways: int,
+        num_shots: int,
+        num_queries: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         """Checks that the classes suffice; see the class for the arguments."""
         if not isinstance(images, ClassImages):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"images must be ClassImages, got {type(images).__name__}; use one of the load functions.")
         self.images = images
+        self.augmentation = augmentation
         self.num_ways = require_positive_int("num_ways", num_ways)
         self.num_shots = require_positive_int("num_shots", num_shots)
         self.num_queries = require_positive_int("num_queries", num_queries)
@@ -87,8 +98,9 @@ class EpisodeSampler:
 
     def content(self) -> PyTree:
         """Returns what decides the draws: the same for images on any device, whose tasks may differ in a last digit."""
-        images = self.images
-        return images.images, self._class_start, self._class_sizes, self.num_ways, self.num_shots, self.num_queries
+        images, changes = self.images, self.augmentation
+        own = images.images, self._class_start, self._class_sizes, self.num_ways, self.num_shots, self.num_queries
+        return own if changes is None else (*own, changes.flip, changes.crop, changes.colour)
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks.
@@ -117,10 +129,14 @@ class EpisodeSampler:
         indices = self._class_start[classes].unsqueeze(-1) + keys.topk(num_images).indices
 
         labels = torch.arange(self.num_ways).unsqueeze(-1).expand(num_tasks, self.num_ways, num_images)
-        return Episode(
+        drawn = Episode(
             support=self._batch(indices[..., : self.num_shots], labels[..., : self.num_shots]),
             query=self._batch(indices[..., self.num_shots :], labels[..., self.num_shots :]),
         )
+        if self.augmentation is None:
+            return drawn
+        change = self.augmentation.apply
+        return Episode(*(batch._replace(x=change(batch.x, generator=generator)) for batch in drawn))
 
     def sample_classes(self, num_tasks: int, *, generator: torch.Generator) -> Tensor:
         """Returns which classes the tasks have that ``sample`` draws from a generator in the same state.

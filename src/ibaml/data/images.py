@@ -252,7 +252,8 @@ def _find_problem(image: "Image.Image") -> str | None:
             "the file: save it with 8 bits, such as Image.fromarray((255.0 / largest * numpy.asarray(image)).round()"
             ".astype('uint8')), with one largest value for all images"
         )
-    if getattr(image, "n_frames", 1) > 1:
+    # Cameras put a small copy of a photograph beside it (MPO): viewers show the first.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         return f"holds {getattr(image, 'n_frames', 1)} pictures: save the one that is meant as a file of its own"
     return None
 

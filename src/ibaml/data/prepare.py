@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ibaml.data.augmentation import Augmentation
 from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
@@ -38,6 +39,7 @@ class SplitSettings:
         num_query_images: Image folders: query images of a class.
         image_size: Image folders: side, or height and width, to which images are resized.
         channels: Image folders: 3 for colour, 1 for grey.
+        augmentation: Image folders: how images of training tasks are changed at every draw. None: not at all.
     """
 
     num_support: int | None = None
@@ -49,6 +51,7 @@ class SplitSettings:
     num_query_images: int = 5
     image_size: int | tuple[int, int] | None = None
     channels: int = 3
+    augmentation: Augmentation | None = None
 
 
 class Source(NamedTuple):
@@ -130,9 +133,8 @@ def prepare(
         images = _load(tasks, splits)
         images, held_out = _hold_out_classes(images, validation, splits, seed)
         preprocessing = preprocessing or image_preprocessing(images.image_shape, splits.num_ways or 5)
-        return Source(
-            _episodes(images, splits), None if held_out is None else _episodes(held_out, splits), preprocessing
-        )
+        train = _episodes(images, splits, augmentation=splits.augmentation)
+        return Source(train, None if held_out is None else _episodes(held_out, splits), preprocessing)
     table = read_tasks(tasks, **columns)
     held_out = None
     if isinstance(validation, float):
@@ -237,9 +239,15 @@ def _load(folder: str | Path, splits: SplitSettings) -> ClassImages:
     return load_class_folder(folder, image_size=splits.image_size, channels=splits.channels)
 
 
-def _episodes(images: ClassImages, splits: SplitSettings) -> EpisodeSampler:
+def _episodes(
+    images: ClassImages, splits: SplitSettings, *, augmentation: Augmentation | None = None
+) -> EpisodeSampler:
     return EpisodeSampler(
-        images, num_ways=splits.num_ways or 5, num_shots=splits.num_shots, num_queries=splits.num_query_images
+        images,
+        num_ways=splits.num_ways or 5,
+        num_shots=splits.num_shots,
+        num_queries=splits.num_query_images,
+        augmentation=augmentation,
     )
 
 

@@ -39,6 +39,11 @@ class Standardizer(NamedTuple):
         return 1 / self.inverse_scale
 
     @property
+    def is_identity(self) -> bool:
+        """Whether nothing is scaled, as for what is no data of training."""
+        return self.mean.numel() == 1 and bool(self.mean == 0) and bool(self.inverse_scale == 1)
+
+    @property
     def is_constant(self) -> bool:
         """Whether every feature is ignored."""
         return not bool((self.inverse_scale != 0).any())
@@ -198,7 +203,8 @@ class Preprocessing:
                 f"{argument} has values beyond the range of float32 after scaling, the first in row {row}: they are on "
                 "another scale than in training; check their units."
             )
-        warn_if_far(argument, scaled, x.index if is_table(x) else None)
+        if not self.inputs.is_identity:
+            warn_if_far(argument, scaled, x.index if is_table(x) else None)
         return torch.from_numpy(scaled)
 
     def encode_targets(

@@ -16,6 +16,7 @@ from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source, SplitSettings, as_sampler, is_folder, is_raw, prepare
 from ibaml.data.preprocessing import IDENTITY, Preprocessing, fit_standardizer
 from ibaml.data.sources.image_folder import load_class_folder
+from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.likelihoods import TargetKind
 from ibaml.posterior import FittedModel
 from ibaml.train.progress import ProgressBar
@@ -40,41 +41,69 @@ def prepare_features(
     columns: dict[str, Any],
     formula: str | None,
     console: "Console | None" = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Source:
     """Computes the features of tasks, fits their scales on those of training alone, and builds samplers.
 
     Args:
         extractor: The backbone on a device.
-        tasks: Training tasks: ``(X, y)`` pairs, a folder of class folders of images, a sampler, or Episodes.
+        tasks: Training tasks: ``(X, y)`` pairs, a table with a column of inputs, a folder of class folders of images, a
+            sampler, or Episodes.
         validation: As of ``prepare``.
         target_kind: As there.
         classes: As there.
         splits: As there.
         seed: As there.
         dtype: As there.
-        columns: As there; a backbone takes no tables.
+        columns: As there; the features are one column.
         formula: As there; it is of the columns of a table, so that there can be none.
         console: Where progress is shown, if anywhere.
+        preprocessing: Scales and labels, if they are known; the shape of features is that of those that come. None:
+            fitted.
 
     Raises:
-        TypeError: If tasks are of no accepted form, or a table.
+        TypeError: If tasks are of no accepted form, or the validation tasks of another.
         ValueError: If they do not fit the backbone or each other.
     """
-    _refuse_tables(tasks, validation)
     if formula is not None:
-        raise TypeError("formula says what becomes of the columns of a table, and a backbone takes none: leave it out.")
+        raise TypeError("formula says what becomes of several columns, and a backbone reads one: leave it out.")
+    if is_table(tasks):
+        table = read_tasks(tasks, **columns)
+        extractor.column = _only_column(table)
+        source = prepare_features(
+            extractor,
+            _pairs_of(table),
+            _pairs_of(read_tasks(validation, **columns)) if is_table(validation) else validation,
+            target_kind=target_kind,
+            classes=classes,
+            splits=splits,
+            seed=seed,
+            dtype=dtype,
+            columns=dict.fromkeys(columns),
+            formula=None,
+            console=console,
+            preprocessing=preprocessing,
+        )
+        assert source.preprocessing is not None
+        names = {"task_column": table.task_column, "target_columns": table.target_columns}
+        return source._replace(preprocessing=dataclasses.replace(source.preprocessing, **names))
+    if is_table(validation):
+        raise TypeError("validation_tasks is a table, but tasks is none: give both in one form.")
     how: dict[str, Any] = {"target_kind": target_kind, "classes": classes, "seed": seed, "dtype": dtype}
     if not is_raw(tasks) and not is_folder(tasks):
         given = None if isinstance(validation, float) else validation
         train, held_out = _features_of_pairs(extractor, [tasks, given], console, of_training=True)
         validation = validation if isinstance(validation, float) else held_out
-        return prepare(train, validation, splits=splits, columns=columns, **how)
+        if preprocessing is not None:
+            shape = next(np.shape(pair[0])[1:] for pair in _pairs(train).values() if _is_pair(pair))
+            preprocessing = dataclasses.replace(preprocessing, input_shape=shape)
+        return prepare(train, validation, splits=splits, columns=columns, preprocessing=preprocessing, **how)
     source = prepare(tasks, validation, splits=splits_of(extractor, splits, tasks), columns=columns, **how)
     train, held_out = _pieces(source.train, seed=seed), _pieces(source.validation, seed=seed)
     found = extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console, of_training=True)
     features = found[: len(train)]
     preprocessing = Preprocessing(
-        inputs=fit_standardizer(features),
+        inputs=fit_standardizer(features) if preprocessing is None else preprocessing.inputs,
         input_shape=features[0].shape[1:],
         num_outputs=source.train.num_outputs,
         targets=None if target_kind == "classes" else IDENTITY,
@@ -95,13 +124,14 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
         splits: Number of shots and queries of image folders.
 
     Raises:
-        TypeError: If the tasks are a table.
+        TypeError: If the tasks are a table, and those of training were none.
         ValueError: If they do not fit.
     """
     extractor, preprocessing = fitted.backbone, fitted.preprocessing
     if extractor is None or preprocessing is None:
         return tasks
-    _refuse_tables(tasks)
+    if is_table(tasks):
+        tasks = _pairs_of(read_tasks(tasks, **_columns_of(extractor, preprocessing)))
     if not is_raw(tasks) and not is_folder(tasks):
         return _features_of_pairs(extractor, [tasks])[0]
     if is_folder(tasks):
@@ -121,13 +151,28 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
     return encoded.episodes if isinstance(encoded, FixedEpisodes) else encoded
 
 
-def _refuse_tables(*tasks: Any) -> None:
-    for one in tasks:
-        if is_table(one):
-            raise TypeError(
-                "tasks is a table, but a backbone takes arrays, lists of strings or images: give pairs (X, y), such as "
-                "[(rows['text'].tolist(), rows['label']) for _, rows in table.groupby('task')]."
-            )
+def _only_column(table: TaskTable) -> str:
+    names = table.feature_names or ()
+    if len(names) != 1:
+        raise ValueError(
+            f"a backbone reads one column of a table, but there are {', '.join(names) or 'none'}: name it, such as "
+            "features=['text'], or give pairs (X, y) of arrays."
+        )
+    return names[0]
+
+
+def _pairs_of(table: TaskTable) -> dict[str, tuple[list[Any], Any]]:
+    column = _only_column(table)
+    return {task.name: (task.x[column].tolist(), task.y) for task in table.tasks}
+
+
+def _columns_of(extractor: Extractor, preprocessing: Preprocessing) -> dict[str, Any]:
+    if extractor.column is None or preprocessing.target_columns is None:
+        raise TypeError("tasks is a table, but the model was trained on none: give pairs (X, y), as training had them.")
+    target: Any = preprocessing.target_columns
+    if preprocessing.is_vector or not preprocessing.is_regression:
+        target = target[0]
+    return {"task": preprocessing.task_column, "target": target, "features": [extractor.column]}
 
 
 def splits_of(extractor: Extractor, splits: SplitSettings, tasks: Any) -> SplitSettings:
@@ -225,7 +270,13 @@ def _pieces(sampler: TaskSampler | None, *, seed: int) -> list[Any]:
     if sampler is None:
         return []
     if _has_images(sampler):
-        return [cast("EpisodeSampler", sampler).images.images]
+        images = cast("EpisodeSampler", sampler)
+        if images.augmentation is not None:
+            raise ValueError(
+                "augmentation changes images at every draw, and the features of a backbone are computed once for each: "
+                "leave it out, or train a network from its start, MetaLearner(network)."
+            )
+        return [images.images.images]
     if isinstance(sampler, FixedEpisodes):
         return [batch.x for episode in sampler.episodes for batch in episode]
     generator = torch.Generator().manual_seed(seed)
@@ -257,7 +308,7 @@ class _Encoder(NamedTuple):
             sampler,
             # Not kept: a sampler that makes its inputs may never make the same one again.
             lambda x: self._scaled(self.extractor.features("the tasks", x), x),
-            self.preprocessing.input_shape[0],
+            self.preprocessing.input_shape,
         )
 
     def _scaled(self, features: Features, inputs: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ibaml.algorithms import Algorithm
 from ibaml.algorithms.heads.empirical_bayes import Experience
 from ibaml.algorithms.model import Model
 from ibaml.atomic import write_text
+from ibaml.data.augmentation import Augmentation
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.choice import Choice
@@ -47,6 +48,7 @@ RECORDS: tuple[type, ...] = (
     LearnerSettings,
     NetworkSettings,
     SplitSettings,
+    Augmentation,
     *algorithms.RECORDS,
     *LIKELIHOODS.values(),
 )

@@ -26,7 +26,7 @@ def data_identity(source: Source, splits: SplitSettings) -> dict[str, Any]:
         settings = source.preprocessing.settings()
         # Names first: the first difference is what a message shows, and a name says most.
         named = {name: settings[name] for name in ("task_column", "target_columns", "feature_names", "class_labels")}
-        described = {**named, **settings, "splits": vars(splits)}
+        described = {**named, **settings, "splits": _described(splits)}
     return {
         **described,
         "training_tasks": digest_of_tasks(source.train),
@@ -34,6 +34,12 @@ def data_identity(source: Source, splits: SplitSettings) -> dict[str, Any]:
         # Tasks are digested as they are scaled, so that the scales are needed as well.
         "scales": None if source.preprocessing is None else digest(source.preprocessing.tensors())[:16],
     }
+
+
+def _described(splits: SplitSettings) -> dict[str, Any]:
+    changes = splits.augmentation
+    described = {name: value for name, value in vars(splits).items() if name != "augmentation"}
+    return described if changes is None else {**described, "augmentation": vars(changes)}
 
 
 def digest_of_tasks(tasks: TaskSampler) -> str:

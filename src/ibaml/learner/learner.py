@@ -21,6 +21,7 @@ from ibaml.data.preprocessing import CLASS_SCOPES
 from ibaml.learner import defaults
 from ibaml.learner.choice import Choice
 from ibaml.learner.features import prepare_features
+from ibaml.learner.fine_tuning import TRAINER, restored, tuning
 from ibaml.learner.fitting import LEAST_MINUTES, fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.predictor import Predictor
@@ -64,8 +65,9 @@ class MetaLearner(Predictor):
         classes: Labels of data: ``"shared"`` means the same in all tasks (active and inactive); ``"per_task"``: each
             task has classes of its own, as new classes of images are. Image folders are always the latter.
         backbone: A frozen feature extractor: any ``nn.Module``, callable or ``Backbone`` (with the size and scale of
-            its images). Inputs become its features, once, and ``network`` and head see these alone. It is not trained,
-            changed or stored: ``load`` wants it again.
+            its images), or a name such as ``"timm:resnet50"`` (``named_backbone``). Inputs become its features, once,
+            and ``network`` and head see these alone. It is not changed or stored: ``load`` wants it again.
+        fine_tune: Name patterns of its parameters that all tasks learn with the prior, such as ``"layer4.*"``.
         device: Where to compute.
         verbose: Whether to show progress, with the time left, of all that takes more than two seconds. None: on a
             terminal; True: also in pipes and notebooks, by a line now and then; False: never. It may be changed later.
@@ -78,6 +80,7 @@ class MetaLearner(Predictor):
     Raises:
         TypeError: If the seed is no integer.
         ValueError: If a name is unknown, a pattern matches nothing, or there is no such device.
+        ImportError, OSError: As of ``named_backbone``.
 
     Examples:
         >>> import numpy as np
@@ -99,15 +102,18 @@ class MetaLearner(Predictor):
         *,
         freeze: str | Sequence[str] = (),
         classes: ClassScope = "shared",
-        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
+        backbone: nn.Module | Callable[..., Any] | Backbone | str | None = None,
+        fine_tune: str | Sequence[str] = (),
         device: torch.device | str = "cpu",
         verbose: bool | None = None,
         seed: int = 0,
     ) -> None:
         if classes not in CLASS_SCOPES:
             raise ValueError(f"classes must be 'shared' or 'per_task', but is {classes!r}.")
+        if fine_tune and backbone is None:
+            raise ValueError(f"fine_tune={fine_tune!r} names parameters of a backbone, and there is none.")
         by_position = {"network": network, "algorithm": algorithm, "likelihood": likelihood, "adapt": adapt}
-        by_name = {"freeze": freeze, "classes": classes, "backbone": backbone, "device": device}
+        by_name = {"freeze": freeze, "classes": classes, "backbone": backbone, "fine_tune": fine_tune, "device": device}
         super().__init__(**by_position, **by_name, verbose=verbose, seed=seed)
         self.network = network
         self.likelihood = find_likelihood(likelihood)
@@ -116,6 +122,7 @@ class MetaLearner(Predictor):
         self.freeze_patterns = freeze
         self.classes: ClassScope = classes
         self.backbone = None if backbone is None else as_backbone(backbone)
+        self.fine_tune = as_patterns(fine_tune)
         self.device = resolve_device(device)
         self.verbose = verbose
         self.seed = require_int("seed", seed)
@@ -224,21 +231,30 @@ class MetaLearner(Predictor):
         if self.backbone is not None:
             extractor = Extractor(self.backbone, self.device)
             read = functools.partial(prepare_features, extractor, console=console)
-        source = read(
-            train_tasks,
-            validation_tasks,
-            target_kind=self.likelihood.target_kind,
-            classes=self.classes,
-            splits=splits,
-            seed=self.seed,
-            dtype=torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
-            columns={"task": task, "target": target, "features": features},
-            formula=formula,
-        )
+        how: dict[str, Any] = {
+            "target_kind": self.likelihood.target_kind,
+            "classes": self.classes,
+            "splits": splits,
+            "seed": self.seed,
+            "dtype": torch.get_default_dtype() if self._model is None else tree.leaves(self._model.adapted)[0].dtype,
+            "columns": {"task": task, "target": target, "features": features},
+            "formula": formula,
+        }
+        tuned = None
+        if self.fine_tune:
+            assert extractor is not None
+            given: dict[str, Any] = {"parameters": self._parameters, "algorithm": self.algorithm, "console": console}
+            tuned = tuning(extractor, self.fine_tune, train_tasks, validation_tasks, how=how, **given)
+            extractor, source = tuned.inputs, tuned.source
+        else:
+            source = read(train_tasks, validation_tasks, **how)
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
         usual, start = defaults.trainer_settings(self.algorithm, source, seed=self.seed), None
-        if self._parameters["network"] is None:
+        if tuned is not None:
+            self._become(tuned.suited)
+            usual = dataclasses.replace(TRAINER, seed=self.seed)
+        elif self._parameters["network"] is None:
             candidates = defaults.suited_to(source.train, self._parameters, self.algorithm)
             selected = select(
                 candidates,
@@ -314,6 +330,8 @@ class MetaLearner(Predictor):
             TypeError: If there is no backbone, or inputs are of no accepted form.
             ValueError: If classes are not of each task's own, or there are too few inputs.
         """
+        if self.fine_tune:
+            raise ValueError("fit_prior learns from no tasks, so that there is nothing to fine_tune: leave it out.")
         if self.backbone is None:
             raise TypeError("fit_prior needs a backbone, whose features make the prior: MetaLearner(backbone=...).")
         if self.likelihood.target_kind != "classes" or self.classes != "per_task":
@@ -352,7 +370,7 @@ class MetaLearner(Predictor):
         folder: str | Path,
         *,
         network: nn.Module | None = None,
-        backbone: nn.Module | Callable[..., Any] | Backbone | None = None,
+        backbone: nn.Module | Callable[..., Any] | Backbone | str | None = None,
         device: torch.device | str = "cpu",
     ) -> "MetaLearner":
         """Loads a trained learner.
@@ -369,9 +387,7 @@ class MetaLearner(Predictor):
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
         """
         stored = read_model(Path(folder).expanduser())
-        extractor = Extractor.restore(stored.backbone, backbone, torch.device(device), source=str(folder))
-        if network is None:
-            network = stored.build_network()
+        extractor, network = restored(stored, backbone, network, torch.device(device), source=str(folder))
         own = None if extractor is None else extractor.backbone
         learner = cls.from_settings(stored.settings, network=network, backbone=own, device=device, seed=stored.seed)
         learner._splits, learner.choice = stored.splits, stored.choice

@@ -11,7 +11,8 @@ from torch import nn
 from ibaml import tree
 from ibaml.algorithms import Algorithm, GradientBased, Head
 from ibaml.algorithms.model import Model
-from ibaml.backbones import Extractor, read_features
+from ibaml.backbones import Backbone, Extractor, FineTunedInputs, read_features
+from ibaml.backbones.fine_tuned import root_of_features
 from ibaml.data.preprocessing import Preprocessing, Standardizer
 from ibaml.likelihoods import ClassPrediction, MixturePrediction
 from ibaml.networks import RadialBasis
@@ -140,13 +141,9 @@ class BackboneFeatures(nn.Module):
                 "take to_module(of_features=True), whose inputs are the features that the function returns."
             )
         self.module = copy.deepcopy(backbone.module)
-        self._image_size, self._has_root = backbone.size, extractor.square_root
-        self._normalises = backbone.mean is not None
+        self.pixels, self._has_root = Pixels(backbone), extractor.square_root
         weights = [p for p in self.module.parameters() if p.is_floating_point()]
         self._dtype = weights[0].dtype if weights else torch.float32
-        for name, values in (("mean", backbone.mean), ("std", backbone.std)):
-            if values is not None:
-                self.register_buffer(name, torch.tensor(list(values)).reshape(-1, 1, 1))
 
     def forward(self, x: Any) -> Tensor:
         """Returns features, ``[num_inputs, num_features]``.
@@ -165,20 +162,67 @@ class BackboneFeatures(nn.Module):
         else:
             outputs, mask, num_inputs = self.module(self._ready(x)), None, x.shape[0]
         features = read_features(outputs, num_inputs, mask)
-        return _square_root(features) if self._has_root else features
+        return root_of_features(features) if self._has_root else features
 
     def _ready(self, values: Tensor) -> Tensor:
-        if values.ndim == 4 and (values.dtype == torch.uint8 or values.is_floating_point()):
-            if self._image_size is not None and tuple(values.shape[2:]) != self._image_size:
-                raise ValueError(
-                    f"x has images of height and width {tuple(values.shape[2:])}, but the module takes "
-                    f"{self._image_size}: resize them first."
-                )
-            if values.dtype == torch.uint8:
-                values = values.float() / 255
-            if self._normalises:
-                values = (values - cast("Tensor", self.mean)) / cast("Tensor", self.std)
+        values = self.pixels(values)
         return values.to(self._dtype) if values.is_floating_point() else values
+
+
+class PackedInputs(nn.Module):
+    """The inputs of a backbone that is part of the network, as that takes them; see ``InputForm``.
+
+    Args:
+        inputs: The backbone, and the form of its inputs.
+    """
+
+    def __init__(self, inputs: FineTunedInputs) -> None:
+        super().__init__()
+        assert inputs.form is not None
+        self.pixels, self._form = Pixels(inputs.backbone), inputs.form
+
+    def forward(self, x: Any) -> Tensor:
+        """Returns the inputs as one tensor; arguments and errors are those of ``BackboneFeatures``."""
+        if self._form.names:
+            return torch.stack([x[name].float() for name in self._form.names], 1)
+        return self.pixels(x).float()
+
+
+class Pixels(nn.Module):
+    """Images as a backbone takes them, without resizing; all else unchanged.
+
+    Args:
+        backbone: Says what it takes.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self._image_size, self._normalises = backbone.size, backbone.mean is not None
+        for name, values in (("mean", backbone.mean), ("std", backbone.std)):
+            if values is not None:
+                self.register_buffer(name, torch.tensor(list(values)).reshape(-1, 1, 1))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Returns pixels of 0..255 (uint8), or numbers in [0, 1], normalised.
+
+        Args:
+            values: ``[num_inputs, channels, height, width]``, or anything else.
+
+        Raises:
+            ValueError: If images have another size.
+        """
+        if values.ndim != 4 or not (values.dtype == torch.uint8 or values.is_floating_point()):
+            return values
+        if self._image_size is not None and tuple(values.shape[2:]) != self._image_size:
+            raise ValueError(
+                f"x has images of height and width {tuple(values.shape[2:])}, but the module takes "
+                f"{self._image_size}: resize them first."
+            )
+        if values.dtype == torch.uint8:
+            values = values.float() / 255
+        if not self._normalises:
+            return values
+        return (values - cast("Tensor", self.mean)) / cast("Tensor", self.std)
 
 
 def to_module(
@@ -199,6 +243,8 @@ def to_module(
     """
     model, algorithm, preprocessing = fitted.model, fitted.algorithm, fitted.preprocessing
     _require_numbers(preprocessing)
+    if of_features and isinstance(fitted.backbone, FineTunedInputs):
+        raise ValueError("of_features=True, but of a fine-tuned backbone features are no inputs: leave it out.")
     if of_features and fitted.backbone is None:
         raise ValueError(
             "of_features=True, but the learner has no backbone, whose features they would be: leave it out."
@@ -224,7 +270,7 @@ def to_module(
         posterior = ()
     return TaskModule(
         scales=Scales(preprocessing, fitted.dtype),
-        backbone=None if fitted.backbone is None or of_features else BackboneFeatures(fitted.backbone),
+        backbone=None if of_features else _inputs_of(fitted.backbone),
         body=body,
         networks=networks,
         posterior=posterior,
@@ -248,6 +294,12 @@ class _Body:
 
     def outputs(self, adapted: Params, shared: Params, x: Tensor) -> Tensor:
         raise NotImplementedError("a head computes its outputs from features")
+
+
+def _inputs_of(extractor: Extractor | None) -> nn.Module | None:
+    if isinstance(extractor, FineTunedInputs):
+        return PackedInputs(extractor)
+    return None if extractor is None else BackboneFeatures(extractor)
 
 
 def _require_numbers(preprocessing: Preprocessing | None) -> None:
@@ -291,11 +343,3 @@ def _with_values(module: nn.Module, values: Params) -> nn.Module:
         if isinstance(part, RadialBasis):
             part.fix_features()
     return own
-
-
-def _square_root(features: Tensor) -> Tensor:
-    """Returns what the extractor makes of features that are never negative, with a derivative at zero."""
-    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    unit = features / torch.where(length > 0, length, 1.0)
-    is_positive = unit.abs() > 0
-    return torch.sign(unit) * torch.where(is_positive, torch.where(is_positive, unit.abs(), 1.0).sqrt(), 0.0)

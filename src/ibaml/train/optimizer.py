@@ -1,5 +1,6 @@
 """The outer optimiser: which meta-parameters move at which rate."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ibaml.algorithms import Algorithm, MetaParameters
@@ -9,7 +10,12 @@ from ibaml.types import Tensor
 
 
 def parameter_groups(
-    meta: MetaParameters, algorithm: Algorithm, likelihood: Likelihood, settings: TrainerSettings
+    meta: MetaParameters,
+    algorithm: Algorithm,
+    likelihood: Likelihood,
+    settings: TrainerSettings,
+    *,
+    fine_tuned: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Returns the groups for ``torch.optim``: what says where, and what says how wide on a logarithmic scale.
 
@@ -18,14 +24,18 @@ def parameter_groups(
         algorithm: Tells the two kinds in its prior apart.
         likelihood: Its own parameters are logarithms, as of a noise variance.
         settings: Hold the learning rates.
+        fine_tuned: Names of shared parameters that were learned before, on other data.
     """
     places, widths = algorithm.parameter_groups(meta.prior)
     of_likelihood = likelihood.initial_parameters().keys()
+    tuned: list[Tensor] = []
     for name, value in meta.shared.items():
-        (widths if name in of_likelihood else places).append(value)
+        (tuned if name in fine_tuned else widths if name in of_likelihood else places).append(value)
     groups = [_group(places, settings.learning_rate)]
     if widths:
         groups.append(_group(widths, settings.log_var_learning_rate or settings.learning_rate))
+    if tuned:
+        groups.append(_group(tuned, settings.fine_tune_learning_rate))
     return groups
 
 

@@ -20,6 +20,7 @@ class TrainerSettings:
         tasks_per_step: Tasks whose hypergradients are averaged in a step.
         learning_rate: Adam's learning rate for means, weights and shared parameters.
         log_var_learning_rate: Adam's learning rate for the prior's log-variances (None: ``learning_rate``).
+        fine_tune_learning_rate: Adam's learning rate for the parameters of a backbone (``MetaLearner(fine_tune=...)``).
         schedule: ``"constant"``, or ``"cosine"``: half a cosine from the learning rate to zero over ``num_steps``.
         gradient_clip: Largest Euclidean norm of the averaged hypergradient; longer ones are shortened. None: no limit.
         validate_every: Steps between validations.
@@ -47,6 +48,7 @@ class TrainerSettings:
     tasks_per_step: int = 4
     learning_rate: float = 1e-3
     log_var_learning_rate: float | None = None
+    fine_tune_learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     gradient_clip: float | None = 10.0
     validate_every: int = 250
@@ -76,7 +78,7 @@ class TrainerSettings:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, but is {value}.")
-        for field in ("learning_rate", "log_var_learning_rate", "gradient_clip"):
+        for field in ("learning_rate", "log_var_learning_rate", "fine_tune_learning_rate", "gradient_clip"):
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} must be positive and finite, but is {value}.")

@@ -21,6 +21,7 @@ from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
+from ibaml.backbones import FineTuned
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
 from ibaml.train.checkpoint import (
@@ -113,7 +114,9 @@ class Trainer:
             precision=settings.precision,
             **{name: getattr(settings, name) for name in ONLY_HOW},
         )
-        self._optimizer = torch.optim.Adam(parameter_groups(self._meta, algorithm, model.likelihood, settings))
+        tuned = model.network.learned if isinstance(model.network, FineTuned) else ()
+        groups = parameter_groups(self._meta, algorithm, model.likelihood, settings, fine_tuned=tuned)
+        self._optimizer = torch.optim.Adam(groups)
         self._step, self._seconds = 0, 0.0
         self._chosen = Chosen(self._snapshot())
         self._data_identity = data_identity

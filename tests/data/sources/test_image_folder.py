@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ibaml.data import images as of_images
-from ibaml.data import load_class_folder, load_image_folder
+from ibaml.data import load_class_folder, load_image_folder, room
 from ibaml.data.sources.image_folder import load_images
 
 
@@ -186,7 +186,7 @@ def test_class_folders_it_refuses(tmp_path):
         load_class_folder(tmp_path / "note.txt")
     with pytest.raises(ValueError, match="has no class folder; expected class/image files"):
         load_class_folder(tmp_path)
-    with pytest.raises(ValueError, match="holds no image .suffixes .bmp"):
+    with pytest.raises(ValueError, match="holds no image .suffixes .avif, .bmp"):
         load_images(tmp_path, image_size=4)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="class 'empty' in .* has no image"):
@@ -283,3 +283,41 @@ def test_a_changed_byte_changes_no_image_without_a_word(tmp_path):
             except ValueError:
                 continue
             assert found.images.equal(expected.images) and found.class_names == expected.class_names, place
+
+
+def test_a_photograph_with_a_small_copy_beside_it_is_the_photograph(make):
+    first, copy = (Image.new("RGB", (6, 4), colour) for colour in ("red", "blue"))
+    content = saved(first, "MPO", save_all=True, append_images=[copy])
+    found = load_image_folder(make({"train/a/0.jpg": content}), "train").images
+    assert found[0, 0].min() > 200 and found[0, 2].max() < 50
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+def test_modes_come_out_as_one_sees_them(make, mode):
+    """A light grey picture, in every way that it can be stored."""
+    suffix, name = ("TIFF", "0.tif") if mode in ("CMYK", "YCbCr") else ("PNG", "0.png")
+    picture = Image.new("L", (6, 4), 255).convert("RGB").convert(mode)
+    images = load_image_folder(make({f"train/a/{name}": saved(picture, suffix)}), "train").images
+    assert images.min() >= 253
+
+
+@pytest.mark.parametrize("name", ["0.heic", "scan.DCM", "0.nef"])
+def test_pictures_that_pillow_does_not_read_are_named(make, tmp_path, name):
+    path = make({"train/a/0.png": picture(1), f"train/a/{name}": b"?"})
+    with pytest.raises(ValueError, match=f"train/a/{name} of .* is a picture that Pillow does not read .*: save it as"):
+        load_image_folder(path, "train")
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_many_pixels_lie_in_a_file_without_a_name(make, monkeypatch, tmp_path, has_room):
+    monkeypatch.setattr(room, "MOST_IN_MEMORY", 100)
+    folder = tmp_path / "cache"
+    folder.write_text("no folder") if not has_room else None
+    monkeypatch.setattr(room, "cache_folders", lambda: [folder])
+    names = [f"train/{name}/{number}.png" for name in "ab" for number in range(3)]
+    path = make({name: picture(value) for value, name in enumerate(names)})
+    images = load_image_folder(path, "train").images
+    assert [int(value) for value in images[:, 0, 0, 0]] == list(range(6))
+    if has_room:
+        assert isinstance(room.room_for((200,)), np.memmap) and not list(folder.iterdir())
+    assert not isinstance(room.room_for((100,)), np.memmap)

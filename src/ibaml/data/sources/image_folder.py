@@ -22,10 +22,21 @@ from ibaml.data.images import (
     resize_image,
     to_pixels,
 )
+from ibaml.data.room import room_for
 from ibaml.data.sources.base import ImageSource, Split
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Files with other suffixes are taken to be notes and passed over."""
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+        *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    }
+)
+"""Files with other suffixes are taken to be notes and passed over, but for those that are known to be pictures too."""
+
+FOREIGN_SUFFIXES = frozenset(
+    {".arw", ".cr2", ".cr3", ".czi", ".dcm", ".dng", ".heic", ".heif", ".jxl", ".nef", ".orf", ".raf", ".raw", ".svg"}
+)
+"""Pictures that Pillow does not read: passed over, they would be missing without a word."""
 
 
 class ImageFiles(NamedTuple):
@@ -83,7 +94,8 @@ def load_image_folder(
     """Loads the images of one split, ``split/class/image.*`` under a folder or in a zip archive (read in place).
 
     Any format that Pillow reads by one of IMAGE_SUFFIXES; hidden files are passed over. In an archive one common outer
-    folder is allowed. All images are held in memory as uint8.
+    folder is allowed. Images are decoded one by one and held as uint8: in memory, or beyond a gigabyte in a file of the
+    cache's folder that goes when they do.
 
     Args:
         path: Folder, or zip archive.
@@ -158,7 +170,7 @@ def load_images(path: str | os.PathLike[str], *, image_size: int | tuple[int, in
     """
     path, size = _check_arguments(path, image_size, channels, "image")
     files = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden((file.name,))]
+    files = [file for file in files if not _is_hidden((file.name,)) and _is_image(file.name, path)]
     if not files:
         raise ValueError(f"{path} holds no image (suffixes {', '.join(sorted(IMAGE_SUFFIXES))}).")
     pictures = [_decode(read_image_file(file), f"{file.name} of {path}", size, channels) for file in files]
@@ -193,12 +205,13 @@ def _read_classes(
         if not parts or (len(parts) == 1 and not is_folder):
             continue
         files = classes.setdefault(parts[0], [])
-        if len(parts) == 2 and not is_folder and PurePosixPath(parts[1]).suffix.lower() in IMAGE_SUFFIXES:
+        if len(parts) == 2 and not is_folder and _is_image(above + "/".join(parts), path):
             files.append(parts)
     if not classes:
         source = f"{path}" if split is None else f"split {split!r} of {path}"
         raise ValueError(f"{source} has no class folder; expected {above}class/image files.")
-    pictures: list[Pixels] = []
+    num_images = sum(map(len, classes.values()))
+    pictures: Pixels | None = None
     starts = [0]
     for class_name in sorted(classes):
         if not classes[class_name]:
@@ -206,17 +219,19 @@ def _read_classes(
                 f"class {class_name!r} {'' if split is None else f'of split {split!r} '}in {path} has no image "
                 f"(suffixes {', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder."
             )
-        for parts in sorted(classes[class_name]):
+        for place, parts in enumerate(sorted(classes[class_name]), starts[-1]):
             name = above + "/".join(parts)
             picture = _decode(read(parts), f"{name} of {path}", size, channels)
-            if pictures and picture.shape != pictures[0].shape:
+            if pictures is None:
+                pictures = room_for((num_images, *picture.shape))
+            if picture.shape != pictures.shape[1:]:
                 raise ValueError(
                     f"images of {path} differ in size: {name} has (height, width) "
-                    f"{picture.shape[1:]}, the first image {pictures[0].shape[1:]}; pass image_size to resize them."
+                    f"{picture.shape[1:]}, the first image {pictures.shape[2:]}; pass image_size to resize them."
                 )
-            pictures.append(picture)
-        starts.append(len(pictures))
-    images = torch.from_numpy(np.stack(pictures))
+            pictures[place] = picture
+        starts.append(starts[-1] + len(classes[class_name]))
+    images = torch.from_numpy(pictures)
     return ClassImages(images=images, class_start=torch.tensor(starts), class_names=tuple(sorted(classes)))
 
 
@@ -282,6 +297,21 @@ def _list_folder(root: Path, depth: int = 3) -> list[_Entry]:
             if is_folder and len(parts) < depth:
                 pending.append((child, parts))
     return entries
+
+
+def _is_image(name: str, path: Path) -> bool:
+    """Tells images from notes, by their names.
+
+    Raises:
+        ValueError: If it is a picture that cannot be read.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix in FOREIGN_SUFFIXES:
+        raise ValueError(
+            f"{name} of {path} is a picture that Pillow does not read ({suffix}): save it as JPEG or PNG, or take it "
+            "out of the folder."
+        )
+    return suffix in IMAGE_SUFFIXES
 
 
 def _is_hidden(parts: tuple[str, ...]) -> bool:
