@@ -101,3 +101,28 @@ class TestRefused:
     def test_no_spread(self):
         with pytest.raises(ValueError, match="all inputs have the same features"):
             fitted(np.ones((30, 2), dtype=np.float32))
+
+
+def test_static_vectors_of_words_tell_topics_apart():
+    """Three topics, three examples of each, nothing learned but the spread of the vectors over some sentences."""
+    wordllama = pytest.importorskip("wordllama")
+    vectors = wordllama.WordLlama.load(disable_download=True)
+    topics = {
+        "food": ["boil the pasta in salted water", "this soup needs onions and butter", "bake the bread for an hour"],
+        "sport": ["the striker scored two goals", "she won the final tennis match", "the team lost the football game"],
+        "money": ["the bank raised its interest rate", "pay the invoice by friday", "shares fell on the stock market"],
+    }
+    more = {
+        "food": ["roast the potatoes with garlic", "a cake with chocolate and cream"],
+        "sport": ["the goalkeeper saved a penalty", "he ran the marathon in three hours"],
+        "money": ["my mortgage payment is too high", "the company reported a large profit"],
+    }
+    texts = [text for of_topic in (*topics.values(), *more.values()) for text in of_topic]
+    unlabelled = [*texts, *(f"{text} today" for text in texts)]
+    backbone = Backbone(module=vectors.embed, name="wordllama l2_supercat 256")
+    learner = MetaLearner(backbone=backbone, classes="per_task").fit_prior(unlabelled)
+    known = [(text, topic) for topic, of_topic in topics.items() for text in of_topic]
+    posterior = learner.adapt([text for text, _ in known], [topic for _, topic in known])
+    asked = [(text, topic) for topic, of_topic in more.items() for text in of_topic]
+    prediction = posterior.predict([text for text, _ in asked])
+    assert (prediction.labels == np.array([topic for _, topic in asked])).sum() >= 5

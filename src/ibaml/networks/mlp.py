@@ -117,6 +117,6 @@ class MLP(nn.Module):
                 asked for statistics of a single example.
         """
         check_input(x, self.input_shape, min_examples=self._min_examples)
-        flat = x.flatten(1)
+        flat = x.reshape(x.shape[0], -1)
         features = self.features(flat)
         return self.head(torch.cat([flat, features], 1) if self.skip_inputs else features)

@@ -92,7 +92,7 @@ class RadialBasis(nn.Module):
             ValueError: If the inputs have another shape than the network was built for.
         """
         check_input(x, self.input_shape, min_examples=1)
-        flat = x.flatten(1)
+        flat = x.reshape(x.shape[0], -1)
         features = radial_features(flat, self.centres, self.log_length_scale, inverse=self._inverse)
         return self.head(torch.cat([features, flat], 1))
 
