@@ -118,6 +118,7 @@ def test_what_matches_is_learned_and_the_module_stays_as_it_is(case, tmp_path):
     for parameter in other.parameters():
         parameter.data.zero_()
     loaded = MetaLearner.load(learner.save(tmp_path / "model"), backbone=other)
+    assert loaded.fine_tune == (pattern,)
     again = loaded.adapt(rows(x, slice(0, 6)), y[:6]).predict(rows(x, slice(6, 12))).probs
     np.testing.assert_allclose(again, answer, rtol=1e-6)
     asked = rows(x, slice(6, 12))

@@ -391,6 +391,7 @@ class MetaLearner(Predictor):
         own = None if extractor is None else extractor.backbone
         learner = cls.from_settings(stored.settings, network=network, backbone=own, device=device, seed=stored.seed)
         learner._splits, learner.choice = stored.splits, stored.choice
+        learner.fine_tune = getattr(extractor, "patterns", ())
         fitted = stored.restore(learner.model, learner.algorithm, learner.device)
         learner._fitted = dataclasses.replace(fitted, backbone=extractor)
         return learner
