@@ -1,6 +1,7 @@
 """A prior without training tasks, from the spread of features."""
 
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ class TestRefused:
 def test_static_vectors_of_words_tell_topics_apart():
     """Three topics, three examples of each, nothing learned but the spread of the vectors over some sentences."""
     wordllama = pytest.importorskip("wordllama")
-    vectors = wordllama.WordLlama.load(disable_download=True)
+    # Its tokenizer lies where it looks for a cache.
+    vectors = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
     topics = {
         "food": ["boil the pasta in salted water", "this soup needs onions and butter", "bake the bread for an hour"],
         "sport": ["the striker scored two goals", "she won the final tennis match", "the team lost the football game"],

@@ -163,7 +163,7 @@ class _OfExamples(NamedTuple):
         return right - first + each(half.mT, each(half, shift))
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """See ``ClassProblem``."""
+        """See ``ClassProblem``; factors may be those of ``in_products``."""
         # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
         half, total, *inverse = factors
         explained = half @ (self.features @ whitened.mT)
@@ -231,7 +231,7 @@ class _OfWeights(WhitenedWeights):
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
-        """See ``ClassProblem``."""
+        """See ``ClassProblem``; factors may be those of ``in_products``."""
         factor, *known = factors
         inverse = known[0] if known else inverse_of_factor(factor)
         along = inverse.unflatten(-1, (-1, whitened.shape[-1])).movedim(-2, 0) @ whitened.mT
