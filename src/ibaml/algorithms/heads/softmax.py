@@ -279,7 +279,9 @@ class Softmax(Head):
         whitened = self.prior.whiten(solution.prior, inputs.double())
         num_classes, (num_examples, rank) = len(solution.weights), solution.problem.features.shape[-2:]
         size = max(1, _MOST_AT_ONCE // (num_classes * max(num_examples, num_classes * rank)))
-        parts = [solution.problem.covariance(solution.factors, part) for part in whitened.split(size, -2)]
+        # A program that is written once for any number of rows takes them at once.
+        pieces = [whitened] if isinstance(solution.points, Tensor) else whitened.split(size, -2)
+        parts = [solution.problem.covariance(solution.factors, part) for part in pieces]
         return self.posterior_temperature * (parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _samples(self, solution: SoftmaxPosterior, inputs: Tensor) -> Tensor:
