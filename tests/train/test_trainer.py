@@ -30,7 +30,7 @@ from ibaml.priors import DiagonalGaussian, DiagonalPrior
 from ibaml.solvers.inner import GradientDescent
 from ibaml.solvers.linear import CG
 from ibaml.train import evaluate as evaluation
-from ibaml.train import trainer
+from ibaml.train import progress, trainer
 from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, load_tensors, save_tensors
 from ibaml.train.draw import DrawnTasks, draw_step
 from ibaml.train.log import METRICS, read_metrics
@@ -1088,7 +1088,8 @@ class Terminal:
 
 
 @pytest.mark.parametrize("score", ["acc", "mse"])
-def test_a_terminal_shows_a_bar(score):
+def test_a_terminal_shows_a_bar(score, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BEFORE", -1.0)
     terminal = Terminal()
     console = Console(file=terminal, force_terminal=True, width=200)
     if score == "acc":

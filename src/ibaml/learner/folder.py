@@ -44,6 +44,9 @@ SETTINGS = "model.json"
 MODEL_FORMAT = 3
 """Format of the folder."""
 
+_MOST_OF_A_HEAD = 10_000_000
+"""Weights of a last layer that a network may have beside those that its file holds."""
+
 RECORDS: tuple[type, ...] = (
     LearnerSettings,
     NetworkSettings,
@@ -106,7 +109,8 @@ class StoredModel(NamedTuple):
             # Settings that somebody made may ask for any size.
             with torch.device("meta"):
                 num_weights = sum(value.numel() for value in self.settings.network.build().parameters())
-            if num_weights > sum(value.numel() for value in self.tensors.values()):
+            # Of a head that tasks solve a network has weights, and the file its prior.
+            if num_weights > sum(value.numel() for value in self.tensors.values()) + _MOST_OF_A_HEAD:
                 raise ValueError(f"the network has {num_weights:,} weights, which the file does not hold")
             return self.settings.network.build().to(dtype)
 

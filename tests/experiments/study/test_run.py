@@ -36,7 +36,7 @@ def tiny():
 def _small(source, num_outputs):
     likelihood, scope = ("categorical", "per_task") if num_outputs > 1 else ("gaussian", "shared")
     whole = table._table(source, likelihood, scope)
-    return lambda: whole().replace({"trainer.tasks_per_step": 2, "trainer.num_validation_tasks": 3})
+    return lambda: whole().replace({"trainer.tasks_per_step": 2, "trainer.num_validation_tasks": 10})
 
 
 def settings(**changes) -> StudySettings:
