@@ -116,14 +116,24 @@ def _omniglot(num_ways: int, num_shots: int) -> Recipe:
 
 
 def _tiny_imagenet(num_shots: int) -> Recipe:
+    # Five shots, 200 validation tasks: 4 tasks of 5 classes a step gave an nll of 1.184 in 101 CPU seconds, one task of
+    # 20 classes 1.158 in 127, and 1.134 at a rate of 5e-3. One shot has not been tried.
+    has_many = num_shots == 5
     return _images(
         f"tiny_imagenet_5way_{num_shots}shot",
         "Tiny-ImageNet at 32 x 32",
-        TinyImagenet(num_ways=5, num_shots=num_shots, num_queries=10, num_test_queries=15, image_size=32),
+        TinyImagenet(
+            num_ways=5,
+            num_train_ways=20 if has_many else None,
+            num_shots=num_shots,
+            num_queries=5 if has_many else 10,
+            num_test_queries=15,
+            image_size=32,
+        ),
         TrainerSettings(
             num_steps=8000,
-            tasks_per_step=4,
-            learning_rate=2e-3,
+            tasks_per_step=1 if has_many else 4,
+            learning_rate=5e-3 if has_many else 2e-3,
             log_var_learning_rate=1e-3,
             schedule="cosine",
             validate_every=500,

@@ -30,6 +30,7 @@ def load_arrays(path: str | os.PathLike[str]) -> Any:
             or is truncated or no pickle at all.
 
     Examples:
+        >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     file = Path(folder) / "labels.pickle"
