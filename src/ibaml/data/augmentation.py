@@ -68,6 +68,10 @@ class Augmentation:
         return flat.view_as(images)
 
 
+UNCHANGED = Augmentation(flip=False)
+"""Leaves images as they are."""
+
+
 def _parts(images: Tensor, sides: Tensor, places: Tensor) -> Tensor:
     """Returns parts of images in the size of the whole, bilinear.
 

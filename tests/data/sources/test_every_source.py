@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ibaml.data import ClassImages, EpisodeSampler, SinusoidTasks
+from ibaml.data import Augmentation, ClassImages, EpisodeSampler, SinusoidTasks
 from ibaml.data.images import scale_pixels
 from ibaml.data.sources import (
     SOURCES,
@@ -31,7 +31,7 @@ EXAMPLES = {
     "glyphs": Glyphs(num_shots=5, num_queries=2),
     "omniglot": Omniglot(num_ways=3, protocol="official", image_size=20),
     "mini_imagenet": MiniImagenet(num_queries=4),
-    "tiny_imagenet": TinyImagenet(image_size=32),
+    "tiny_imagenet": TinyImagenet(image_size=32, augmentation=Augmentation(crop=0.5, colour=0.1)),
     "image_folder": ImageFolder(path="animals", image_size=8, num_ways=2, num_queries=2, num_test_queries=3),
     "sinusoid": Sinusoid(num_shots=3, num_queries=4, num_test_queries=9, noise_std=0.2),
     "fsmol": FSMol(support_sizes=(2,), num_queries=2, num_test_queries=1),
@@ -180,3 +180,11 @@ def test_files_of_a_user_become_inputs(name, asked, tmp_path):
         encoded = preprocessing.encode_inputs("x", pixels)
         expected = scale_pixels(255 - pixels if name == "omniglot" else pixels)
         torch.testing.assert_close(encoded, expected, rtol=0, atol=0)
+
+
+def test_images_of_training_tasks_alone_are_changed(asked) -> None:
+    plain, changing = TinyImagenet(image_size=8), TinyImagenet(image_size=8, augmentation=Augmentation(crop=0.5))
+    for split in SPLITS:
+        drawn, changed = (source.sampler(split).sample(1, generator=generator()) for source in (plain, changing))
+        assert torch.equal(drawn.support.x, changed.support.x) == (split != "train")
+        assert torch.equal(drawn.support.y, changed.support.y)

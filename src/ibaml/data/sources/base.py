@@ -10,6 +10,7 @@ import torch
 
 from ibaml import records
 from ibaml.checks import require_positive_int
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.images import ClassImages
 from ibaml.data.preprocessing import Preprocessing, image_preprocessing
@@ -88,6 +89,7 @@ class ImageSource(abc.ABC):
         num_test_queries: Query images of each class in validation and test tasks.
         image_size: Height and width in pixels.
         num_train_ways: Classes of a training task. None: as many as of others.
+        augmentation: How images of training tasks change at every draw.
 
     Raises:
         TypeError: If a count is not an int.
@@ -100,6 +102,7 @@ class ImageSource(abc.ABC):
     num_test_queries: int = 15
     image_size: int = 28
     num_train_ways: int | None = dataclasses.field(default=None, metadata=OF_TRAINING_ALONE)
+    augmentation: Augmentation = dataclasses.field(default=UNCHANGED, metadata=OF_TRAINING_ALONE)
     name: ClassVar[str]
     is_image: ClassVar[bool] = True
     num_channels: ClassVar[int] = 3
@@ -122,6 +125,7 @@ class ImageSource(abc.ABC):
             num_ways=self.num_train_ways if split == "train" and self.num_train_ways else self.num_ways,
             num_shots=self.num_shots,
             num_queries=queries_in(self, split),
+            augmentation=None if split != "train" or self.augmentation == UNCHANGED else self.augmentation,
         )
 
     def preprocessing(self) -> Preprocessing | None:
