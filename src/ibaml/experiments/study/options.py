@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ibaml.algorithms import make_algorithm
+from ibaml.data.augmentation import UNCHANGED
 from ibaml.data.sources import Mixtures, RandomSlopes, Sinusoid, TaskSource
 from ibaml.learner.defaults import TABLE_TRAINER, default_network, find_algorithm
 from ibaml.likelihoods import find_likelihood
@@ -105,6 +106,7 @@ _OMNIGLOT: Mapping[str, Any] = {
 }
 _TINY_IMAGENET: Mapping[str, Any] = {
     "data.num_train_ways": None,
+    "data.augmentation": UNCHANGED,
     "trainer.tasks_per_step": 2,
     "trainer.learning_rate": 2e-3,
 }
