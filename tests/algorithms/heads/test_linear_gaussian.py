@@ -413,3 +413,17 @@ def test_an_algorithm_survives_json() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make_algorithm("linear_gaussian", **settings)
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_further_examples_give_the_posterior_of_all_and_say_how_exactly(first: int) -> None:
+    """From fewer examples than features, and from more; the residual is that of the normal equations."""
+    algorithm: Any = make_algorithm("linear_gaussian")
+    nll, meta, episode = set_up(algorithm, 12)
+    parts = (tree.map(lambda leaf: leaf[:first], episode.support), tree.map(lambda leaf: leaf[first:], episode.support))
+    known = algorithm.adapt(nll, meta, parts[0], NO_NOISE).value
+    found = algorithm.update(nll, meta, known, parts[1])
+    whole = algorithm.adapt(nll, meta, episode.support, NO_NOISE).value
+    assert_near(found.value.solution.mean, whole.solution.mean, 1e-10)
+    assert_near(found.value.solution.squares, whole.solution.squares, 1e-10)
+    assert 0 <= found.grad_norm < 1e-10
