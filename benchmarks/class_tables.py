@@ -6,7 +6,6 @@ validation tasks for each number of known rows; nothing is chosen on test tasks.
     python -m benchmarks.class_tables [PROBLEM ...]
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.named import print_reports
 from ibaml.experiments.report import markdown_table
 from ibaml.learner import MetaLearner
 from ibaml.metrics import estimate, paired_difference
@@ -246,6 +246,4 @@ def report(name: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for chosen in sys.argv[1:] or (*PROBLEMS, VERBAGG):
-        print(report(chosen), end="\n\n", flush=True)
+    print_reports(report, (*PROBLEMS, VERBAGG), about=__doc__)

@@ -6,7 +6,6 @@ number of known rows; nothing is chosen on test tasks. The scores are nlls of wh
     python -m benchmarks.likelihood_tables [PROBLEM ...]
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from scipy import stats
 from sklearn.linear_model import PoissonRegressor, Ridge
 
+from benchmarks.named import print_reports
 from ibaml.experiments.report import markdown_table
 from ibaml.learner import MetaLearner
 from ibaml.metrics import estimate, paired_difference
@@ -179,6 +179,4 @@ def report(name: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for chosen in sys.argv[1:] or PROBLEMS:
-        print(report(chosen), end="\n\n", flush=True)
+    print_reports(report, PROBLEMS, about=__doc__)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.named import print_reports
 from ibaml.algorithms import Algorithm, make_algorithm
 from ibaml.experiments.groups.baselines import Rows, gaussian_nll, mixed_effects, per_group_ridge
 from ibaml.experiments.report import markdown_table
@@ -315,6 +316,4 @@ def report(name: str, problem: Problem, only: str = "") -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for chosen in sys.argv[1:] or PROBLEMS:
-        print(report(chosen, PROBLEMS[chosen]()), end="\n\n", flush=True)
+    print_reports(lambda name: report(name, PROBLEMS[name]()), PROBLEMS, about=__doc__)
