@@ -113,7 +113,7 @@ def test_what_a_run_leaves(trained):
 def test_the_readme_names_what_is_there(trained):
     write_summary(trained)
     text = (trained / "README.md").read_text()
-    assert text.startswith(f"# {NAME}\n\nibaml on sinusoid regression, 5-shot.\n")
+    assert text.startswith(f"# {NAME}\n\nibaml on the whole network; sinusoid regression, 5-shot.\n")
     assert "- 2 of 2 meta-steps of 2 tasks." in text
     assert re.search(r"- Chosen state: step \d, lowest validation nll\.", text)
     assert "- ibaml: implicit gradient" in text and "- Network: MLP, normalisation policy: none." in text

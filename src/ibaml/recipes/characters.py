@@ -50,7 +50,10 @@ def _image_algorithm(name: str, num_support: int, learning_rate: float | None = 
 def _glyphs(algorithm: str) -> Recipe:
     return Recipe(
         name=f"glyphs_5way_5shot_{algorithm}",
-        description=f"{algorithm} on rendered characters, 5-way 5-shot; no Georgian or Armenian is seen in training",
+        description=(
+            f"{algorithm} on the whole network; rendered characters, 5-way 5-shot; no Georgian or Armenian is seen in "
+            "training"
+        ),
         data=Glyphs(num_ways=5, num_shots=5, num_queries=5, num_test_queries=15),
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": 5, "channels": 32, "downsample": "stride", "zero_head": True}
@@ -73,7 +76,9 @@ def _glyphs(algorithm: str) -> Recipe:
 def _omniglot(num_ways: int, num_shots: int, algorithm: str) -> Recipe:
     return Recipe(
         name=f"omniglot_{num_ways}way_{num_shots}shot_{algorithm}",
-        description=f"{algorithm} on Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016",
+        description=(
+            f"{algorithm} on the whole network; Omniglot, {num_ways}-way {num_shots}-shot, split of Vinyals et al. 2016"
+        ),
         data=Omniglot(num_ways=num_ways, num_shots=num_shots, num_queries=num_shots, num_test_queries=15),
         network=NetworkSettings(
             name="Conv4", arguments={"num_outputs": num_ways, "channels": 64, "downsample": "stride", "zero_head": True}

@@ -101,7 +101,9 @@ def _few_shot(source: str, num_shots: int, method: str, scale: Scale) -> Recipe:
     algorithm, num_inner_steps = METHODS[method]
     return Recipe(
         name=recipe_name(source, num_shots, method, scale),
-        description=f"{algorithm}, K={num_inner_steps}, on {display_name}, 5-way {num_shots}-shot; {what}",
+        description=(
+            f"{algorithm} on the whole network, K={num_inner_steps}, {display_name}, 5-way {num_shots}-shot; {what}"
+        ),
         data=source_class(
             num_ways=_NUM_WAYS,
             num_shots=num_shots,

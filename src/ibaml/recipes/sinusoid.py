@@ -57,7 +57,7 @@ def _sinusoid(num_shots: int, algorithm: str) -> Recipe:
         settings |= {**_BAYESIAN, "temperature": num_shots * _KL_WEIGHT}
     return Recipe(
         name=f"sinusoid_{num_shots}shot_{algorithm}",
-        description=f"{algorithm} on sinusoid regression, {num_shots}-shot",
+        description=f"{algorithm} on the whole network; sinusoid regression, {num_shots}-shot",
         data=Sinusoid(num_shots=num_shots, num_queries=10, num_test_queries=100),
         network=NetworkSettings(name="MLP", arguments={"num_outputs": 1, "input_shape": 1, "hidden_sizes": (40, 40)}),
         algorithm=make_algorithm(algorithm, **settings),

@@ -112,12 +112,16 @@ def test_arguments_of_omniglot(asked, tmp_path):
     source = EXAMPLES["omniglot"]
     for split in SPLITS:
         source.sampler(split, data=tmp_path)
-    assert [arguments["rotations"] for *_, arguments in asked] == [True, False, False]
+    assert [arguments["rotations"] for *_, arguments in asked] == [True, True, True]
     for split, (_, positional, arguments) in zip(SPLITS, asked, strict=True):
         assert positional == (split,)
         assert (arguments["root"], arguments["protocol"], arguments["image_size"]) == (tmp_path, "official", 20)
     dataclasses.replace(source, rotations=False).sampler("train")
     assert asked[-1][2]["rotations"] is False and asked[-1][2]["root"] is None
+    upright = dataclasses.replace(source, rotated_tests=False)
+    for split in SPLITS:
+        upright.sampler(split)
+    assert [arguments["rotations"] for *_, arguments in asked[-3:]] == [True, False, False]
 
 
 def test_an_image_folder(tmp_path):

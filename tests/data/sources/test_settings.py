@@ -16,4 +16,5 @@ def test_settings_of_training_alone_are_left_out(glyph_cache) -> None:
     ]
     assert all(torch.equal(a, b) for one, two in zip(*drawn, strict=True) for a, b in zip(one, two, strict=True))
     assert not {"rotations", "augmentation"} & settings_of_tests(Omniglot()).keys()
+    assert settings_of_tests(Omniglot(rotated_tests=False)) != settings_of_tests(Omniglot())
     assert settings_of_tests(Sinusoid(num_shots=3))["num_shots"] == 3
