@@ -1,11 +1,14 @@
 """What a recipe of a head reaches on its test tasks, seed by seed, and what it costs beside plain passes.
 
     python -m benchmarks.heads glyphs_5way_5shot --seeds 0 1 2 3 4
+    python -m benchmarks.heads omniglot_20way_1shot --also omniglot_5way_1shot --precision bfloat16
     python -m benchmarks.heads glyphs_5way_5shot --cost
 
-The first prints a table of scores; seconds are those of training, validations included. The second prints ratios of
-medians, measured in turns in one process: a training step beside a forward and backward pass of the same network on the
-same images, adaptation on given features, and adaptation with prediction beside the bare forward passes.
+The first prints a table of scores; seconds are those of training, validations included. The second has a row for the
+test tasks of another recipe as well, by the same training with the temperature of that recipe's validation tasks. The
+third prints ratios of medians, measured in turns in one process: a training step beside a forward and backward pass of
+the same network on the same images, adaptation on given features, and adaptation with prediction beside the bare
+forward passes.
 """
 
 import argparse
@@ -28,22 +31,27 @@ _SCORES = ("accuracy", "nll", "ece_pooled")
 _ROUNDS = 30
 
 
-def scores(recipe: Recipe, seeds: list[int], *, data: Path | None) -> None:
-    """Trains and evaluates a recipe for some seeds and prints one row for each, and their means."""
-    samplers = {split: recipe.data.sampler(split, data=data) for split in ("train", "validation", "test")}
-    print("| seed | seconds | " + " | ".join(_SCORES) + " |\n|" + "---|" * (2 + len(_SCORES)))
-    rows: list[list[float]] = []
+def scores(recipe: Recipe, seeds: list[int], *, also: list[Recipe], data: Path | None) -> None:
+    """Trains and evaluates a recipe for some seeds and prints a row for each and for their means."""
+    samplers = {split: recipe.data.sampler(split, data=data) for split in ("train", "validation")}
+    print("| tasks | seed | seconds | " + " | ".join(_SCORES) + " |\n|" + "---|" * (3 + len(_SCORES)))
+    rows: dict[str, list[list[float]]] = {}
     for seed in seeds:
         seeded = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=seed))
         learner = seeded.learner()
         start = time.perf_counter()
         learner.fit(samplers["train"], samplers["validation"], settings=seeded.trainer)
         seconds = time.perf_counter() - start
-        report = learner.evaluate(samplers["test"], num_tasks=recipe.num_test_tasks)
-        print(f"| {seed} | {seconds:.0f} | " + " | ".join(f"{report[name]}" for name in _SCORES) + " |", flush=True)
-        rows.append([seconds, *(report[name].mean for name in _SCORES)])
-    means = [statistics.mean(column) for column in zip(*rows, strict=True)]
-    print(f"| mean | {means[0]:.0f} | " + " | ".join(f"{value:.4f}" for value in means[1:]) + " |")
+        for tested in [recipe, *also]:
+            if tested is not recipe:
+                learner.calibrate(tested.data.sampler("validation", data=data), num_tasks=200)
+            report = learner.evaluate(tested.data.sampler("test", data=data), num_tasks=tested.num_test_tasks)
+            values = " | ".join(f"{report[name]}" for name in _SCORES)
+            print(f"| {tested.name} | {seed} | {seconds:.0f} | {values} |", flush=True)
+            rows.setdefault(tested.name, []).append([seconds, *(report[name].mean for name in _SCORES)])
+    for name, values in rows.items():
+        means = [statistics.mean(column) for column in zip(*values, strict=True)]
+        print(f"| {name} | mean | {means[0]:.0f} | " + " | ".join(f"{value:.4f}" for value in means[1:]) + " |")
 
 
 def cost(recipe: Recipe, *, data: Path | None) -> None:
@@ -124,15 +132,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--also", nargs="+", default=[], metavar="RECIPE")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--data", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = get_recipe(arguments.recipe)
+    recipe = get_recipe(arguments.recipe).replace({"trainer.precision": arguments.precision})
     if arguments.cost:
         cost(recipe, data=arguments.data)
     else:
-        scores(recipe, arguments.seeds, data=arguments.data)
+        also = [get_recipe(name) for name in arguments.also]
+        scores(recipe, arguments.seeds, also=also, data=arguments.data)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from PIL import Image
 from ibaml import tree
 from ibaml.algorithms import ALGORITHMS
 from ibaml.data import ClassImages
-from ibaml.data.sources import ImageFolder
+from ibaml.data.sources import ImageFolder, ImageSource
 from ibaml.priors import DiagonalPrior
 from ibaml.recipes import RECIPES, Recipe, get_recipe
 from ibaml.recipes.flags import parse_flags
@@ -126,7 +126,10 @@ def test_a_recipe_builds(name, fake_sources):
         any_number = recipe.algorithm.serves_any_number_of_outputs
         assert model.check_task(episode, any_number_of_classes=any_number) == tasks.num_outputs
         num_classes = tasks.num_outputs if recipe.likelihood == "categorical" else 1
-        assert len(episode.support.y) == recipe.data.num_shots * num_classes
+        shots = recipe.data.num_shots
+        if split == "train" and isinstance(recipe.data, ImageSource):
+            shots = recipe.data.num_train_shots or shots
+        assert len(episode.support.y) == shots * num_classes
         queries = recipe.data.num_queries if split == "train" else recipe.data.num_test_queries
         assert len(episode.query.y) == queries * num_classes
     again = recipe.learner().model

@@ -89,6 +89,7 @@ class ImageSource(abc.ABC):
         num_test_queries: Query images of each class in validation and test tasks.
         image_size: Height and width in pixels.
         num_train_ways: Classes of a training task. None: as many as of others.
+        num_train_shots: Support images of each class in training tasks. None: as many as in others.
         augmentation: How images of training tasks change at every draw.
 
     Raises:
@@ -102,6 +103,7 @@ class ImageSource(abc.ABC):
     num_test_queries: int = 15
     image_size: int = 28
     num_train_ways: int | None = dataclasses.field(default=None, metadata=OF_TRAINING_ALONE)
+    num_train_shots: int | None = dataclasses.field(default=None, metadata=OF_TRAINING_ALONE)
     augmentation: Augmentation = dataclasses.field(default=UNCHANGED, metadata=OF_TRAINING_ALONE)
     name: ClassVar[str]
     is_image: ClassVar[bool] = True
@@ -111,8 +113,9 @@ class ImageSource(abc.ABC):
         """Checks the counts."""
         for name in ("num_ways", "num_shots", "num_queries", "num_test_queries", "image_size"):
             require_positive_int(name, getattr(self, name))
-        if self.num_train_ways is not None:
-            require_positive_int("num_train_ways", self.num_train_ways)
+        for name in ("num_train_ways", "num_train_shots"):
+            if getattr(self, name) is not None:
+                require_positive_int(name, getattr(self, name))
 
     @abc.abstractmethod
     def images(self, split: Split, *, data: Path | None = None) -> ClassImages:
@@ -120,12 +123,13 @@ class ImageSource(abc.ABC):
 
     def sampler(self, split: Split, *, data: Path | None = None, device: torch.device | str = "cpu") -> EpisodeSampler:
         """Loads the images of a split and returns their task sampler; see ``TaskSource.sampler``."""
+        is_training = split == "train"
         return EpisodeSampler(
             self.images(split, data=data).to(device),
-            num_ways=self.num_train_ways if split == "train" and self.num_train_ways else self.num_ways,
-            num_shots=self.num_shots,
+            num_ways=(is_training and self.num_train_ways) or self.num_ways,
+            num_shots=(is_training and self.num_train_shots) or self.num_shots,
             num_queries=queries_in(self, split),
-            augmentation=None if split != "train" or self.augmentation == UNCHANGED else self.augmentation,
+            augmentation=None if not is_training or self.augmentation == UNCHANGED else self.augmentation,
         )
 
     def preprocessing(self) -> Preprocessing | None:
