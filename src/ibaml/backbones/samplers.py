@@ -35,9 +35,9 @@ class FeatureEpisodes(EpisodeSampler):
         """Returns what decides the draws."""
         return self.features, *super().content()[1:]
 
-    def _batch(self, indices: Tensor, labels: Tensor) -> Batch:
-        device = self.features.device
-        return Batch(self.features[indices.flatten(1).to(device)], labels.flatten(1).to(device))
+    def inputs_at(self, positions: Tensor) -> Tensor:
+        """Returns the features at some positions, ``[*positions.shape, num_features]``."""
+        return self.features[positions]
 
 
 class FeatureTasks:

@@ -1,5 +1,7 @@
 """The sampler that draws few-shot classification tasks from images grouped by class."""
 
+from functools import partial
+
 import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
@@ -118,6 +120,24 @@ class EpisodeSampler:
             TypeError: If ``num_tasks`` is not an int or ``generator`` not a generator.
             ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
         """
+        drawn = self.sample_positions(num_tasks, generator=generator)
+        change = (lambda x: x) if self.augmentation is None else partial(self.augmentation.apply, generator=generator)
+        return Episode(*(batch._replace(x=change(self.inputs_at(batch.x))) for batch in drawn))
+
+    def sample_positions(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
+        """Draws the tasks that ``sample`` draws, with positions among all images for inputs.
+
+        Args:
+            num_tasks: As in ``sample``.
+            generator: As in ``sample``.
+
+        Returns:
+            An Episode on the images' device; positions are int64 of the shape of the labels.
+
+        Raises:
+            TypeError: As in ``sample``.
+            ValueError: As in ``sample``.
+        """
         num_images = self.num_shots + self.num_queries
         classes = self.sample_classes(num_tasks, generator=generator)
         sizes = self._class_sizes[classes]
@@ -126,17 +146,24 @@ class EpisodeSampler:
         )
         # Ragged classes: places past the end of a class lose to every real one, of which there are enough.
         keys.masked_fill_(torch.arange(keys.shape[-1]) >= sizes.unsqueeze(-1), -1.0)
-        indices = self._class_start[classes].unsqueeze(-1) + keys.topk(num_images).indices
-
+        positions = self._class_start[classes].unsqueeze(-1) + keys.topk(num_images).indices
         labels = torch.arange(self.num_ways).unsqueeze(-1).expand(num_tasks, self.num_ways, num_images)
-        drawn = Episode(
-            support=self._batch(indices[..., : self.num_shots], labels[..., : self.num_shots]),
-            query=self._batch(indices[..., self.num_shots :], labels[..., self.num_shots :]),
+        parts = (slice(self.num_shots), slice(self.num_shots, None))
+        device = self.images.images.device
+        return Episode(
+            *(Batch(*(each[..., part].flatten(1).to(device) for each in (positions, labels))) for part in parts)
         )
-        if self.augmentation is None:
-            return drawn
-        change = self.augmentation.apply
-        return Episode(*(batch._replace(x=change(batch.x, generator=generator)) for batch in drawn))
+
+    def inputs_at(self, positions: Tensor) -> Tensor:
+        """Returns the inputs at some positions among all images, unchanged by augmentation.
+
+        Args:
+            positions: Int64 of any shape.
+
+        Returns:
+            float32 in [0, 1], ``[*positions.shape, *input_shape]``.
+        """
+        return scale_pixels(self.images.images[positions])
 
     def sample_classes(self, num_tasks: int, *, generator: torch.Generator) -> Tensor:
         """Returns which classes the tasks have that ``sample`` draws from a generator in the same state.
@@ -158,9 +185,3 @@ class EpisodeSampler:
         # ordered subset. float64 makes ties between keys (which topk would break by position) practically impossible.
         keys = torch.rand(num_tasks, self.images.num_classes, generator=generator, dtype=torch.float64)
         return keys.topk(self.num_ways).indices
-
-    def _batch(self, indices: Tensor, labels: Tensor) -> Batch:
-        """Gathers images by index and flattens the axes of class and image into one of examples."""
-        device = self.images.images.device
-        x = self.images.images[indices.flatten(1).to(device)]
-        return Batch(x=scale_pixels(x), y=labels.flatten(1).to(device))

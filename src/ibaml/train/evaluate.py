@@ -16,6 +16,7 @@ from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator, task_seed
+from ibaml.train.images_once import images_once
 from ibaml.train.processes import Processes
 from ibaml.train.progress import ProgressBar
 from ibaml.types import Episode, TaskSampler, Tensor
@@ -190,7 +191,8 @@ def evaluate(
 
     Cost:
         Per task the inner solver's ``num_steps`` gradients, and ``num_evaluation_samples`` forward passes; with
-        ``out_of_task`` as many passes of another task's queries.
+        ``out_of_task`` as many passes of another task's queries. Layers that no task adapts pass each image of an
+        ``EpisodeSampler`` once, in however many tasks it comes.
     """
     if num_tasks is None:
         num_tasks = len(tasks) if isinstance(tasks, Sequence) else 0
@@ -203,19 +205,22 @@ def evaluate(
     def own_share(bar: ProgressBar) -> list[_Predicted]:
         found: list[_Predicted] = []
         share = processes.share(num_tasks)
-        num_outputs = 0
+        num_outputs, here, source = 0, fitted, tasks
         for index in share:
-            task = tree.map(lambda leaf: leaf.to(fitted.device), draw_task(tasks, index, seed=seed))
-            # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
+            task = _draw_on_device(fitted, source, index, seed=seed)
             if not len(task.support.y):
                 fitted.require_prior()
             if index == share.start:
+                # One forward pass tells whether the network fits and its outputs; the rest is checked by value.
                 num_outputs = fitted.model.check_task(
                     task,
                     task=f"test task {index}",
                     any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
                     needs_support=False,
                 )
+                here, source = images_once(fitted, tasks, task.query.x)
+                if source is not tasks:
+                    task = _draw_on_device(fitted, source, index, seed=seed)
             for part, batch in (("support", task.support), ("query", task.query)):
                 fitted.model.check_inputs(f"test task {index} {part}.x", batch.x)
                 check_labels(fitted.model.likelihood, f"test task {index} {part}.y", batch.y)
@@ -223,8 +228,8 @@ def evaluate(
             for part, targets in (("support", task.support.y), ("query", task.query.y)):
                 if len(targets):
                     fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
-            foreign = draw_foreign(tasks, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
-            predicted = _predict_task(fitted, task, index, foreign, seed=task_seed(seed, index))
+            foreign = draw_foreign(source, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
+            predicted = _predict_task(here, task, index, foreign, seed=task_seed(seed, index))
             found.append(predicted._replace(source=source_of(tasks, index, seed=seed)))
             bar.update(len(found))
             if on_progress is not None:
@@ -248,6 +253,10 @@ def evaluate(
         report={**evaluation.report, "out_of_task_auroc": metrics.estimate(values)},
         per_task={**evaluation.per_task, "out_of_task_auroc": values},
     )
+
+
+def _draw_on_device(fitted: FittedModel, tasks: TaskSampler | Sequence[Episode], index: int, *, seed: int) -> Episode:
+    return tree.map(lambda leaf: leaf.to(fitted.device), draw_task(tasks, index, seed=seed))
 
 
 def draw_foreign(tasks: TaskSampler | Sequence[Episode], index: int, *, num_tasks: int, seed: int) -> Tensor:
