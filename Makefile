@@ -88,6 +88,7 @@ test-cuda: $(VENV)/.test
 # Results go to benchmarks/results/, the headline ratios into the README. For the whole grid: make bench BENCH_ARGS=--full
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --quiet --benchmark-enable --benchmark-columns=min,median,rounds
+	$(BIN)/python -m benchmarks.user_path
 	$(BIN)/python -m benchmarks.accuracy_per_cost --update-readme
 	$(BIN)/python -m benchmarks.run --max-minutes 7 --update-readme $(BENCH_ARGS)
 
