@@ -21,10 +21,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from ibaml import MetaLearner, __version__
+from ibaml.backbones.samplers import FeatureEpisodes
+from ibaml.data import ClassImages, EpisodeSampler
 from ibaml.experiments.report import describe_device
 from ibaml.recipes import get_recipe
+from ibaml.train import TrainerSettings
 from ibaml.train.evaluate import draw_task
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -40,7 +44,7 @@ class Sizes:
         processes: Processes of each kind, and evaluations.
         groups: Groups that are predicted in one call.
         tasks: Image tasks of an evaluation.
-        steps: Meta-steps before it, which decide nothing about its time.
+        steps: Meta-steps that are timed, and those before the evaluation, which decide nothing about its time.
     """
 
     rounds: int = 30
@@ -102,6 +106,31 @@ def of_images(sizes: Sizes) -> list[str]:
     )
     what = f"`evaluate` of {sizes.tasks} image tasks, over bare passes ({seconds['bare']:.1f} s)"
     return [row(what, seconds["evaluate"] / seconds["bare"], "times", 1.2)]
+
+
+def of_features(sizes: Sizes) -> list[str]:
+    """Returns rows on training a head on features that are kept: 16 tasks a step, 5 ways, 5 shots, 15 queries."""
+    images = ClassImages(
+        images=torch.zeros(6400, 1, 1, 1, dtype=torch.uint8),
+        class_start=torch.arange(65) * 100,
+        class_names=tuple(f"class {index}" for index in range(64)),
+    )
+    sampler = EpisodeSampler(images, num_ways=5, num_shots=5, num_queries=15)
+    few, many = 5, 5 + sizes.steps
+    rows: list[str] = []
+    for num_features in (64, 1280):
+        centres = torch.randn(64, num_features, generator=torch.Generator().manual_seed(0)).repeat_interleave(100, 0)
+        noise = torch.randn(6400, num_features, generator=torch.Generator().manual_seed(1))
+        tasks = FeatureEpisodes(sampler, centres + noise)
+
+        def train(num_steps: int, tasks: FeatureEpisodes = tasks) -> None:
+            learner = MetaLearner(nn.Linear(*tasks.input_shape, 5), algorithm="softmax")
+            learner.fit(tasks, settings=TrainerSettings(num_steps=num_steps, tasks_per_step=16))
+
+        seconds = medians({"few": lambda: train(few), "many": lambda: train(many)}, sizes.processes)
+        each = (seconds["many"] - seconds["few"]) / (many - few) / 16
+        rows.append(row(f"training a head on {num_features} kept features, a task", 1e3 * each, "ms", None))
+    return rows
 
 
 def of_processes(sizes: Sizes) -> list[str]:
@@ -172,6 +201,7 @@ def report(sizes: Sizes) -> str:
         "|---|---|---|",
         *of_processes(sizes),
         *of_tables(sizes),
+        *of_features(sizes),
         *of_images(sizes),
     ]
     return "\n".join(lines) + "\n"

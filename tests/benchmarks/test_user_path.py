@@ -2,7 +2,7 @@
 
 import re
 
-from benchmarks.user_path import Sizes, of_images, of_processes, of_tables
+from benchmarks.user_path import Sizes, of_features, of_images, of_processes, of_tables
 
 SMALL = Sizes(rounds=1, processes=1, groups=10, tasks=4, steps=1)
 
@@ -27,3 +27,7 @@ def test_processes():
     # Importing the library takes longer than torch alone, of which it is a part.
     imported, help_text, first, later = numbers(of_processes(SMALL))
     assert min(first, later) > 0 and max(imported, help_text) < 60
+
+
+def test_features():
+    assert len(numbers(of_features(SMALL))) == 2
