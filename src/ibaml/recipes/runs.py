@@ -278,7 +278,7 @@ def compare_run_with_baselines(
         data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
         device: Where to compute.
         out: Folder for the fitted baselines and the table. None: ``baselines`` in the folder of the run.
-        say: Called with a line for each baseline that starts.
+        say: Called with lines of how long it takes; see ``compare_with_baselines``.
 
     Returns:
         The comparison, and the folder of its tables.
