@@ -73,8 +73,8 @@ def test_the_time_is_said_before_and_while_baselines_train(learner: MetaLearner)
     with plan.fitting("neighbours"):
         pass
     assert lines[0] == (
-        "Fitting takes about 3.0 min: waiting 3.0 min. Each trains for 120 s by the clock, after a trial of a quarter of "
-        "that for each of its settings."
+        "Fitting takes about 3.0 min: waiting 3.0 min. Each trains for 120 s by the clock, after a trial of a quarter "
+        "of that for each of its settings."
     )
     assert lines[1:3] == ["ridge: fitting; 3.0 min left in all", "waiting: fitting, about 3.0 min; 3.0 min left in all"]
     assert lines[-1] == "neighbours: fitting"

@@ -188,9 +188,19 @@ class Preprocessing:
             )
         values = read_inputs(argument, x)
         if values.shape[1:] != self.input_shape:
+            advice = "pass the same features in the same order"
+            if self.image_size is not None:
+                advice = "pass images of that size, channels first"
+                if values.shape[1:] == (*self.input_shape[1:], self.input_shape[0]):
+                    advice = "channels come first: move the last axis to the second place (numpy.moveaxis(x, -1, 1))"
             raise ValueError(
                 f"{argument} has shape {values.shape}, but the model was trained on inputs of shape "
-                f"[num_examples, {', '.join(map(str, self.input_shape))}]: pass the same features in the same order."
+                f"[num_examples, {', '.join(map(str, self.input_shape))}]: {advice}."
+            )
+        if self.image_size is not None and values.dtype.kind == "f" and len(values) and 0 < values.max() <= 1:
+            raise ValueError(
+                f"{argument} holds floating-point numbers up to {values.max():.3g}, but the model takes images of "
+                "0..255: pass the pixels as they are in the file, or multiply by 255."
             )
         return values
 

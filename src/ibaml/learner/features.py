@@ -10,6 +10,7 @@ import torch
 from ibaml.backbones import Extractor
 from ibaml.backbones.cache import Features
 from ibaml.backbones.samplers import FeatureEpisodes, FeatureTasks
+from ibaml.data.augmentation import UNCHANGED
 from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
@@ -271,7 +272,7 @@ def _pieces(sampler: TaskSampler | None, *, seed: int) -> list[Any]:
         return []
     if _has_images(sampler):
         images = cast("EpisodeSampler", sampler)
-        if images.augmentation is not None:
+        if images.augmentation != UNCHANGED:
             raise ValueError(
                 "augmentation changes images at every draw, and the features of a backbone are computed once for each: "
                 "leave it out, or train a network from its start, MetaLearner(network)."

@@ -337,6 +337,25 @@ def load_fitted(folder: Path, *, backbone: Any = None, device: torch.device = _C
     return dataclasses.replace(fitted, preprocessing=read_recipe(folder).data.preprocessing())
 
 
+def load_learner(folder: Path | str, *, device: torch.device | str = "cpu") -> MetaLearner:
+    """Loads the learner of a recipe's run so that it takes images of 0..255, as its source reads them.
+
+    ``MetaLearner.load`` takes what the recipe's sampler gives, tensors of its range. For sources that take no data of a
+    user, and for models that no recipe made, both are the same.
+
+    Args:
+        folder: Folder of the run.
+        device: Where to compute.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained model.
+        ValueError: If a file is damaged.
+    """
+    folder, device = Path(folder).expanduser(), torch.device(device)
+    learner = MetaLearner.load(folder, device=device)
+    return learner.with_fitted(load_fitted(folder, device=device))
+
+
 def open_run(folder: Path, recipe: Recipe) -> None:
     """Creates a run folder, or checks that an existing one holds the same recipe.
 

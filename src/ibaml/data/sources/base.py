@@ -125,7 +125,7 @@ class ImageSource(abc.ABC):
             num_ways=self.num_train_ways if split == "train" and self.num_train_ways else self.num_ways,
             num_shots=self.num_shots,
             num_queries=queries_in(self, split),
-            augmentation=None if split != "train" or self.augmentation == UNCHANGED else self.augmentation,
+            augmentation=self.augmentation if split == "train" else UNCHANGED,
         )
 
     def preprocessing(self) -> Preprocessing | None:
