@@ -15,8 +15,9 @@ from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source, SplitSettings, as_sampler, is_folder, is_raw, prepare
-from ibaml.data.preprocessing import IDENTITY, Preprocessing, fit_standardizer
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder
+from ibaml.data.standardizer import IDENTITY, fit_standardizer
 from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.likelihoods import TargetKind
 from ibaml.posterior import FittedModel
