@@ -26,7 +26,7 @@ FEATURES: dict[str, str] = {
     "molecules": "features of SMILES by RDKit",
     "onnx": "adapted tasks as ONNX files",
     "processes": "training over several processes",
-    "experiments": "baselines of `ibaml compare` and `ibaml reproduce`",
+    "experiments": "what `ibaml reproduce fsmol` and `groups` compare with",
     "playground": "the tab Table of `ibaml playground`",
 }
 """What each optional extra is for."""

@@ -22,6 +22,7 @@ from ibaml.baselines.neighbours import nearest_neighbours
 from ibaml.baselines.pooled import _fixed, pooled_logistic, pooled_ridge
 from ibaml.baselines.ridge import RIDGE
 from ibaml.baselines.training import Setting, train
+from ibaml.data import Augmentation, ClassImages, EpisodeSampler
 from ibaml.data.sources import Sinusoid
 from ibaml.learner import MetaLearner
 from ibaml.likelihoods import Gaussian
@@ -188,3 +189,13 @@ def test_the_network_is_the_learners_with_initial_weights() -> None:
     assert learner.settings.network == posed.learner.settings.network
     again = posed.same_network(posed.learner.algorithm)
     assert all(map(torch.equal, learner.model.adapted.values(), again.model.adapted.values()))
+
+
+def test_tasks_of_other_ways_change_images_as_before() -> None:
+    pixels = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+    images = ClassImages(images=pixels, class_start=torch.tensor([0, 4, 8, 12]), class_names=("a", "b", "c"))
+    tasks = EpisodeSampler(images, num_ways=3, num_shots=1, num_queries=2, augmentation=Augmentation(crop=0.5))
+    posed = dataclasses.replace(problem(classes=True), train=tasks)
+    fewer = posed.with_ways(2).train
+    assert isinstance(fewer, EpisodeSampler) and fewer.num_ways == 2 and fewer.augmentation == tasks.augmentation
+    assert posed.with_ways(3) is posed

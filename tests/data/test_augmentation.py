@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ibaml import MetaLearner, SplitSettings
-from ibaml.data import Augmentation, ClassImages, EpisodeSampler
+from ibaml.data import UNCHANGED, Augmentation, ClassImages, EpisodeSampler
 from ibaml.data.prepare import prepare
 from ibaml.networks import Conv4
 from ibaml.train import TrainerSettings
@@ -69,16 +69,23 @@ def classes(num_classes: int = 4) -> ClassImages:
     return ClassImages(images=pixels, class_start=starts, class_names=tuple(map(str, range(num_classes))))
 
 
-def sampler(augmentation: Augmentation | None) -> EpisodeSampler:
+def sampler(augmentation: Augmentation) -> EpisodeSampler:
     return EpisodeSampler(classes(), num_ways=2, num_shots=2, num_queries=2, augmentation=augmentation)
 
 
 def test_tasks_are_the_same_but_for_their_images():
-    plain, changed = (sampler(how).sample(3, generator=generator()) for how in (None, Augmentation(colour=0.2)))
+    plain, changed = (sampler(how).sample(3, generator=generator()) for how in (UNCHANGED, Augmentation(colour=0.2)))
     assert torch.equal(plain.support.y, changed.support.y) and changed.query.x.shape == plain.query.x.shape
     assert not torch.equal(plain.support.x, changed.support.x) and not torch.equal(plain.query.x, changed.query.x)
-    kept = sampler(Augmentation(flip=False)).sample(3, generator=generator())
-    assert torch.equal(plain.support.x, kept.support.x)
+    named = EpisodeSampler(classes(), num_ways=2, num_shots=2, num_queries=2)
+    assert torch.equal(plain.support.x, named.sample(3, generator=generator()).support.x)
+    assert named.augmentation == SplitSettings().augmentation == UNCHANGED
+    # As version 0.2.0 stored it.
+    assert SplitSettings(augmentation=None).augmentation == UNCHANGED
+    with pytest.raises(
+        TypeError, match="augmentation must be an ibaml.data.Augmentation, got NoneType; to leave images"
+    ):
+        sampler(None)
     one, two = (sampler(Augmentation(crop=crop)).content() for crop in (1.0, 0.5))
     assert one[6:] != two[6:]
 
@@ -106,7 +113,7 @@ def test_folders_are_changed_in_training_and_not_in_validation(tmp_path, monkeyp
     splits = SplitSettings(num_ways=2, num_shots=1, num_query_images=1, augmentation=changes)
     how = {"target_kind": "classes", "classes": "per_task", "seed": 0, "dtype": torch.float32, "columns": {}}
     source = prepare(tmp_path / "photos", 0.4, splits=splits, **how)
-    assert source.train.augmentation == changes and source.validation.augmentation is None
+    assert source.train.augmentation == changes and source.validation.augmentation == UNCHANGED
     learner = MetaLearner(algorithm="prototypes").fit(tmp_path / "photos", splits=splits, num_steps=1)
     assert MetaLearner.load(learner.save(tmp_path / "model")).splits == splits
     monkeypatch.setenv("IBAML_DATA", str(tmp_path))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibaml.data.preprocessing import fit_preprocessing, fit_standardizer
+from ibaml.data.preprocessing import fit_preprocessing
+from ibaml.data.standardizer import fit_standardizer
 from ibaml.data.tables import read_tasks
 
 RNG = np.random.default_rng(0)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from ibaml import MetaLearner, records
+from ibaml import Batch, Episode, MetaLearner, records
 from ibaml.cli import main
 from ibaml.learner.evaluations import read_evaluation, write_evaluation
 from ibaml.learner.folder import MODEL, SETTINGS
 from ibaml.learner.run_folder import write_summary
-from ibaml.networks import MLP
+from ibaml.networks import MLP, Conv4
 from ibaml.posterior import FittedModel
-from ibaml.recipes import get_recipe, runs
+from ibaml.recipes import get_recipe, load_learner, runs
 from ibaml.train.checkpoint import CHECKPOINT, load_tensors
 from ibaml.train.evaluate import evaluate
 from ibaml.train.log import METRICS
@@ -396,3 +396,18 @@ def test_tasks_of_unequal_size_are_stored_one_after_the_other(tmp_path):
     squares = ((tensors["mean"] - tensors["targets"]) ** 2).split(tensors["num_queries"].tolist())
     stored = read_evaluation(tmp_path / "run").per_task["mse"]
     torch.testing.assert_close(torch.stack([each.mean() for each in squares]), stored, rtol=1e-9, atol=0)
+
+
+def test_a_run_takes_images_as_its_source_reads_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (10, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    batch = Batch(x / 255, torch.arange(10) % 5)
+    network = Conv4(5, channels=2, downsample="stride")
+    learner = MetaLearner(network, "prototypes", classes="per_task").fit([Episode(batch, batch)], num_steps=1)
+    runs.open_run(tmp_path, get_recipe("glyphs_5way_5shot"))
+    learner.save(tmp_path)
+    labels = np.array(list("abcde"))[batch.y.numpy()]
+    prediction = load_learner(tmp_path).adapt(x.numpy(), labels).predict(x.numpy())
+    expected = MetaLearner.load(tmp_path).adapt(*batch).predict(batch.x)
+    np.testing.assert_allclose(prediction.probs, expected.probs.numpy(), rtol=1e-6)
+    assert prediction.classes.tolist() == list("abcde")

@@ -177,7 +177,7 @@ print(result.stop_reason, result.num_steps)
 
 
 def test_a_terminated_process_can_be_resumed_exactly(tmp_path):
-    # With SIGINT: tests/test_cli.py.
+    # With SIGINT: tests/cli/test_train.py.
     script = SCRIPT.format(num_threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "parts")], stdout=subprocess.PIPE)
     try:

@@ -227,6 +227,9 @@ class Model(PlainNll):
         """
         if not algorithm.uses_features:
             return
+        if not x.is_floating_point():
+            # Before torch says it in its own words; a network of tokens passes.
+            self._num_outputs_at("the inputs", x)
         if not self.splits(x):
             raise ValueError(
                 f"algorithm {algorithm.name!r} takes the place of the network's last linear layer, but the adapted "
@@ -290,9 +293,10 @@ class Model(PlainNll):
             with torch.no_grad():
                 outputs: Any = self.outputs(self.adapted, self.shared, x)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            whole = "" if x.is_floating_point() else " Give images of 0..255 as x.float() / 255, numbers as x.float()."
             raise ValueError(
                 f"the network ({type(self.network).__name__}) cannot process {argument}.x of shape "
-                f"{tuple(x.shape)} and dtype {x.dtype}: {error}"
+                f"{tuple(x.shape)} and dtype {x.dtype}: {error}{whole}"
             ) from error
         if not isinstance(outputs, Tensor):
             raise ValueError(

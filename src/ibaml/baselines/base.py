@@ -97,7 +97,11 @@ class Problem:
         if not isinstance(tasks, EpisodeSampler) or tasks.num_ways == num_ways:
             return self
         tasks = EpisodeSampler(
-            tasks.images, num_ways=num_ways, num_shots=tasks.num_shots, num_queries=tasks.num_queries
+            tasks.images,
+            num_ways=num_ways,
+            num_shots=tasks.num_shots,
+            num_queries=tasks.num_queries,
+            augmentation=tasks.augmentation,
         )
         return dataclasses.replace(self, train=tasks)
 

@@ -16,6 +16,7 @@ from ibaml.algorithms import make_algorithm
 from ibaml.atomic import read_json, write_text
 from ibaml.baselines.base import Baseline, Problem, fresh_network, pose
 from ibaml.baselines.registry import BASELINES
+from ibaml.baselines.timetable import Timetable
 from ibaml.learner import MetaLearner
 from ibaml.learner.compare import difference
 from ibaml.learner.folder import read_metadata
@@ -209,7 +210,7 @@ def compare_with_baselines(
         folder: Folder for the baselines and the tables. Baselines that are there with the same settings, data and time
             are used again, and training that was interrupted goes on.
         name: How the learner is called.
-        say: Called with a line for each baseline that starts.
+        say: Called with lines of how long it takes: before it starts, and for each baseline and trial that starts.
 
     Raises:
         NotFittedError: If the learner has not been fitted.
@@ -219,8 +220,8 @@ def compare_with_baselines(
         FloatingPointError: If predictions of the learner itself are not finite.
 
     Cost:
-        The learner's training time for each baseline that trains, and a quarter of it for each of its two to five
-        settings.
+        The learner's training time by the clock for each baseline that trains, and a quarter of it for each of its
+        two to five settings.
 
     Examples:
         >>> import numpy as np
@@ -244,7 +245,7 @@ def compare_with_baselines(
     own = learner.evaluate_in_full(test_tasks, num_tasks=num_tasks, seed=seed)
     # Fitted before any of them is evaluated, by a function that has not seen the test tasks.
     folder = None if folder is None else Path(folder).expanduser()
-    fitted = [_fit(one, problem, seconds, None if folder is None else folder / one.name) for one in chosen]
+    fitted = _fit_all(chosen, problem, seconds, folder)
 
     def judged(method: Method) -> Method:
         if method.learner is None:
@@ -286,32 +287,50 @@ def _select(problem: Problem, baselines: Sequence[str | Baseline] | None) -> lis
     return chosen
 
 
-def _fit(baseline: Baseline, problem: Problem, seconds: float, folder: Path | None) -> Method:
-    """Fits a baseline, or finds it fitted in its folder."""
-    name, learner = baseline.name, problem.learner
-    record = _identity(baseline, problem, seconds)
-    stored = None if folder is None else _read_record(folder, record)
-    if stored is not None and folder is not None:
-        problem.say(f"{name}: as fitted in {folder}")
-        is_known = read_metadata(folder)["learner"]["network"] is not None
-        network = None if is_known else fresh_network(learner)
-        loaded = MetaLearner.load(folder, network=network, device=learner.device)
-        return Method(name=name, seconds=stored["seconds"], note=stored["chosen"], learner=loaded)
+def _fit_all(baselines: Sequence[Baseline], problem: Problem, seconds: float, folder: Path | None) -> list[Method]:
+    """Fits baselines one after the other, or finds them fitted in their folders."""
+    identities = {one.name: _identity(one, problem, seconds) for one in baselines}
+    folders = {one.name: None if folder is None else folder / one.name for one in baselines}
+    stored = {name: _read_record(place, identities[name]) for name, place in folders.items() if place is not None}
+    timetable = Timetable(problem, seconds, [one for one in baselines if stored.get(one.name) is None])
+    timetable.announce()
+
+    def found(baseline: Baseline) -> Method:
+        name, place = baseline.name, folders[baseline.name]
+        if place is not None and (known := stored[name]) is not None:
+            return _load(name, problem, known, place)
+        with timetable.fitting(name):
+            return _fit(baseline, problem, seconds, identities[name], place)
+
+    return [found(one) for one in baselines]
+
+
+def _load(name: str, problem: Problem, stored: Mapping[str, Any], folder: Path) -> Method:
+    problem.say(f"{name}: as fitted in {folder}")
+    learner = problem.learner
+    is_known = read_metadata(folder)["learner"]["network"] is not None
+    network = None if is_known else fresh_network(learner)
+    loaded = MetaLearner.load(folder, network=network, device=learner.device)
+    return Method(name=name, seconds=stored["seconds"], note=stored["chosen"], learner=loaded)
+
+
+def _fit(
+    baseline: Baseline, problem: Problem, seconds: float, record: Mapping[str, Any], folder: Path | None
+) -> Method:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps({"of": record, "result": None}, indent=2) + "\n")
-    problem.say(f"{name}: fitting")
     try:
         found = baseline.fit(problem, seconds=seconds, folder=folder)
     except _FAILURES as error:
-        return _failed(name, error, seconds=None)
-    fitted = dataclasses.replace(found.learner.fitted_model, preprocessing=learner.preprocessing)
-    predictor = found.learner.with_fitted(fitted, learner.splits)
+        return _failed(baseline.name, error, seconds=None)
+    fitted = dataclasses.replace(found.learner.fitted_model, preprocessing=problem.learner.preprocessing)
+    predictor = found.learner.with_fitted(fitted, problem.learner.splits)
     if folder is not None:
         predictor.save(folder)
         result = {"chosen": found.chosen, "seconds": found.seconds}
         write_text(folder / RECORD, json.dumps({"of": record, "result": result}, indent=2) + "\n")
-    return Method(name=name, seconds=found.seconds, note=found.chosen, learner=predictor)
+    return Method(name=baseline.name, seconds=found.seconds, note=found.chosen, learner=predictor)
 
 
 def _identity(baseline: Baseline, problem: Problem, seconds: float) -> dict[str, Any]:

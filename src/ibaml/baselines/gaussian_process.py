@@ -28,9 +28,9 @@ class SharedGaussianProcess:
         """Whether targets are numbers."""
         return problem.is_regression
 
-    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
-        """Trains; see ``Baseline``."""
-        settings = [
+    def settings(self, problem: Problem) -> list[Setting]:
+        """Returns one for each pair of learning rates; see ``TrainedBaseline``."""
+        return [
             Setting(
                 f"learning rates {rate:g} and {log_rate:g}",
                 problem.linear(make_algorithm("gp"), noise_variance=_NOISE_VARIANCE),
@@ -38,4 +38,7 @@ class SharedGaussianProcess:
             )
             for rate, log_rate in self.learning_rates
         ]
-        return train(problem, settings, seconds=seconds, folder=folder)
+
+    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
+        """Trains; see ``Baseline``."""
+        return train(problem, self.settings(problem), seconds=seconds, folder=folder)

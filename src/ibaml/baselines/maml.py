@@ -30,8 +30,8 @@ class ModelAgnostic:
         del problem
         return True
 
-    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
-        """Trains; see ``Baseline``."""
+    def settings(self, problem: Problem) -> list[Setting]:
+        """Returns the inner solvers that suit the network; see ``TrainedBaseline``."""
         network = problem.learner.network
         assert network is not None
         # Running statistics may not come after what is adapted, and those of a query set would tell of one another.
@@ -59,7 +59,12 @@ class ModelAgnostic:
                 settings.append(Setting(described, learner, problem.settings))
         if not settings:
             raise refusals[0]
-        return train(problem.with_ways(problem.learner.model.num_outputs), settings, seconds=seconds, folder=folder)
+        return settings
+
+    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
+        """Trains; see ``Baseline``."""
+        tasks = problem.with_ways(problem.learner.model.num_outputs)
+        return train(tasks, self.settings(problem), seconds=seconds, folder=folder)
 
     def _descent(self, learning_rate: float) -> GradientDescent:
         return GradientDescent(num_steps=self.num_steps, learning_rate=learning_rate)

@@ -25,9 +25,9 @@ class PrototypicalNetwork:
         """Whether targets are classes."""
         return not problem.is_regression
 
-    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
-        """Trains; see ``Baseline``."""
-        settings = [
+    def settings(self, problem: Problem) -> list[Setting]:
+        """Returns one for each learning rate; see ``TrainedBaseline``."""
+        return [
             Setting(
                 f"learning rate {rate:g}",
                 problem.same_network(make_algorithm("prototypes")),
@@ -35,4 +35,7 @@ class PrototypicalNetwork:
             )
             for rate in self.learning_rates
         ]
-        return train(problem, settings, seconds=seconds, folder=folder)
+
+    def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
+        """Trains; see ``Baseline``."""
+        return train(problem, self.settings(problem), seconds=seconds, folder=folder)

@@ -7,6 +7,10 @@ quarter chose the last layer, with 0.34.) The state with the least validation nl
 speed for the number of steps, with the time for start-up and validations left out. The training itself then starts
 anew. Machines do not keep their speed: the seconds in a result are those that were spent, and training that takes a
 fifth longer than it should is stopped.
+
+Time is that of the clock, as the learner's was: it is what a user waits for, and on an accelerator the processor's says
+little. Work beside it takes as much from a baseline as it takes from the learner only if it is there for both:
+``ibaml.baselines.compare`` says where it was not.
 """
 
 import dataclasses
@@ -15,10 +19,10 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ibaml.atomic import read_json, write_text
-from ibaml.baselines.base import FittedBaseline, Problem
+from ibaml.baselines.base import Baseline, FittedBaseline, Problem
 from ibaml.baselines.choosing import tempered
 from ibaml.learner import MetaLearner
 from ibaml.posterior import FittedModel
@@ -34,6 +38,8 @@ _MOST_VALIDATIONS = 5
 _SHARE_FOR_VALIDATION = 0.15
 _SLACK = 1.2
 _MANY = 10**9
+_WORTH_A_LINE = 2.0
+"""Seconds of a trial or a training from which on it is announced."""
 
 
 class Setting(NamedTuple):
@@ -50,6 +56,22 @@ class Setting(NamedTuple):
     trainer: TrainerSettings
 
 
+@runtime_checkable
+class TrainedBaseline(Baseline, Protocol):
+    """A baseline that trains, so that the time it takes is known beforehand."""
+
+    def settings(self, problem: Problem) -> Sequence[Setting]:
+        """Returns the settings that short trials choose from.
+
+        Args:
+            problem: The tasks.
+
+        Raises:
+            ValueError: If the network suits none.
+        """
+        ...
+
+
 class _Trial(NamedTuple):
     """How a short training went.
 
@@ -64,6 +86,16 @@ class _Trial(NamedTuple):
     steps_per_second: float
     start_seconds: float
     validation_seconds: float
+
+
+def expected_seconds(settings: Sequence[Setting], seconds: float) -> float:
+    """Returns how long ``train`` takes, starting and validation aside.
+
+    Args:
+        settings: Settings to try.
+        seconds: Time of training.
+    """
+    return seconds * (1 + _TRIAL * len(settings))
 
 
 def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, folder: Path | None) -> FittedBaseline:
@@ -87,6 +119,8 @@ def train(problem: Problem, settings: Sequence[Setting], *, seconds: float, fold
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / PLAN, json.dumps({**plan, "among": described}, indent=2) + "\n")
     chosen = settings[plan["index"]]
+    if seconds >= _WORTH_A_LINE:
+        problem.say(f"    training with {chosen.described}: {seconds:.0f} s")
     steps = {name: plan[name] for name in ("num_steps", "validate_every", "checkpoint_every")}
     learner = chosen.learner.fit(
         problem.train,
@@ -105,6 +139,8 @@ def _plan(problem: Problem, settings: Sequence[Setting], seconds: float) -> dict
     trials: dict[int, _Trial] = {}
     failures: list[str] = []
     for index, one in enumerate(settings):
+        if _TRIAL * seconds >= _WORTH_A_LINE:
+            problem.say(f"    trial {index + 1} of {len(settings)}, {one.described}: {_TRIAL * seconds:.0f} s")
         try:
             trial = _try(problem, one, _TRIAL * seconds)
         except (TrainingDivergedError, FloatingPointError, ValueError) as error:

@@ -5,7 +5,7 @@ samplers of their own. Every sampler is a ``ibaml.types.TaskSampler``. ``ibaml.d
 recipes hold: which data, in which sizes of tasks.
 """
 
-from ibaml.data.augmentation import Augmentation
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.files.locate import find_data_file
 from ibaml.data.files.pickles import load_arrays
@@ -23,6 +23,7 @@ from ibaml.data.sources.sinusoid import SinusoidTasks
 from ibaml.data.sources.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
+    "UNCHANGED",
     "AssayTasks",
     "Assays",
     "Augmentation",

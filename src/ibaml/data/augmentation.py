@@ -69,7 +69,7 @@ class Augmentation:
 
 
 UNCHANGED = Augmentation(flip=False)
-"""Leaves images as they are."""
+"""Leaves images as they are: what is meant wherever no augmentation is named."""
 
 
 def _parts(images: Tensor, sides: Tensor, places: Tensor) -> Tensor:

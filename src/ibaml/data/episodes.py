@@ -1,11 +1,9 @@
 """The sampler that draws few-shot classification tasks from images grouped by class."""
 
-from functools import partial
-
 import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
-from ibaml.data.augmentation import Augmentation
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.images import ClassImages, scale_pixels
 from ibaml.types import Batch, ClassScope, Episode, PyTree, Tensor
 
@@ -24,10 +22,10 @@ class EpisodeSampler:
         num_ways: Classes in a task.
         num_shots: Support images of each class.
         num_queries: Query images of each class.
-        augmentation: How images are changed at every draw. None: not at all.
+        augmentation: How images are changed at every draw.
 
     Raises:
-        TypeError: If ``images`` is not ClassImages or a count is not an int.
+        TypeError: If ``images`` is not ClassImages, ``augmentation`` no Augmentation, or a count is not an int.
         ValueError: If a count is below one, there are fewer classes than ``num_ways`` or a class has fewer than
             ``num_shots + num_queries`` images.
 
@@ -52,11 +50,16 @@ class EpisodeSampler:
         num_ways: int,
         num_shots: int,
         num_queries: int,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation = UNCHANGED,
     ) -> None:
         """Checks that the classes suffice; see the class for the arguments."""
         if not isinstance(images, ClassImages):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"images must be ClassImages, got {type(images).__name__}; use one of the load functions.")
+        if not isinstance(augmentation, Augmentation):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"augmentation must be an ibaml.data.Augmentation, got {type(augmentation).__name__}; to leave images "
+                "as they are leave it out."
+            )
         self.images = images
         self.augmentation = augmentation
         self.num_ways = require_positive_int("num_ways", num_ways)
@@ -102,7 +105,7 @@ class EpisodeSampler:
         """Returns what decides the draws: the same for images on any device, whose tasks may differ in a last digit."""
         images, changes = self.images, self.augmentation
         own = images.images, self._class_start, self._class_sizes, self.num_ways, self.num_shots, self.num_queries
-        return own if changes is None else (*own, changes.flip, changes.crop, changes.colour)
+        return own if changes == UNCHANGED else (*own, changes.flip, changes.crop, changes.colour)
 
     def sample(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws tasks.
@@ -121,8 +124,11 @@ class EpisodeSampler:
             ValueError: If ``num_tasks`` is below one or the generator is not on the CPU.
         """
         drawn = self.sample_positions(num_tasks, generator=generator)
-        change = (lambda x: x) if self.augmentation is None else partial(self.augmentation.apply, generator=generator)
-        return Episode(*(batch._replace(x=change(self.inputs_at(batch.x))) for batch in drawn))
+        drawn = Episode(*(batch._replace(x=self.inputs_at(batch.x)) for batch in drawn))
+        if self.augmentation == UNCHANGED:
+            return drawn
+        change = self.augmentation.apply
+        return Episode(*(batch._replace(x=change(batch.x, generator=generator)) for batch in drawn))
 
     def sample_positions(self, num_tasks: int, *, generator: torch.Generator) -> Episode:
         """Draws the tasks that ``sample`` draws, with positions among all images for inputs.

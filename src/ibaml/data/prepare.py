@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ibaml.data.augmentation import Augmentation
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
@@ -39,7 +39,7 @@ class SplitSettings:
         num_query_images: Image folders: query images of a class.
         image_size: Image folders: side, or height and width, to which images are resized.
         channels: Image folders: 3 for colour, 1 for grey.
-        augmentation: Image folders: how images of training tasks are changed at every draw. None: not at all.
+        augmentation: Image folders: how images of training tasks are changed at every draw.
     """
 
     num_support: int | None = None
@@ -51,7 +51,12 @@ class SplitSettings:
     num_query_images: int = 5
     image_size: int | tuple[int, int] | None = None
     channels: int = 3
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation = UNCHANGED
+
+    def __post_init__(self) -> None:
+        """Reads settings that version 0.2.0 stored, where None said that images stay as they are."""
+        if self.augmentation is None:  # pyright: ignore[reportUnnecessaryComparison]
+            object.__setattr__(self, "augmentation", UNCHANGED)
 
 
 class Source(NamedTuple):
@@ -239,9 +244,7 @@ def _load(folder: str | Path, splits: SplitSettings) -> ClassImages:
     return load_class_folder(folder, image_size=splits.image_size, channels=splits.channels)
 
 
-def _episodes(
-    images: ClassImages, splits: SplitSettings, *, augmentation: Augmentation | None = None
-) -> EpisodeSampler:
+def _episodes(images: ClassImages, splits: SplitSettings, *, augmentation: Augmentation = UNCHANGED) -> EpisodeSampler:
     return EpisodeSampler(
         images,
         num_ways=splits.num_ways or 5,

@@ -10,12 +10,14 @@ import torch
 from ibaml.backbones import Extractor
 from ibaml.backbones.cache import Features
 from ibaml.backbones.samplers import FeatureEpisodes, FeatureTasks
+from ibaml.data.augmentation import UNCHANGED
 from ibaml.data.columns import is_table
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.prepare import Source, SplitSettings, as_sampler, is_folder, is_raw, prepare
-from ibaml.data.preprocessing import IDENTITY, Preprocessing, fit_standardizer
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder
+from ibaml.data.standardizer import IDENTITY, fit_standardizer
 from ibaml.data.tables import TaskTable, read_tasks
 from ibaml.likelihoods import TargetKind
 from ibaml.posterior import FittedModel
@@ -271,7 +273,7 @@ def _pieces(sampler: TaskSampler | None, *, seed: int) -> list[Any]:
         return []
     if _has_images(sampler):
         images = cast("EpisodeSampler", sampler)
-        if images.augmentation is not None:
+        if images.augmentation != UNCHANGED:
             raise ValueError(
                 "augmentation changes images at every draw, and the features of a backbone are computed once for each: "
                 "leave it out, or train a network from its start, MetaLearner(network)."

@@ -10,8 +10,9 @@ import numpy as np
 
 from ibaml.algorithms.model import num_outputs_of
 from ibaml.data.columns import Column, as_table
-from ibaml.data.preprocessing import IDENTITY, Preprocessing
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
+from ibaml.data.standardizer import IDENTITY
 from ibaml.learner.groups import predict_groups
 from ibaml.optional import require
 from ibaml.posterior import FittedModel

@@ -11,7 +11,7 @@ from ibaml.algorithms import Algorithm
 from ibaml.algorithms.model import num_outputs_of
 from ibaml.backbones import Extractor, FineTuned, FineTunedInputs, named_backbone, restore_inputs
 from ibaml.data.prepare import Source
-from ibaml.data.preprocessing import IDENTITY
+from ibaml.data.standardizer import IDENTITY
 from ibaml.learner import defaults
 from ibaml.learner.defaults import Suited
 from ibaml.learner.features import prepare_features

@@ -81,6 +81,7 @@ def fit_model(
             abstention=chosen.abstention,
             experience=experience,
             step=chosen.step,
+            raw_inputs=trainer.raw_inputs if source.preprocessing is None else None,
             backbone=backbone,
         )
 

@@ -30,6 +30,7 @@ from ibaml.atomic import write_text
 from ibaml.data.augmentation import Augmentation
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
+from ibaml.data.raw import RawInputs
 from ibaml.learner.choice import Choice
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
@@ -73,6 +74,7 @@ class StoredModel(NamedTuple):
         splits: How tasks were split.
         preprocessing: How data become tensors; None if they came as tensors.
         temperature: Calibration temperature.
+        raw_inputs: What tensors of training were like, if that is known.
         abstention: How often confident predictions of held-out tasks were wrong; None if that is not stored.
         experience: How many tasks the prior stands for; likewise.
         step: Meta-step of the state; None for a model that was not stored by training.
@@ -88,6 +90,7 @@ class StoredModel(NamedTuple):
     preprocessing: Preprocessing | None
     temperature: float
     abstention: AbstentionCurve | None
+    raw_inputs: RawInputs | None
     experience: Experience | None
     step: int | None
     choice: Choice | None
@@ -134,6 +137,7 @@ class StoredModel(NamedTuple):
             abstention=self.abstention,
             experience=self.experience,
             step=self.step,
+            raw_inputs=self.raw_inputs,
         )
 
 
@@ -178,6 +182,7 @@ def write_model(
         "seed": seed,
         "splits": records.to_json(splits),
         "preprocessing": None if preprocessing is None else preprocessing.settings(),
+        "raw_inputs": None if fitted.raw_inputs is None else fitted.raw_inputs._asdict(),
         "calibration_temperature": fitted.temperature,
         "experience": None if fitted.experience is None else fitted.experience._asdict(),
         "choice": None if choice is None else choice._asdict(),
@@ -224,11 +229,16 @@ def read_model(folder: Path) -> StoredModel:
             temperature=temperature,
             # A folder without it, as of a model that is not calibrated or of an earlier version, is read all the same.
             abstention=AbstentionCurve(**abstention) if abstention else None,
+            raw_inputs=None if metadata.get("raw_inputs") is None else _raw(metadata["raw_inputs"]),
             experience=None if metadata.get("experience") is None else Experience(**metadata["experience"]),
             step=metadata["step"],
             choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
             backbone=metadata.get("backbone"),
         )
+
+
+def _raw(stored: Mapping[str, Any]) -> RawInputs:
+    return RawInputs(tuple(stored["shape"]), bool(stored["is_floating_point"]), stored["low"], stored["high"])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ibaml import tree
+from ibaml.data.augmentation import UNCHANGED
 from ibaml.data.prepare import Source, SplitSettings
 from ibaml.train.checkpoint import digest
 from ibaml.train.evaluate import draw_tasks
@@ -39,7 +40,7 @@ def data_identity(source: Source, splits: SplitSettings) -> dict[str, Any]:
 def _described(splits: SplitSettings) -> dict[str, Any]:
     changes = splits.augmentation
     described = {name: value for name, value in vars(splits).items() if name != "augmentation"}
-    return described if changes is None else {**described, "augmentation": vars(changes)}
+    return described if changes == UNCHANGED else {**described, "augmentation": vars(changes)}
 
 
 def digest_of_tasks(tasks: TaskSampler) -> str:

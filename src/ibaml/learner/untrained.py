@@ -18,8 +18,9 @@ import numpy as np
 from ibaml.algorithms import make_algorithm
 from ibaml.backbones import Extractor
 from ibaml.data.prepare import SplitSettings, is_folder
-from ibaml.data.preprocessing import Preprocessing, fit_standardizer
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.image_folder import load_class_folder, load_images
+from ibaml.data.standardizer import fit_standardizer
 from ibaml.learner.defaults import HEAD_PATTERN, Suited
 from ibaml.learner.features import extract, splits_of
 from ibaml.likelihoods import Likelihood

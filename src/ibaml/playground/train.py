@@ -22,7 +22,7 @@ from ibaml.data import load_glyphs
 from ibaml.data.sources import Sinusoid
 from ibaml.learner import MetaLearner
 from ibaml.playground.none_of_these import find_thresholds
-from ibaml.recipes import get_recipe, runs
+from ibaml.recipes import get_recipe, load_learner, runs
 
 MODELS = Path(__file__).parent / "models"
 FIELDS = Path(__file__).parent / "page" / "fields.csv"
@@ -53,7 +53,7 @@ def train_drawings(folder: Path, *, console: Console | None = None) -> MetaLearn
     with tempfile.TemporaryDirectory() as run:
         runs.train_run(get_recipe(RECIPE), Path(run), console=console)
         # With what the recipe knows of pictures: that white is 255.
-        learner = MetaLearner.load(run).with_fitted(runs.load_fitted(Path(run)))
+        learner = load_learner(run)
     learner.save(folder)
     find_thresholds(learner, load_glyphs("validation")).save(folder)
     return learner

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ibaml.algorithms.nll import Nll
 from ibaml.backbones import Extractor
 from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
+from ibaml.data.raw import RawInputs, check_raw
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, Likelihood, MixturePrediction, Prediction
@@ -45,6 +47,7 @@ class FittedModel:
         experience: How many tasks the prior stands for, if that is known; where it can learn on from single tasks.
         step: Meta-step of ``meta``, if it comes from training.
         max_examples_per_pass: Pass at most so many support examples through the network at a time. None: no limit.
+        raw_inputs: What tensors of training were like, if there is no preprocessing and it is known.
         backbone: What makes features of inputs, which are the data of ``preprocessing``; None: inputs are data.
     """
 
@@ -59,21 +62,32 @@ class FittedModel:
     experience: Experience | None = None
     step: int | None = None
     max_examples_per_pass: int | None = None
+    raw_inputs: RawInputs | None = None
     backbone: Extractor | None = None
 
     def encode(self, argument: str, x: Any) -> Tensor:
         """Returns inputs on the device, in the dtype of the weights.
 
         Raises:
-            TypeError: If the inputs are no numbers.
+            TypeError: If the inputs are no numbers, or of another kind than in training.
             ValueError: If they are not finite or of the wrong shape.
+
+        Warns:
+            RuntimeWarning: If values are far from those of training.
         """
+        if isinstance(x, str | Path):
+            raise TypeError(
+                f"{argument} is the path {str(x)!r}; expected an array: ibaml.data.load_class_folder reads a folder of "
+                "class folders of images, and `ibaml predict` on the command line takes folders and tables."
+            )
         if self.preprocessing is not None:
             if self.backbone is not None:
                 shape = self.preprocessing.input_shape
                 x = np.empty((0, *shape)) if _is_empty(x) else self.backbone.features(argument, x)
             return self.preprocessing.encode_inputs(argument, x, dtype=self.dtype).to(self.device)
         x = as_tensor(argument, x)
+        if self.raw_inputs is not None and not _is_empty(x):
+            check_raw(argument, x, self.raw_inputs)
         return x.to(device=self.device, dtype=self.dtype if x.is_floating_point() else None)
 
     def require_prior(self) -> None:

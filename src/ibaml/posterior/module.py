@@ -13,7 +13,8 @@ from ibaml.algorithms import Algorithm, GradientBased, Head
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Backbone, Extractor, FineTunedInputs, read_features
 from ibaml.backbones.fine_tuned import root_of_features
-from ibaml.data.preprocessing import Preprocessing, Standardizer
+from ibaml.data.preprocessing import Preprocessing
+from ibaml.data.standardizer import Standardizer
 from ibaml.likelihoods import ClassPrediction, MixturePrediction
 from ibaml.networks import RadialBasis
 from ibaml.posterior.fitted import predicted

@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Callable, Mapping
 
 from ibaml.recipes import characters, few_shot, fsmol, heads, sinusoid
+from ibaml.recipes.runs import load_learner
 from ibaml.recipes.settings import Recipe
 
-__all__ = ["RECIPES", "Recipe", "get_recipe"]
+__all__ = ["RECIPES", "Recipe", "get_recipe", "load_learner"]
 
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     **heads.RECIPES,

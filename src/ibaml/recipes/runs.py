@@ -278,7 +278,7 @@ def compare_run_with_baselines(
         data: Folder with data files, searched before ``$IBAML_DATA`` and the per-user cache.
         device: Where to compute.
         out: Folder for the fitted baselines and the table. None: ``baselines`` in the folder of the run.
-        say: Called with a line for each baseline that starts.
+        say: Called with lines of how long it takes; see ``compare_with_baselines``.
 
     Returns:
         The comparison, and the folder of its tables.
@@ -335,6 +335,25 @@ def load_fitted(folder: Path, *, backbone: Any = None, device: torch.device = _C
     if fitted.preprocessing is not None or not (folder / RECIPE).is_file():
         return fitted
     return dataclasses.replace(fitted, preprocessing=read_recipe(folder).data.preprocessing())
+
+
+def load_learner(folder: Path | str, *, device: torch.device | str = "cpu") -> MetaLearner:
+    """Loads the learner of a recipe's run so that it takes images of 0..255, as its source reads them.
+
+    ``MetaLearner.load`` takes what the recipe's sampler gives, tensors of its range. For sources that take no data of a
+    user, and for models that no recipe made, both are the same.
+
+    Args:
+        folder: Folder of the run.
+        device: Where to compute.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained model.
+        ValueError: If a file is damaged.
+    """
+    folder, device = Path(folder).expanduser(), torch.device(device)
+    learner = MetaLearner.load(folder, device=device)
+    return learner.with_fitted(load_fitted(folder, device=device))
 
 
 def open_run(folder: Path, recipe: Recipe) -> None:

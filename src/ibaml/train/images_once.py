@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ibaml.algorithms.tail import FEATURES
+from ibaml.data.augmentation import UNCHANGED
 from ibaml.posterior import FittedModel
 from ibaml.types import Episode, TaskSampler, Tensor
 
@@ -75,7 +76,7 @@ def images_once(
         x: Inputs of some task, on the device.
     """
     model = fitted.model
-    if not hasattr(tasks, "sample_positions") or getattr(tasks, "augmentation", None) is not None:
+    if not hasattr(tasks, "sample_positions") or getattr(tasks, "augmentation", UNCHANGED) != UNCHANGED:
         return fitted, tasks
     if not len(x) or not model.splits(x) or not model.examples_stand_alone:
         return fitted, tasks

@@ -22,6 +22,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
 from ibaml.backbones import FineTuned
+from ibaml.data.raw import RawInputs, raw_inputs_of
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
 from ibaml.train.checkpoint import (
@@ -71,6 +72,9 @@ class Trainer:
         on_chosen: Called in the first process, after the checkpoint is written, with the chosen state, whenever it is
             new; needs ``run_folder``.
 
+    Attributes:
+        raw_inputs: What the inputs of the first training task were like, once ``fit`` has begun.
+
     Raises:
         ValueError: If there are more processes than tasks in a step.
     """
@@ -117,6 +121,7 @@ class Trainer:
         tuned = model.network.learned if isinstance(model.network, FineTuned) else ()
         groups = parameter_groups(self._meta, algorithm, model.likelihood, settings, fine_tuned=tuned)
         self._optimizer = torch.optim.Adam(groups)
+        self.raw_inputs: RawInputs | None = None
         self._step, self._seconds = 0, 0.0
         self._chosen = Chosen(self._snapshot())
         self._data_identity = data_identity
@@ -362,6 +367,7 @@ class Trainer:
         episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
         self.model.check_features(self.algorithm, first.support.x)
+        self.raw_inputs = self.raw_inputs or raw_inputs_of(first)
         num_outputs = self.model.check_task(
             first, task=name, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
         )

@@ -129,7 +129,7 @@ class ImageSource(abc.ABC):
             num_ways=(is_training and self.num_train_ways) or self.num_ways,
             num_shots=(is_training and self.num_train_shots) or self.num_shots,
             num_queries=queries_in(self, split),
-            augmentation=None if not is_training or self.augmentation == UNCHANGED else self.augmentation,
+            augmentation=self.augmentation if is_training else UNCHANGED,
         )
 
     def preprocessing(self) -> Preprocessing | None:

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ibaml.checks import require_cpu_generator, require_positive_int
-from ibaml.data.preprocessing import IDENTITY, Preprocessing
+from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.sources.base import Split, queries_in
+from ibaml.data.standardizer import IDENTITY
 from ibaml.types import Batch, ClassScope, Episode, Tensor
 
 _SUBSPACE_SEED = 0
