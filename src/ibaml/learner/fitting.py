@@ -13,7 +13,7 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Extractor
-from ibaml.data.prepare import Source, SplitSettings
+from ibaml.data.prepare import Source
 from ibaml.learner.defaults import TABLE_TRAINER
 from ibaml.learner.held_out import calibrated
 from ibaml.learner.hierarchical import Solved
@@ -206,8 +206,8 @@ def _store(
     with only_training_in(folder):
         if (folder / CHECKPOINT).exists():
             raise ValueError(
-                f"{folder} holds a training by steps, whose checkpoint and metrics would lie beside a model that is not "
-                "of it: this one was estimated in closed form. Choose another run folder."
+                f"{folder} holds a training by steps, whose checkpoint and metrics would lie beside a model of another "
+                "kind: this one was estimated in closed form. Choose another run folder."
             )
         write(folder, fitted)
         write_environment(folder, num_processes=processes.size, data=data)

@@ -94,8 +94,8 @@ def require_same_data(folder: Path, data: Mapping[str, Any]) -> None:
         known = read_json(folder / ENVIRONMENT).get("data")
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{folder / ENVIRONMENT} is damaged ({error}), and nothing else says on which data the model in this folder "
-            "was trained: choose another run folder, or remove that file if the data are the same."
+            f"{folder / ENVIRONMENT} is damaged ({error}), and nothing else says on which data the model beside it was "
+            "trained: choose another run folder, or remove that file if the data are the same."
         ) from error
     difference = None if known is None else first_difference({"data": known}, {"data": as_json(data)})
     if difference is not None:

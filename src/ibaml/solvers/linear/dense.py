@@ -41,8 +41,9 @@ def dense(
     """Solves ``A x = b`` for symmetric ``A`` by building the matrix and its eigendecomposition.
 
     Eigenvalues below ``n * eps * max|eigenvalue|`` count as zero, so that a singular system gets its minimum-norm
-    least-squares (pseudo-inverse) solution. It is refined once by its residual, in float64, where that makes the residual
-    smaller: the solution of a regular system in float32 is then right to the last digits up to a condition of 1e4, say.
+    least-squares (pseudo-inverse) solution. It is refined once by its residual in float64, where that makes the
+    residual smaller: in float32 the solution of a regular system is then right to the last digits up to a condition of
+    1e4, say.
 
     Args:
         matvec: Product with ``A``; called under ``torch.func.vmap`` on all unit vectors at once.
