@@ -392,6 +392,9 @@ class MetaLearner(Predictor):
         Raises:
             FileNotFoundError: If there is no trained model, or one of its files is missing.
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
+
+        Warns:
+            RuntimeWarning: If ``network`` has the weights of the one that was saved, but prints as something else.
         """
         stored = read_model(Path(folder).expanduser())
         extractor, network = restored(stored, backbone, network, torch.device(device), source=str(folder))
