@@ -1,6 +1,8 @@
 """A run folder belongs to its data: other values, labels, columns or splits are refused by name."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -11,8 +13,10 @@ from ibaml import Batch, Episode, MetaLearner, SplitSettings, TrainerSettings
 from ibaml.data import FixedEpisodes, SinusoidTasks
 from ibaml.learner.folder import MODEL
 from ibaml.learner.identity import digest_of_tasks
+from ibaml.learner.run_folder import ENVIRONMENT
 from ibaml.networks import MLP
 from ibaml.train.checkpoint import CHECKPOINT
+from ibaml.train.lock import only_training_in
 
 SETTINGS = TrainerSettings(num_steps=2, tasks_per_step=2, fast=False)
 
@@ -117,3 +121,61 @@ def test_a_sampler_without_content_is_known_by_its_tasks():
     one = Counting(3)
     assert digest_of_tasks(one) == digest_of_tasks(one) == digest_of_tasks(Counting(3)) != digest_of_tasks(Counting(4))
     assert digest_of_tasks(Random(3)) == "not repeatable"
+
+
+def lines_in(columns: list[str]) -> dict[str, object]:
+    return {"task": "task", "target": "y", "features": columns}
+
+
+def test_a_model_in_closed_form_is_not_replaced_by_one_of_other_data(tmp_path):
+    """It has no checkpoint, which would tell."""
+    first = MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["height"]))
+    assert not (tmp_path / CHECKPOINT).exists()
+    before = (tmp_path / MODEL).read_bytes()
+    message = (
+        r"holds a model that was trained on other data: data.feature_names was \['height'\] and is now \['width'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["width"]))
+    with pytest.raises(ValueError, match=r"other data: data.feature_names was \['height'\]"):
+        fit(tmp_path, table(), "gaussian", **lines_in(["width"]))
+    assert (tmp_path / MODEL).read_bytes() == before
+    again = MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["height"]))
+    x = np.linspace(-1, 1, 3)[:, None]
+    for learner in (again, MetaLearner.load(tmp_path)):
+        expected = first.adapt(x, x[:, 0]).predict(x).mean
+        np.testing.assert_array_equal(learner.adapt(x, x[:, 0]).predict(x).mean, expected)
+    (tmp_path / ENVIRONMENT).write_text("{")
+    with pytest.raises(ValueError, match=rf"{ENVIRONMENT} is damaged \(.*\), and nothing else says on which data"):
+        MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["height"]))
+
+
+def test_a_training_by_steps_keeps_its_folder(tmp_path):
+    """The same data by another way: its checkpoint and metrics would lie beside a model that is not of it."""
+    fit(tmp_path, table(), "gaussian", **lines_in(["height"]))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(
+        ValueError, match="holds a training by steps, .*: this one was estimated in closed form. Choose"
+    ):
+        MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["height"]))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_model_in_closed_form_waits_for_a_training(tmp_path):
+    """A training that has no checkpoint yet holds its folder."""
+    holds, ends = threading.Event(), threading.Event()
+
+    def training() -> None:
+        with only_training_in(tmp_path):
+            holds.set()
+            ends.wait(60)
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(training)
+        assert holds.wait(60)
+        try:
+            with pytest.raises(OSError, match="another training is running in"):
+                MetaLearner(likelihood="gaussian").fit(table(), run_folder=tmp_path, **lines_in(["height"]))
+        finally:
+            ends.set()
+    assert not (tmp_path / MODEL).exists()

@@ -397,6 +397,26 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         MetaLearner.load(tmp_path)
 
 
+def test_networks_of_other_settings_are_refused_and_modules_that_look_otherwise_are_told(tmp_path):
+    """Weights of the same names and shapes fit into both."""
+
+    def mlp(activation: str) -> MLP:
+        return MLP(3, input_shape=(1, 2, 2), hidden_sizes=(4,), activation=activation)
+
+    fitted("maml", mlp("relu")).save(tmp_path / "own")
+    message = "belongs to another network: network.arguments.activation was 'relu' and is now 'tanh'. Leave network out"
+    with pytest.raises(ValueError, match=message):
+        MetaLearner.load(tmp_path / "own", network=mlp("tanh"))
+    MetaLearner.load(tmp_path / "own", network=mlp("relu"))
+    fitted("maml", own_network(), adapt="4.*", freeze="1.*").save(tmp_path / "module")
+    message = r"another: '\(3\): ReLU\(\)' in place of '\(3\): Tanh\(\)'. Predictions are right only if both compute"
+    with pytest.warns(RuntimeWarning, match=message):
+        MetaLearner.load(
+            tmp_path / "module",
+            network=nn.Sequential(nn.Flatten(), nn.Linear(4, 5), Scale(), nn.ReLU(), nn.Linear(5, 3)),
+        )
+
+
 def test_modules_of_another_architecture_are_refused(tmp_path):
     fitted("maml", own_network(), adapt="4.*", freeze="1.*").save(tmp_path)
 

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,16 +13,17 @@ from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Extractor
-from ibaml.data.prepare import Source, SplitSettings
+from ibaml.data.prepare import Source
 from ibaml.learner.defaults import TABLE_TRAINER
 from ibaml.learner.held_out import calibrated
 from ibaml.learner.hierarchical import Solved
-from ibaml.learner.identity import data_identity
 from ibaml.learner.online import experience_of
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
+from ibaml.train.checkpoint import CHECKPOINT
 from ibaml.train.evaluate import evaluate
+from ibaml.train.lock import only_training_in
 from ibaml.train.processes import Processes
 from ibaml.train.result import Chosen
 from ibaml.train.signals import pass_on
@@ -40,7 +41,7 @@ def fit_model(
     source: Source,
     settings: TrainerSettings,
     *,
-    splits: SplitSettings,
+    data: Mapping[str, Any],
     device: torch.device,
     run_folder: Path | None,
     write: Callable[[Path, FittedModel], object],
@@ -57,7 +58,7 @@ def fit_model(
         algorithm: What adapts.
         source: Samplers and preprocessing.
         settings: Settings of the outer loop.
-        splits: How tasks are split, for the identity of the run.
+        data: What tells the data of a run folder from others; empty without one.
         device: Where to compute.
         run_folder: Folder for the model, logs and checkpoints.
         write: Stores the fitted model in the run folder; called at every choice of a better state.
@@ -88,7 +89,7 @@ def fit_model(
     def store(chosen: Chosen) -> None:
         assert run_folder is not None
         write(run_folder, fitted(chosen))
-        write_environment(run_folder, num_processes=processes.size)
+        write_environment(run_folder, num_processes=processes.size, data=data)
 
     trainer = processes.together(
         lambda: Trainer(
@@ -100,7 +101,7 @@ def fit_model(
             device=device,
             console=console,
             processes=processes,
-            data_identity=None if run_folder is None else data_identity(source, splits),
+            data_identity=None if run_folder is None else dict(data),
             on_chosen=None if run_folder is None else store,
         )
     )
@@ -119,6 +120,7 @@ def store_solved(
     begun: float,
     console: "Console | None",
     seed: int,
+    data: Mapping[str, Any],
     device: torch.device,
     run_folder: Path | None,
     write: Callable[[Path, FittedModel], object],
@@ -135,6 +137,7 @@ def store_solved(
         begun: When its estimation began, by ``time.monotonic``.
         console: Where progress is shown, if anywhere.
         seed: Seed of the learner.
+        data: What tells the data of a run folder from others; empty without one.
         device: Where to compute.
         run_folder: Folder for the model, if it is to be stored.
         write: Stores it there.
@@ -142,8 +145,8 @@ def store_solved(
         backbone: What makes features of inputs, if anything does.
 
     Raises:
-        ValueError: If a validation task does not fit.
-        OSError: If the folder cannot be written.
+        ValueError: If a validation task does not fit, or the folder holds a training by steps.
+        OSError: If the folder cannot be written, or a training runs in it.
     """
     like = tree.leaves(model.adapted)[0]
     fitted = FittedModel(
@@ -170,7 +173,7 @@ def store_solved(
         fitted, nll = calibrated(fitted, [held_out]), held_out.report["nll"].mean
     chosen = Chosen(fitted.meta, solved.num_steps, nll, fitted.temperature, fitted.abstention)
     if run_folder is not None:
-        processes.on_first(lambda: _store(run_folder, fitted, write, processes))
+        processes.on_first(lambda: _store(run_folder, fitted, write, processes, data))
     seconds = time.monotonic() - begun
     ended = "time limit" if solved.is_late else "completed"
     return fitted, TrainingResult(chosen, fitted.meta, solved.num_steps, ended, seconds)
@@ -195,11 +198,21 @@ def pass_on_signal(result: TrainingResult, settings: TrainerSettings, run_folder
 
 
 def _store(
-    folder: Path, fitted: FittedModel, write: Callable[[Path, FittedModel], object], processes: Processes
+    folder: Path,
+    fitted: FittedModel,
+    write: Callable[[Path, FittedModel], object],
+    processes: Processes,
+    data: Mapping[str, Any],
 ) -> None:
-    write(folder, fitted)
-    write_environment(folder, num_processes=processes.size)
-    write_summary(folder)
+    with only_training_in(folder):
+        if (folder / CHECKPOINT).exists():
+            raise ValueError(
+                f"{folder} holds a training by steps, whose checkpoint and metrics would lie beside a model of another "
+                "kind: this one was estimated in closed form. Choose another run folder."
+            )
+        write(folder, fitted)
+        write_environment(folder, num_processes=processes.size, data=data)
+        write_summary(folder)
 
 
 def _finish(run_folder: Path) -> None:

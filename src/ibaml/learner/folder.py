@@ -10,7 +10,9 @@ beside these (``ibaml.learner.run_folder``). A byte changed in either file is no
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -35,9 +37,17 @@ from ibaml.learner.choice import Choice
 from ibaml.learner.settings import LearnerSettings
 from ibaml.likelihoods import LIKELIHOODS
 from ibaml.metrics import AbstentionCurve
-from ibaml.networks import NetworkSettings
+from ibaml.networks import NetworkSettings, network_settings
 from ibaml.posterior import FittedModel
-from ibaml.train.checkpoint import digest, load_tensors, meta_from_tensors, meta_to_tensors, save_tensors
+from ibaml.train.checkpoint import (
+    as_json,
+    digest,
+    first_difference,
+    load_tensors,
+    meta_from_tensors,
+    meta_to_tensors,
+    save_tensors,
+)
 from ibaml.types import Tensor
 
 MODEL = "model.safetensors"
@@ -80,6 +90,7 @@ class StoredModel(NamedTuple):
         step: Meta-step of the state; None for a model that was not stored by training.
         choice: How the learner chose among candidates, if it did.
         backbone: Settings and digest of the backbone, if it has one; see ``Extractor.settings``.
+        network_text: What a module that is not of ``ibaml.networks`` printed as; None if that is not stored.
     """
 
     path: Path
@@ -95,6 +106,7 @@ class StoredModel(NamedTuple):
     step: int | None
     choice: Choice | None
     backbone: Mapping[str, Any] | None = None
+    network_text: str | None = None
 
     def build_network(self) -> nn.Module:
         """Builds the network that the settings name.
@@ -122,11 +134,16 @@ class StoredModel(NamedTuple):
 
         Raises:
             ValueError: If the model belongs to another network.
+
+        Warns:
+            RuntimeWarning: If a module of one's own has the same weights, but prints as something else.
         """
+        self._require_same_settings(model.network)
         with _settings_of(self.path):
             like = algorithm.init(model.adapted, model.shared, generator=torch.Generator())
         meta = meta_from_tensors(self.tensors, like=like, source=str(self.path))
         _restore_fixed(self, fixed_tensors(model.frozen, model.network))
+        self._warn_of_another_text(model.network)
         return FittedModel(
             model=model,
             algorithm=algorithm,
@@ -138,6 +155,29 @@ class StoredModel(NamedTuple):
             experience=self.experience,
             step=self.step,
             raw_inputs=self.raw_inputs,
+        )
+
+    def _require_same_settings(self, network: nn.Module) -> None:
+        given = network_settings(network)
+        if self.settings.network is None or given is None:
+            return
+        stored, own = (as_json(dataclasses.asdict(one)) for one in (self.settings.network, given))
+        if (difference := first_difference(stored, own, "network")) is not None:
+            raise ValueError(
+                f"{self.path} belongs to another network: {difference}. Leave network out: the file says how its "
+                "own is built."
+            )
+
+    def _warn_of_another_text(self, network: nn.Module) -> None:
+        if self.network_text is None or (text := repr(network)) == self.network_text:
+            return
+        lines = itertools.zip_longest(self.network_text.splitlines(), text.splitlines(), fillvalue="")
+        stored, given = next((one.strip(), other.strip()) for one, other in lines if one != other)
+        warnings.warn(
+            f"the network has the weights that {self.path} holds, but is another: {given!r} in place of {stored!r}. "
+            "Predictions are right only if both compute the same.",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 
@@ -187,6 +227,7 @@ def write_model(
         "experience": None if fitted.experience is None else fitted.experience._asdict(),
         "choice": None if choice is None else choice._asdict(),
         "backbone": None if fitted.backbone is None else fitted.backbone.settings(),
+        "network_text": repr(fitted.model.network) if settings.network is None else None,
         "tensors_sha256": digest(plain),
     }
     save_tensors(folder / MODEL, plain, metadata)
@@ -234,6 +275,7 @@ def read_model(folder: Path) -> StoredModel:
             step=metadata["step"],
             choice=None if metadata.get("choice") is None else Choice(**metadata["choice"]),
             backbone=metadata.get("backbone"),
+            network_text=metadata.get("network_text"),
         )
 
 

@@ -24,7 +24,9 @@ from ibaml.learner.features import prepare_features
 from ibaml.learner.fine_tuning import TRAINER, restored, tuning
 from ibaml.learner.fitting import LEAST_MINUTES, fit_model, pass_on_signal, store_solved
 from ibaml.learner.folder import read_model, write_model
+from ibaml.learner.identity import data_identity
 from ibaml.learner.predictor import Predictor
+from ibaml.learner.run_folder import require_same_data
 from ibaml.learner.selecting import select
 from ibaml.learner.settings import LearnerSettings, as_patterns
 from ibaml.learner.untrained import untrained
@@ -248,6 +250,10 @@ class MetaLearner(Predictor):
             extractor, source = tuned.inputs, tuned.source
         else:
             source = read(train_tasks, validation_tasks, **how)
+        folder = None if run_folder is None else Path(run_folder).expanduser()
+        data = {} if folder is None else data_identity(source, splits)
+        if folder is not None:
+            (processes or Processes()).on_first(lambda: require_same_data(folder, data))
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
         usual, start = defaults.trainer_settings(self.algorithm, source, seed=self.seed), None
@@ -280,8 +286,9 @@ class MetaLearner(Predictor):
                     begun=begun,
                     console=console,
                     seed=self.seed,
+                    data=data,
                     device=self.device,
-                    run_folder=None if run_folder is None else Path(run_folder).expanduser(),
+                    run_folder=folder,
                     write=self._write,
                     processes=processes or Processes(),
                     backbone=extractor,
@@ -299,9 +306,9 @@ class MetaLearner(Predictor):
             self.algorithm,
             source,
             settings,
-            splits=splits,
+            data=data,
             device=self.device,
-            run_folder=None if run_folder is None else Path(run_folder).expanduser(),
+            run_folder=folder,
             write=self._write,
             max_minutes=max_minutes,
             console=console,
@@ -385,6 +392,9 @@ class MetaLearner(Predictor):
         Raises:
             FileNotFoundError: If there is no trained model, or one of its files is missing.
             ValueError: If a file is damaged, foreign or of another format, or belongs to another network or backbone.
+
+        Warns:
+            RuntimeWarning: If ``network`` has the weights of the one that was saved, but prints as something else.
         """
         stored = read_model(Path(folder).expanduser())
         extractor, network = restored(stored, backbone, network, torch.device(device), source=str(folder))

@@ -6,7 +6,7 @@
 | checkpoint.safetensors | the state to resume from |
 | previous.checkpoint.safetensors | the one before, for when that is damaged |
 | recipe.json | the complete configuration, if a recipe was trained |
-| environment.json | versions, hardware, command |
+| environment.json | versions, hardware, command, and what tells the data |
 | README.md | what this folder is and what to do with it |
 | metrics.csv, tensorboard/, training.png | what was measured while training |
 | evaluation/ | report.html, report.json, per_task.csv, predictions.safetensors, pictures, once it was evaluated |
@@ -15,6 +15,7 @@
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from ibaml import records
 from ibaml.atomic import read_json, write_text
 from ibaml.learner.folder import MODEL, RECORDS, SETTINGS, read_metadata
-from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, load_tensors
+from ibaml.train.checkpoint import CHECKPOINT, PREVIOUS, as_json, first_difference, load_tensors
 from ibaml.train.log import METRICS, read_metrics
 
 ENVIRONMENT = "environment.json"
@@ -40,7 +41,7 @@ _FILES = {
     CHECKPOINT: "the state to resume training from",
     PREVIOUS: "the one before",
     RECIPE: "the complete configuration",
-    ENVIRONMENT: "versions, hardware, command",
+    ENVIRONMENT: "versions, hardware, command, and what tells the data",
     METRICS: "what was measured while training",
     "tensorboard": "the same for TensorBoard",
     TRAINING: "the same as a picture",
@@ -62,14 +63,46 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def write_environment(folder: Path, *, num_processes: int) -> None:
+def write_environment(folder: Path, *, num_processes: int, data: Mapping[str, Any] | None = None) -> None:
     """Writes ``environment.json``.
+
+    Args:
+        folder: The run folder.
+        num_processes: How many processes shared the work.
+        data: What tells the data of the run from others, for ``require_same_data``.
 
     Raises:
         OSError: If it cannot be written.
     """
-    environment = {**describe_environment(), "processes": num_processes}
+    environment = {**describe_environment(), "processes": num_processes, "data": data}
     write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+
+
+def require_same_data(folder: Path, data: Mapping[str, Any]) -> None:
+    """Refuses a folder whose model is of other data: it would be replaced without a word.
+
+    Args:
+        folder: A run folder, or one to be; a folder without a model or without a record of its data is taken.
+        data: As ``write_environment`` is given it.
+
+    Raises:
+        ValueError: If the data differ, with the first difference, or the record is damaged.
+    """
+    if not ((folder / MODEL).is_file() and (folder / ENVIRONMENT).is_file()):
+        return
+    try:
+        known = read_json(folder / ENVIRONMENT).get("data")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / ENVIRONMENT} is damaged ({error}), and nothing else says on which data the model beside it was "
+            "trained: choose another run folder, or remove that file if the data are the same."
+        ) from error
+    difference = None if known is None else first_difference({"data": known}, {"data": as_json(data)})
+    if difference is not None:
+        raise ValueError(
+            f"{folder} holds a model that was trained on other data: {difference}. Use the same data, or another run "
+            "folder to start anew."
+        )
 
 
 def draw_training(folder: Path) -> None:

@@ -253,7 +253,7 @@ def restore_state(
         temperature=metadata["best_temperature"],
         abstention=AbstentionCurve(**abstention) if abstention else None,
     )
-    difference = first_difference(metadata["description"], _plain(description))
+    difference = first_difference(metadata["description"], as_json(description))
     if difference is not None:
         what, advice = (
             ("on other data", "data") if difference.startswith("data.") else ("with other settings", "settings")
@@ -346,8 +346,8 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Returns the value as JSON would return it: tuples become lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
