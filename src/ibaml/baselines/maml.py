@@ -26,9 +26,8 @@ class ModelAgnostic:
     name: ClassVar[str] = "maml"
 
     def suits(self, problem: Problem) -> bool:
-        """True."""
-        del problem
-        return True
+        """Whether all targets were measured."""
+        return not problem.has_unmeasured_targets
 
     def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
         """Trains; see ``Baseline``."""

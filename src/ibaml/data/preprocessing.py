@@ -101,6 +101,23 @@ def fit_standardizer(pieces: Sequence[npt.NDArray[Any]], *, keep_constant: bool 
     return Standardizer(torch.from_numpy(np.asarray(mean)), torch.from_numpy(np.asarray(inverse)))
 
 
+def _fit_targets(pieces: Sequence[Array], names: Sequence[str] | None) -> Standardizer:
+    """Fits the scale of targets, of each from where it was measured.
+
+    Raises:
+        ValueError: If one was measured nowhere.
+    """
+    whole = np.concatenate(pieces)
+    measured = ~np.isnan(whole)
+    if bool(measured.all()):
+        return fit_standardizer(pieces, keep_constant=True)
+    for index in np.flatnonzero(~measured.any(0)).tolist():
+        name = f"target {index}" if names is None else f"target {names[index]!r}"
+        raise ValueError(f"{name} was measured in no row of the training tasks (all are NaN): leave it out.")
+    each = [fit_standardizer([whole[rows, index]], keep_constant=True) for index, rows in enumerate(measured.T)]
+    return Standardizer(*(torch.stack(part).flatten() for part in zip(*each, strict=True)))
+
+
 def _positive(values: Any) -> Any:
     return np.where(values > 0, values, 1.0)
 
@@ -378,7 +395,7 @@ def fit_preprocessing(
                 )
         return Preprocessing(
             **common,
-            targets=fit_standardizer(values, keep_constant=True) if target_kind == "real" else IDENTITY,
+            targets=_fit_targets(values, table.target_columns) if target_kind == "real" else IDENTITY,
             num_outputs=values[0].shape[1],
             is_vector=all(task.y.ndim == 1 for task in table.tasks),
         )
