@@ -10,6 +10,7 @@ import torch
 
 from ibaml.baselines import BASELINES, Problem, pose
 from ibaml.baselines.choosing import (
+    Rows,
     residual_variance,
     tempered,
     training_rows,
@@ -199,3 +200,27 @@ def test_tasks_of_other_ways_change_images_as_before() -> None:
     fewer = posed.with_ways(2).train
     assert isinstance(fewer, EpisodeSampler) and fewer.num_ways == 2 and fewer.augmentation == tasks.augmentation
     assert posed.with_ways(3) is posed
+
+
+def test_pooled_rows_of_each_target_are_those_where_it_was_measured():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(9, size, generator=generator, dtype=torch.float64) for size in (3, 2))
+    y[:4, 1] = math.nan
+    found = pooled_ridge(problem(classes=False), Rows(x, y), 0.5)
+    for target, rows in enumerate((Rows(x, y[:, :1]), Rows(x[4:], y[4:, 1:]))):
+        expected = pooled_ridge(problem(classes=False), rows, 0.5)
+        torch.testing.assert_close(found[target], expected[0], rtol=1e-12, atol=0)
+
+
+def test_baselines_of_tasks_with_gaps():
+    """Noise is of what was measured, and what needs all targets is left out."""
+    rng = np.random.default_rng(0)
+    tasks = [(x, np.where(rng.random((8, 2)) < 0.2, np.nan, x @ [[1, 2], [3, 4]])) for x in rng.normal(size=(12, 8, 2))]
+    tasks = [(x[kept], y[kept]) for x, y in tasks for kept in [~np.isnan(y).all(1)]]
+    learner = MetaLearner(likelihood="gaussian").fit(tasks[:6], num_steps=2)
+    posed = pose(learner, tasks[:6], tasks[6:], settings=SETTINGS)
+    assert {name for name, baseline in BASELINES.items() if baseline.suits(posed)} == {"gp", "pooled", "ridge"}
+    fitted = BASELINES["ridge"].fit(posed, seconds=0)
+    evaluation = posed.validate(fitted.learner)
+    assert any(bool(targets.isnan().any()) for targets in evaluation.query_targets)
+    torch.testing.assert_close(residual_variance(evaluation), torch.ones(2).double(), rtol=1e-3, atol=0)

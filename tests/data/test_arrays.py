@@ -81,9 +81,11 @@ def test_masked_and_missing_numbers_are_missing(value: object):
     np.testing.assert_array_equal(found, [1.0, np.nan, 3.0])
     with pytest.raises(ValueError, match="y has 1 missing .* the first in row 1: drop or impute them"):
         read_targets("y", found)
+    # Of several targets some may not be measured.
     two = np.array([[1.0, 2.0], [3.0, np.nan]])
-    with pytest.raises(ValueError, match="first in row 1, column 1: all targets of a row .* fit a learner for each"):
-        read_targets("y", two)
+    np.testing.assert_array_equal(read_targets("y", two), two)
+    with pytest.raises(ValueError, match="y has 1 rows of which no target was measured, the first is row 1: drop them"):
+        read_targets("y", np.array([[1.0, 2.0], [np.nan, np.nan]]))
 
 
 def test_masks_of_inputs_and_labels():

@@ -123,8 +123,7 @@ def test_a_recipe_builds(name, fake_sources):
     for split in ("train", "validation", "test"):
         tasks = recipe.data.sampler(split)
         episode = tree.map(lambda leaf: leaf[0], tasks.sample(1, generator=generator()))
-        any_number = recipe.algorithm.serves_any_number_of_outputs
-        assert model.check_task(episode, any_number_of_classes=any_number) == tasks.num_outputs
+        assert model.check_task(episode, algorithm=recipe.algorithm) == tasks.num_outputs
         num_classes = tasks.num_outputs if recipe.likelihood == "categorical" else 1
         shots = recipe.data.num_shots
         if split == "train" and isinstance(recipe.data, ImageSource):

@@ -26,6 +26,7 @@ class OneStep:
     estimator: ClassVar[Estimator] = "unrolled"
     is_bayesian: ClassVar[bool] = False
     uses_features: ClassVar[bool] = False
+    serves_unmeasured_targets: ClassVar[bool] = False
     is_sequential: ClassVar[bool] = False
 
     @property

@@ -69,9 +69,10 @@ def test_a_group_is_left_out_as_if_it_had_never_been_there(example):
         torch.testing.assert_close(spreads[:, index], spread, rtol=0, atol=1e-10)
 
 
-def test_derivatives_in_closed_form_are_those_of_autograd(example):
+@pytest.mark.parametrize("has_gaps", [False, True], ids=["whole", "gaps"])
+def test_derivatives_in_closed_form_are_those_of_autograd(example, has_gaps):
     batches, *model = example
-    groups = in_one(batches)
+    groups = in_one(with_gaps(batches) if has_gaps else batches)
     model = [part.clone().requires_grad_() for part in model]
     features = groups.x.clone().requires_grad_()
     inputs = [*model, features]
@@ -84,6 +85,56 @@ def test_derivatives_in_closed_form_are_those_of_autograd(example):
     # Above its diagonal the factor has no entries.
     for one, other in zip(found, [expected[0].tril(), *expected[1:]], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def with_gaps(batches):
+    """Leaves out some targets; the second was not measured in the first group at all."""
+    generator = torch.Generator().manual_seed(3)
+    missing = [torch.rand(batch.y.shape, generator=generator) < 0.3 for batch in batches]
+    missing[0][:, 1], missing[0][:, 0] = True, False
+    return [Batch(x, y.masked_fill(where, math.nan)) for (x, y), where in zip(batches, missing, strict=True)]
+
+
+def alone(batches, target):
+    """Returns the rows of each group where a target was measured."""
+    kept = [~batch.y[:, target].isnan() for batch in batches]
+    return [Batch(x[where], y[where, target : target + 1]) for (x, y), where in zip(batches, kept, strict=True)]
+
+
+def test_each_target_is_estimated_from_the_rows_where_it_was_measured(example):
+    batches, *model = example
+    batches = with_gaps(batches)
+    groups = in_one(batches)
+    assert len(groups.measured) == NUM_TARGETS
+    found = restricted(*model, moments(groups.x, groups))
+    total = 0.0
+    for target in range(NUM_TARGETS):
+        own = in_one([batch for batch in alone(batches, target) if len(batch.y)])
+        expected = restricted(*(part[target : target + 1] for part in model), moments(own.x, own))
+        for one, other in zip(found.common_weights(), expected.common_weights(), strict=True):
+            torch.testing.assert_close(one[target], other[0], rtol=1e-10, atol=1e-10)
+        assert int(found.num_groups[target]) == int(expected.num_groups) == len(SIZES) - target
+        total = total + expected.nll
+    torch.testing.assert_close(found.nll, total, rtol=1e-12, atol=0)
+
+
+def test_queries_of_each_target_are_predicted_from_where_it_was_measured(example):
+    batches, factor, log_noise, _ = example
+    mean = torch.ones(NUM_TARGETS, 1, NUM_INPUTS, dtype=torch.float64)
+    covariance = (factor @ factor.mT).unsqueeze(1)
+    known = [Batch(x[:2], y[:2]) for x, y in with_gaps(batches)]
+    asked = [Batch(x[2:], y[2:].clone()) for x, y in batches]
+    for _, y in asked:
+        y[1:, 1] = math.nan
+    total = torch.zeros(len(batches), dtype=torch.float64)
+    for target in range(NUM_TARGETS):
+        own = [in_one(alone(part, target)) for part in (known, asked)]
+        model = (part[target : target + 1] for part in (mean, covariance, log_noise))
+        # Alone it is a mean over fewer rows.
+        total = total + query_nll(*model, *((group.x, group) for group in own)) * own[1].present.sum(-1)
+    of_known, of_asked = in_one(known), in_one(asked)
+    found = query_nll(mean, covariance, log_noise, (of_known.x, of_known), (of_asked.x, of_asked))
+    torch.testing.assert_close(found * of_asked.present.sum(-1), total, rtol=1e-10, atol=0)
 
 
 def test_queries_are_predicted_as_by_conditioning_a_gaussian(example):
@@ -122,6 +173,7 @@ def test_the_minimum_of_a_quadratic_is_found_and_walls_are_not_crossed():
 
 def test_groups_are_filled_up_with_rows_that_do_not_count():
     groups = in_one([Batch(torch.ones(2, 1), torch.ones(2, 1)), Batch(torch.ones(3, 1), 2 * torch.ones(3, 1))])
+    assert groups.measured.tolist() == [[[1, 1, 0], [1, 1, 1]]]
     assert groups.present.tolist() == [[1, 1, 0], [1, 1, 1]]
     found = moments(torch.ones_like(groups.x), groups)
     assert found.gram.flatten().tolist() == [2, 3] and found.square.tolist() == [[2, 12]]

@@ -57,12 +57,15 @@ class Algorithm(Protocol):
         name: Name for reports.
         uses_features: Whether a task is solved from the features before the last layer, and not by passes of weights.
         is_bayesian: Whether adaptation gives a distribution over weights.
+        serves_unmeasured_targets: Whether some of several targets of an example may be NaN, not measured: each is then
+            learned from the examples where it was measured.
         estimator: How a hypergradient is computed, and with it where it is the derivative of its outer loss.
     """
 
     name: ClassVar[str]
     uses_features: ClassVar[bool]
     is_bayesian: ClassVar[bool]
+    serves_unmeasured_targets: ClassVar[bool]
     estimator: ClassVar[Estimator]
 
     @property

@@ -37,6 +37,39 @@ def check_labels(likelihood: Likelihood, argument: str, targets: Tensor, *, num_
         )
 
 
+def check_targets(
+    algorithm: "Algorithm", likelihood: Likelihood, argument: str, targets: Tensor, num_outputs: int
+) -> None:
+    """Refuses targets that a likelihood cannot score, or that an algorithm cannot learn from.
+
+    Args:
+        algorithm: What adapts to them, or is judged by them.
+        likelihood: What the targets are of.
+        argument: How messages call the targets.
+        targets: Class indices or numbers; NaN among several targets of an example: not measured.
+        num_outputs: Network outputs, or classes.
+
+    Raises:
+        ValueError: Naming the argument, what came and what to do.
+    """
+    if targets.is_floating_point() and targets.ndim > 1 and targets.shape[-1] > 1:
+        is_missing = targets.isnan()
+        if num_missing := int(is_missing.sum()):
+            if not algorithm.serves_unmeasured_targets:
+                raise ValueError(
+                    f"{argument} has {num_missing} targets that were not measured (NaN), and algorithm "
+                    f"{algorithm.name!r} needs all targets of an example: drop such examples, fit a learner for each "
+                    "target on its own, or for numbers with Gaussian noise use likelihood='gaussian' with "
+                    "algorithm='head', which learns each target from the examples where it was measured."
+                )
+            if num_empty := int(is_missing.all(-1).sum()):
+                raise ValueError(
+                    f"{argument} has {num_empty} examples of which no target was measured (all are NaN): drop them."
+                )
+            targets = torch.where(is_missing, 0.0, targets)
+    likelihood.check_targets(argument, targets, num_outputs)
+
+
 @contextlib.contextmanager
 def explained_failures(network: nn.Module, num_examples: int) -> Generator[None]:
     """Says what to do where an adaptation does not fit into memory or a network does not fit ``torch.func``.

@@ -68,6 +68,7 @@ class GradientBased(abc.ABC):
     estimator: ClassVar[Estimator]
     is_bayesian: ClassVar[bool]
     uses_features: ClassVar[bool] = False
+    serves_unmeasured_targets: ClassVar[bool] = False
 
     inner: InnerSolver = GradientDescent()
 

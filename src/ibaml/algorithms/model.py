@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ibaml.algorithms.checks import check_labels
+from ibaml.algorithms.checks import check_labels, check_targets
 from ibaml.algorithms.guard import Guard, guard_of
 from ibaml.algorithms.kernels import Kernels, kernels_of
 from ibaml.algorithms.nll import PlainNll
@@ -246,14 +246,15 @@ class Model(PlainNll):
             )
 
     def check_task(
-        self, episode: Episode, *, task: str = "task", any_number_of_classes: bool = False, needs_support: bool = True
+        self, episode: Episode, *, task: str = "task", algorithm: "Algorithm", needs_support: bool = True
     ) -> int:
         """Runs one task through the network and refuses what it cannot process; for the boundary, before long work.
 
         Args:
             episode: A single task, without a task axis.
             task: How messages call it.
-            any_number_of_classes: Whether there may be more classes than the network has outputs.
+            algorithm: What is to adapt, which may serve more classes than the network has outputs, or targets that were
+                not measured.
             needs_support: Whether an empty support set is refused.
 
         Returns:
@@ -263,12 +264,12 @@ class Model(PlainNll):
             ValueError: Naming the argument, what came and what was expected.
         """
         return max(
-            self.check_batch(f"{task} {part}", batch, any_number_of_classes=any_number_of_classes)
+            self.check_batch(f"{task} {part}", batch, algorithm=algorithm)
             for part, batch in (("support", episode.support), ("query", episode.query))
             if part == "query" or needs_support or len(batch.y)
         )
 
-    def check_batch(self, argument: str, batch: Batch, *, any_number_of_classes: bool = False) -> int:
+    def check_batch(self, argument: str, batch: Batch, *, algorithm: "Algorithm") -> int:
         """Does what ``check_task`` does for one set of examples."""
         self.check_inputs(f"{argument}.x", batch.x)
         if batch.x.shape[0] == 0 or batch.x.shape[0] != batch.y.shape[0]:
@@ -278,9 +279,9 @@ class Model(PlainNll):
             )
         check_labels(self.likelihood, f"{argument}.y", batch.y)
         num_outputs = self._num_outputs_at(argument, batch.x)
-        if any_number_of_classes and not batch.y.is_floating_point():
+        if algorithm.serves_any_number_of_outputs and not batch.y.is_floating_point():
             num_outputs = max(num_outputs, 1 + int(batch.y.max()))
-        self.likelihood.check_targets(f"{argument}.y", batch.y, num_outputs)
+        check_targets(algorithm, self.likelihood, f"{argument}.y", batch.y, num_outputs)
         return num_outputs
 
     def _num_outputs_at(self, argument: str, x: Tensor) -> int:

@@ -56,6 +56,11 @@ class Problem:
         return not self.is_regression and scope == "shared"
 
     @property
+    def has_unmeasured_targets(self) -> bool:
+        """Whether some of several targets were not measured in some training task."""
+        return self.is_regression and any(bool(task.y.isnan().any()) for task in getattr(self.train, "tasks", ()))
+
+    @property
     def num_outputs(self) -> int:
         """Numbers to predict, or classes of a task."""
         if self.is_regression:

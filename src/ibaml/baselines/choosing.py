@@ -152,14 +152,15 @@ def tempered(learner: MetaLearner, evaluation: Evaluation) -> tuple[MetaLearner,
 
 def residual_variance(evaluation: Evaluation) -> Tensor:
     """Returns the likeliest factor of all variances, for each target; every task has the same weight."""
-    ratios = [(error**2 / variance).mean(0) for error, variance in _errors(evaluation)]
-    return torch.stack(ratios).mean(0).clamp_min(_SMALLEST_NOISE)
+    # Of targets where they were measured.
+    ratios = [(error**2 / variance).nanmean(0) for error, variance in _errors(evaluation)]
+    return torch.stack(ratios).nanmean(0).clamp_min(_SMALLEST_NOISE)
 
 
 def _gaussian_nll(evaluation: Evaluation, factor: Tensor) -> float:
     """Returns the nll of the predictions with all variances times a factor."""
     nlls = [
-        0.5 * (error**2 / (factor * variance) + torch.log(2 * math.pi * factor * variance)).sum(-1).mean()
+        0.5 * (error**2 / (factor * variance) + torch.log(2 * math.pi * factor * variance)).nansum(-1).mean()
         for error, variance in _errors(evaluation)
     ]
     return float(torch.stack(nlls).mean())

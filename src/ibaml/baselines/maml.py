@@ -26,9 +26,8 @@ class ModelAgnostic:
     name: ClassVar[str] = "maml"
 
     def suits(self, problem: Problem) -> bool:
-        """True."""
-        del problem
-        return True
+        """Whether all targets were measured."""
+        return not problem.has_unmeasured_targets
 
     def settings(self, problem: Problem) -> list[Setting]:
         """Returns the inner solvers that suit the network; see ``TrainedBaseline``."""

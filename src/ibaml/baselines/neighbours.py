@@ -28,9 +28,8 @@ class NearestNeighbours:
     name: ClassVar[str] = "neighbours"
 
     def suits(self, problem: Problem) -> bool:
-        """True."""
-        del problem
-        return True
+        """Whether all targets were measured."""
+        return not problem.has_unmeasured_targets
 
     def fit(self, problem: Problem, *, seconds: float, folder: Path | None = None) -> FittedBaseline:
         """Chooses the number of neighbours and their weights; see ``Baseline``."""

@@ -56,15 +56,25 @@ class Pooled:
 def pooled_ridge(problem: Problem, rows: Rows, variance: float) -> Tensor:
     """Returns the weights of ridge regression, the constant's last, ``[num_targets, num_features + 1]``, float64.
 
+    Those of each target are of the rows where it was measured.
+
     Args:
         problem: The tasks.
         rows: Their rows.
         variance: ``1 / r``.
     """
     del problem
+
+    def of_rows(x: Tensor, y: Tensor) -> Tensor:
+        weights = least_squares(x - x.mean(0), y - y.mean(0), x.new_tensor(1 / variance)).weights.mT
+        return torch.cat([weights, (y.mean(0) - weights @ x.mean(0)).unsqueeze(-1)], -1)
+
     x, y = rows.x.double(), rows.y.double()
-    weights = least_squares(x - x.mean(0), y - y.mean(0), x.new_tensor(1 / variance)).weights.mT
-    return torch.cat([weights, (y.mean(0) - weights @ x.mean(0)).unsqueeze(-1)], -1)
+    measured = ~y.isnan()
+    if bool(measured.all()):
+        return of_rows(x, y)
+    each = zip(measured.unbind(1), y.unbind(1), strict=True)
+    return torch.cat([of_rows(x[where], target[where].unsqueeze(-1)) for where, target in each])
 
 
 def pooled_logistic(problem: Problem, rows: Rows, variance: float) -> Tensor:

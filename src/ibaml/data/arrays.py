@@ -111,7 +111,7 @@ def warn_if_far(argument: str, scaled: Array, rows: Any) -> None:
     """Warns of values that are so far from those of training that nothing learned from these says much of them."""
     far = np.abs(scaled) > _FAR
     if bool(far.any()):
-        place = np.unravel_index(np.abs(scaled).argmax(), scaled.shape)
+        place = np.unravel_index(np.nanargmax(np.abs(scaled)), scaled.shape)
         row = place[0] if rows is None else rows[place[0]]
         warnings.warn(
             f"{argument} has {far.sum()} values more than {_FAR:g} standard deviations of training away from its mean, "

@@ -11,7 +11,7 @@ from ibaml.data.arrays import to_array, warn_if_far
 from ibaml.data.columns import Column, as_table, encode_columns, fit_columns, is_table, shown
 from ibaml.data.formulas import Formula, encode_formula, fit_formula
 from ibaml.data.images import WHITE
-from ibaml.data.standardizer import IDENTITY, Standardizer, fit_standardizer
+from ibaml.data.standardizer import IDENTITY, Standardizer, fit_standardizer, fit_target_standardizer
 from ibaml.data.tables import Array, TaskTable, read_inputs, read_labels, read_targets
 from ibaml.likelihoods import TargetKind
 from ibaml.types import Batch, ClassScope, Tensor
@@ -303,7 +303,7 @@ def fit_preprocessing(
                 )
         return Preprocessing(
             **common,
-            targets=fit_standardizer(values, keep_constant=True) if target_kind == "real" else IDENTITY,
+            targets=fit_target_standardizer(values, table.target_columns) if target_kind == "real" else IDENTITY,
             num_outputs=values[0].shape[1],
             is_vector=all(task.y.ndim == 1 for task in table.tasks),
         )

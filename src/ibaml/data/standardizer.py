@@ -92,5 +92,26 @@ def fit_standardizer(pieces: Sequence[npt.NDArray[Any]], *, keep_constant: bool 
     return Standardizer(torch.from_numpy(np.asarray(mean)), torch.from_numpy(np.asarray(inverse)))
 
 
+def fit_target_standardizer(pieces: Sequence[npt.NDArray[Any]], names: Sequence[str] | None) -> Standardizer:
+    """Fits the scale of targets, of each from where it was measured.
+
+    Args:
+        pieces: Targets, ``[num_examples, num_targets]``; NaN where one was not measured.
+        names: How the targets are called, if they have names.
+
+    Raises:
+        ValueError: If one was measured nowhere.
+    """
+    whole = np.concatenate(pieces)
+    measured = ~np.isnan(whole)
+    if bool(measured.all()):
+        return fit_standardizer(pieces, keep_constant=True)
+    for index in np.flatnonzero(~measured.any(0)).tolist():
+        name = f"target {index}" if names is None else f"target {names[index]!r}"
+        raise ValueError(f"{name} was measured in no row of the training tasks (all are NaN): leave it out.")
+    each = [fit_standardizer([whole[rows, index]], keep_constant=True) for index, rows in enumerate(measured.T)]
+    return Standardizer(*(torch.stack(part).flatten() for part in zip(*each, strict=True)))
+
+
 def _positive(values: Any) -> Any:
     return np.where(values > 0, values, 1.0)

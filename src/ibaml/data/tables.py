@@ -223,6 +223,8 @@ def read_labels(argument: str, y: Array) -> Array:
 def read_targets(argument: str, y: Array, rows: Sequence[Any] | None = None) -> Array:
     """Returns regression targets as float64 of shape ``[num_examples, num_outputs]``.
 
+    Of several targets some may be missing (NaN), which are those that were not measured.
+
     Args:
         argument: How messages call them.
         y: The targets.
@@ -230,7 +232,7 @@ def read_targets(argument: str, y: Array, rows: Sequence[Any] | None = None) -> 
 
     Raises:
         TypeError: If they are no real numbers.
-        ValueError: If the shape is wrong or a value is not finite.
+        ValueError: If the shape is wrong, a value is infinite, or an example has no target.
     """
     if y.dtype == object:
         try:
@@ -248,12 +250,19 @@ def read_targets(argument: str, y: Array, rows: Sequence[Any] | None = None) -> 
         )
     if y.ndim not in (1, 2) or (y.ndim == 2 and y.shape[1] == 0):
         raise ValueError(f"{argument} has shape {y.shape}, but expected [num_examples] or [num_examples, num_outputs].")
-    several = (
-        "all targets of a row have to be measured; drop such rows, or fit a learner for each target on its own rows"
-    )
-    advice = {"advice": several} if y.ndim == 2 and y.shape[1] > 1 else {}
-    require_finite(argument, y, **advice)
-    return y.reshape(len(y), -1).astype(np.float64)
+    values = y.reshape(len(y), -1).astype(np.float64)
+    if values.shape[1] == 1:
+        require_finite(argument, y)
+        return values
+    missing = np.isnan(values)
+    if bool((empty := missing.all(1)).any()):
+        first = int(empty.argmax())
+        raise ValueError(
+            f"{argument} has {empty.sum()} rows of which no target was measured, the first is row "
+            f"{first if rows is None else rows[first]}: drop them."
+        )
+    require_finite(argument, np.where(missing, 0.0, values), advice="correct them; what was not measured is NaN")
+    return values
 
 
 def _is_number(value: Any) -> bool:
@@ -285,7 +294,10 @@ def _read_long_table(
         raise ValueError(f"features names {', '.join(overlap)}, which is the task or the target: leave it out.")
     if len(table) == 0:
         raise ValueError("the table has no rows.")
-    names, *values = [complete("the table", column) for column in take("the table", table, [task, *targets])]
+    of_task, *of_targets = take("the table", table, [task, *targets])
+    names = complete("the table", of_task)
+    # Of several targets some may not be measured.
+    values = [complete("the table", column) if len(targets) == 1 else to_array(column) for column in of_targets]
     take("the table", table, chosen)
     x, y = table[chosen], values[0] if is_vector else np.stack(values, 1)
     # In the order of first appearance, whatever the type of the names.
@@ -324,8 +336,7 @@ def complete(argument: str, column: Any) -> Array:
     if bool(missing.any()):
         raise ValueError(
             f"column {column.name!r} of {argument} is missing in {missing.sum()} rows, the first is row "
-            f"{missing.argmax()}: every row needs a task and all targets; drop those that have none, or of "
-            "several targets fit a learner for each."
+            f"{missing.argmax()}: every row needs a task and a target; drop those that have none."
         )
     return to_array(column)
 

@@ -176,7 +176,8 @@ def _pooled(evaluation: Evaluation) -> _Pooled:
     predictions: Any = evaluation.predictions
     if hasattr(predictions[0], "cdf"):
         pairs = zip(predictions, evaluation.query_targets, strict=True)
-        return _Pooled(None, torch.cat([one.cdf(y).flatten() for one, y in pairs]).unsqueeze(0), targets)
+        # Some of several targets may not be measured.
+        return _Pooled(None, torch.cat([one.cdf(y)[~y.isnan()] for one, y in pairs]).unsqueeze(0), targets)
     log_probs = [one.tensors()["log_probs"] for one in predictions]
     if len({one.shape[-1] for one in log_probs}) > 1:
         return _Pooled(None, None, targets)

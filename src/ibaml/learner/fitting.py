@@ -10,15 +10,18 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.checks import check_targets
 from ibaml.algorithms.heads import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Extractor
 from ibaml.data.prepare import Source
+from ibaml.data.ragged import TaskSplits
 from ibaml.learner.defaults import TABLE_TRAINER
 from ibaml.learner.held_out import calibrated
 from ibaml.learner.hierarchical import Solved
 from ibaml.learner.online import experience_of
 from ibaml.learner.run_folder import draw_training, write_environment, write_summary
+from ibaml.likelihoods import Likelihood
 from ibaml.posterior import FittedModel
 from ibaml.train import Trainer, TrainerSettings, TrainingResult
 from ibaml.train.checkpoint import CHECKPOINT
@@ -27,12 +30,31 @@ from ibaml.train.lock import only_training_in
 from ibaml.train.processes import Processes
 from ibaml.train.result import Chosen
 from ibaml.train.signals import pass_on
+from ibaml.types import TaskSampler
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LEAST_MINUTES = 1e-3
 """Of a training after a comparison that took all the time: one step."""
+
+
+def require_targets(algorithm: Algorithm, likelihood: Likelihood, tasks: TaskSampler) -> None:
+    """Refuses data with targets that the algorithm cannot learn from, before anything else is done with them.
+
+    Args:
+        algorithm: What is to learn.
+        likelihood: Of the targets.
+        tasks: The training tasks. Those of a sampler are checked as they are drawn.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    if not isinstance(tasks, TaskSplits) or likelihood.target_kind == "classes":
+        return
+    num_outputs = likelihood.num_outputs(tasks.num_outputs)
+    for name, task in zip(tasks.names, tasks.tasks, strict=True):
+        check_targets(algorithm, likelihood, f"y of task {name!r}", task.y, num_outputs)
 
 
 def fit_model(

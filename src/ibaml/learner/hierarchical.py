@@ -220,7 +220,7 @@ def _thinned(groups: Groups, most_rows: int, generator: torch.Generator) -> Grou
     # Rows that do not count come last.
     order = (torch.rand(num_groups, num_rows, generator=generator) - groups.present).argsort(1)[:, :each]
     x, y = (torch.take_along_dim(part, order.unsqueeze(-1), 1) for part in (groups.x, groups.y))
-    thinned = Groups(x, y, torch.take_along_dim(groups.present, order, 1))
+    thinned = Groups(x, y, torch.take_along_dim(groups.measured, order.unsqueeze(0), 2))
     if num_groups * each <= most_rows:
         return thinned
     return thinned.of(torch.randperm(num_groups, generator=generator)[: most_rows // each])

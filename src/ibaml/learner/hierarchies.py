@@ -277,9 +277,9 @@ class Estimate(NamedTuple):
         follow a Student t rather than a Gaussian: this one has the same central 90%.
         """
         factor = self.hierarchy.factor(self.parameters)
-        among = (factor @ factor.mT).view(len(factor), *[1] * (mean.ndim - 2), *factor.shape[1:])
-        num_groups = self.restricted.of_target.shape[1]
-        return mean, wider(num_groups - 1) * among + uncertainty
+        widths = torch.tensor([wider(number - 1) for number in self.restricted.num_groups.tolist()]).to(factor)
+        among = widths[:, None, None] * (factor @ factor.mT)
+        return mean, among.view(len(factor), *[1] * (mean.ndim - 2), *factor.shape[1:]) + uncertainty
 
 
 def features_of(hierarchy: Hierarchy, p: Params, groups: Groups) -> Tensor:

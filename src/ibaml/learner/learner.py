@@ -22,7 +22,7 @@ from ibaml.learner import defaults
 from ibaml.learner.choice import Choice
 from ibaml.learner.features import prepare_features
 from ibaml.learner.fine_tuning import TRAINER, restored, tuning
-from ibaml.learner.fitting import LEAST_MINUTES, fit_model, pass_on_signal, store_solved
+from ibaml.learner.fitting import LEAST_MINUTES, fit_model, pass_on_signal, require_targets, store_solved
 from ibaml.learner.folder import read_model, write_model
 from ibaml.learner.identity import data_identity
 from ibaml.learner.predictor import Predictor
@@ -256,6 +256,7 @@ class MetaLearner(Predictor):
             (processes or Processes()).on_first(lambda: require_same_data(folder, data))
         scope: ClassScope = getattr(source.train, "class_scope", self.classes)
         self.algorithm = defaults.find_algorithm(self._parameters["algorithm"], self.likelihood, scope)
+        require_targets(self.algorithm, self.likelihood, source.train)
         usual, start = defaults.trainer_settings(self.algorithm, source, seed=self.seed), None
         if tuned is not None:
             self._become(tuned.suited)

@@ -153,7 +153,8 @@ class MixturePrediction:
     def nll(self, targets: Any) -> Any:
         """Returns ``-log p(target)`` of the mixture per example, ``[num_examples]``, in nats.
 
-        The density is joint over the targets of an example, which are independent given the weights only.
+        The density is joint over the targets of an example, which are independent given the weights only. Targets that
+        are NaN were not measured, and are left out; without any the result is NaN.
 
         Args:
             targets: One value for each prediction, in the shape of ``mean``.
@@ -161,8 +162,12 @@ class MixturePrediction:
         Raises:
             ValueError: If the shape is another.
         """
-        joint = self.components.log_prob(self._values(targets)).sum(-1)
-        return shown(math.log(joint.shape[0]) - torch.logsumexp(joint, dim=0), as_numpy=self.as_numpy)
+        values = self._values(targets)
+        is_missing = values.isnan()
+        each = self.components.log_prob(values.masked_fill(is_missing, 0))
+        joint = each.masked_fill(is_missing, 0).sum(-1)
+        nll = math.log(joint.shape[0]) - torch.logsumexp(joint, dim=0)
+        return shown(nll.masked_fill(is_missing.all(-1), math.nan), as_numpy=self.as_numpy)
 
     def log_prob(self, targets: Any) -> Any:
         """Returns ``log p(target)`` per example in nats; arguments and errors as of ``nll``."""
@@ -264,18 +269,26 @@ class MixturePrediction:
     def scores(self, targets: Tensor) -> dict[str, Tensor]:
         """Returns the scores of one task by name; ``ibaml.metrics`` defines them.
 
+        Targets that are NaN were not measured. ``nll`` is the mean over examples, of each with its measured targets;
+        all others are of the measured targets of all examples.
+
         Counts have no ``quantile_calibration_error``, and their ``coverage_90`` is 0.9 or more when all is well: the
         distribution function of a whole number jumps.
         """
-        y = targets[None]
+        is_measured = ~targets.isnan()
+
+        def measured(values: Tensor) -> Tensor:
+            return values[is_measured].unsqueeze(0)
+
+        y = measured(targets.double())
         found = {
-            "mse": metrics.mse(self._mean.double()[None], y.double())[0],
+            "mse": metrics.mse(measured(self._mean.double()), y)[0],
             "nll": self.nll(targets).double().mean().cpu(),
         }
         if self.components.is_discrete:
-            low, high = (end.double()[None] for end in self.interval(0.9))
-            return found | {"coverage_90": metrics.coverage(low, high, y.double())[0]}
-        cdf = self._cdf(targets)[None]
+            low, high = (measured(end.double()) for end in self.interval(0.9))
+            return found | {"coverage_90": metrics.coverage(low, high, y)[0]}
+        cdf = measured(self._cdf(targets))
         return found | {
             "coverage_90": metrics.central_coverage(cdf, level=0.9)[0],
             "quantile_calibration_error": metrics.quantile_calibration_error(cdf)[0],
@@ -381,8 +394,8 @@ class NumberLikelihood(abc.ABC):
         return dataclasses.replace(self, num_targets=num_outputs // self._outputs_per_target)
 
     def step_score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean squared error of the predicted means."""
-        return ((self.mean(outputs) - targets) ** 2).mean()
+        """Returns the mean squared error of the predicted means, over targets that were measured."""
+        return ((self.mean(outputs) - targets) ** 2).nanmean()
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Returns the mean that network outputs stand for, ``[..., num_examples, num_targets]``."""

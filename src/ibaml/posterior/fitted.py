@@ -142,9 +142,7 @@ class FittedModel:
         else:
             targets = self.preprocessing.encode_targets(names[1], y, labels, dtype=self.dtype)
         support = Batch(inputs, targets.to(self.device))
-        self.model.check_batch(
-            "the task's support", support, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
-        )
+        self.model.check_batch("the task's support", support, algorithm=self.algorithm)
         return support
 
     def _no_targets(self, inputs: Tensor) -> Tensor:

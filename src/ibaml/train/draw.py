@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters, TaskNoise
-from ibaml.algorithms.checks import check_labels
+from ibaml.algorithms.checks import check_labels, check_targets
 from ibaml.algorithms.model import Model
 from ibaml.seeds import noise_generator, task_seed
 from ibaml.train.evaluate import draw_tasks
@@ -57,7 +57,7 @@ def draw_step(
     return DrawnTasks(episodes, 0, [noise for index, noise in enumerate(drawn) if index in share])
 
 
-def check_targets(model: Model, drawn: DrawnTasks, num_outputs: int, step: int) -> None:
+def check_drawn(algorithm: Algorithm, model: Model, drawn: DrawnTasks, num_outputs: int, step: int) -> None:
     """Refuses inputs and targets that would give a finite loss and a wrong gradient.
 
     Targets out of range are no class, and labels with an axis too many are compared with those of other examples. An
@@ -76,9 +76,11 @@ def check_targets(model: Model, drawn: DrawnTasks, num_outputs: int, step: int) 
             for index, inputs in enumerate(batch.x, start=drawn.first):
                 model.check_inputs(f"training task {index} of step {step} {part}.x", inputs)
         try:
-            likelihood.check_targets(f"training tasks of step {step} {part}.y", batch.y.flatten(0, 1), num_outputs)
+            targets = batch.y.flatten(0, 1)
+            check_targets(algorithm, likelihood, f"training tasks of step {step} {part}.y", targets, num_outputs)
         except ValueError:
             # Only a refusal looks for the task.
             for index, targets in enumerate(batch.y, start=drawn.first):
-                likelihood.check_targets(f"training task {index} of step {step} {part}.y", targets, num_outputs)
+                argument = f"training task {index} of step {step} {part}.y"
+                check_targets(algorithm, likelihood, argument, targets, num_outputs)
             raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ibaml import metrics, tree
-from ibaml.algorithms.checks import check_labels
+from ibaml.algorithms.checks import check_labels, check_targets
 from ibaml.likelihoods import Likelihood, Prediction
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
@@ -215,7 +215,7 @@ def evaluate(
                 num_outputs = fitted.model.check_task(
                     task,
                     task=f"test task {index}",
-                    any_number_of_classes=fitted.algorithm.serves_any_number_of_outputs,
+                    algorithm=fitted.algorithm,
                     needs_support=False,
                 )
                 here, source = images_once(fitted, tasks, task.query.x)
@@ -227,7 +227,8 @@ def evaluate(
             classes = fitted.num_outputs(num_outputs, task.support.y, task.query.y)
             for part, targets in (("support", task.support.y), ("query", task.query.y)):
                 if len(targets):
-                    fitted.model.likelihood.check_targets(f"test task {index} {part}.y", targets, classes)
+                    argument = f"test task {index} {part}.y"
+                    check_targets(fitted.algorithm, fitted.model.likelihood, argument, targets, classes)
             foreign = draw_foreign(source, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
             predicted = _predict_task(here, task, index, foreign, seed=task_seed(seed, index))
             found.append(predicted._replace(source=source_of(tasks, index, seed=seed)))

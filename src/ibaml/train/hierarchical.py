@@ -13,7 +13,8 @@ of the estimate leaves out. With ``G = Z^T Z``, ``g = Z^T y`` and the Cholesky f
     Z^T V^-1 Z = G / s2 - U^T U ,  U = L^-1 C^T G / s2        log |V| = 2 log |L| + num_rows log s2
 
 so that a step costs no more than a factorisation for each group in as many dimensions as there are features. There are
-few hyper-parameters: L-BFGS in float64 needs some dozens of such steps where stochastic gradients take hundreds.
+few hyper-parameters: L-BFGS in float64 needs some dozens of such steps where stochastic gradients take hundreds. Of
+several targets each counts with the rows in which it was measured.
 """
 
 import math
@@ -37,24 +38,31 @@ class Groups(NamedTuple):
 
     Attributes:
         x: Inputs, ``[num_groups, num_rows, num_inputs]``.
-        y: Targets, ``[num_groups, num_rows, num_targets]``; zero in rows that do not count.
-        present: 1 for rows that count, else 0, ``[num_groups, num_rows]``.
+        y: Targets, ``[num_groups, num_rows, num_targets]``; zero where they do not count.
+        measured: 1 where a target counts, else 0, ``[num_masks, num_groups, num_rows]``; one mask serves all targets
+            if all are measured in every row that counts, else each has its own.
     """
 
     x: Tensor
     y: Tensor
-    present: Tensor
+    measured: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """1 for rows that count, else 0, ``[num_groups, num_rows]``."""
+        return self.measured.amax(0)
 
     def of(self, index: Tensor) -> "Groups":
         """Returns some of the groups."""
-        return Groups(*(part[index] for part in self))
+        return Groups(self.x[index], self.y[index], self.measured[:, index])
 
 
 def in_one(groups: list[Batch]) -> Groups:
     """Returns groups of unequal size as one record.
 
     Args:
-        groups: Inputs ``[num_rows, *input_shape]`` and real targets ``[num_rows, num_targets]`` of each.
+        groups: Inputs ``[num_rows, *input_shape]`` and real targets ``[num_rows, num_targets]`` of each, NaN where
+            they were not measured.
     """
     counts = torch.tensor([len(group.y) for group in groups])
     present = (torch.arange(int(counts.max())) < counts.unsqueeze(1)).double()
@@ -62,17 +70,19 @@ def in_one(groups: list[Batch]) -> Groups:
         torch.nn.utils.rnn.pad_sequence([part.flatten(1).double() for part in parts], batch_first=True)
         for parts in zip(*groups, strict=True)
     )
-    return Groups(x, y, present)
+    if not bool((missing := y.isnan()).any()):
+        return Groups(x, y, present.unsqueeze(0))
+    return Groups(x, y.masked_fill(missing, 0), (present.unsqueeze(-1) * ~missing).movedim(-1, 0))
 
 
 class Moments(NamedTuple):
-    """What the likelihood knows of each group, sums over its rows.
+    """What the likelihood knows of each group, sums over its rows; ``num_masks`` as in ``Groups``.
 
     Attributes:
-        gram: ``Z^T Z``, ``[num_groups, num_features, num_features]``.
+        gram: ``Z^T Z``, ``[num_masks, num_groups, num_features, num_features]``.
         cross: ``Z^T y``, ``[num_targets, num_groups, num_features]``.
         square: ``y^T y``, ``[num_targets, num_groups]``.
-        num_rows: Number of rows, ``[num_groups]``.
+        num_rows: Number of rows, ``[num_masks, num_groups]``.
     """
 
     gram: Tensor
@@ -88,9 +98,10 @@ def moments(features: Tensor, groups: Groups) -> Moments:
         features: ``Z``, ``[num_groups, num_rows, num_features]``.
         groups: Their targets, and which rows count.
     """
-    features = features * groups.present.unsqueeze(-1)
+    counted = features * groups.measured.unsqueeze(-1)
+    # Targets that do not count are zero.
     cross = (features.mT @ groups.y).movedim(-1, 0)
-    return Moments(features.mT @ features, cross, (groups.y**2).sum(1).T, groups.present.sum(1))
+    return Moments(counted.mT @ counted, cross, (groups.y**2).sum(1).T, groups.measured.sum(-1))
 
 
 class Restricted(NamedTuple):
@@ -101,12 +112,14 @@ class Restricted(NamedTuple):
         of_mean: ``Z^T V^-1 Z`` of each group, ``[num_targets, num_groups, num_features, num_features]``.
         of_target: ``Z^T V^-1 y`` of each group, ``[num_targets, num_groups, num_features]``.
         precision: ``P``, ``[num_targets, num_features]``.
+        num_groups: In how many groups a target was measured, ``[num_masks]``.
     """
 
     nll: Tensor
     of_mean: Tensor
     of_target: Tensor
     precision: Tensor
+    num_groups: Tensor
 
     def common_weights(self) -> tuple[Tensor, Tensor]:
         """Returns mean and covariance of ``m`` given all groups, ``[num_targets, num_features(, num_features)]``."""
@@ -154,7 +167,7 @@ def restricted(factor: Tensor, log_noise: Tensor, precision: Tensor, of: Moments
     known = torch.linalg.solve_triangular(total, of_target.sum(1).unsqueeze(-1), upper=False)
     common = log_determinant(total) - torch.log(precision).sum(-1) - (known**2).sum((-2, -1))
     nll = 0.5 * ((squares + log_volume).sum(1) + common).sum()
-    return Restricted(nll, of_mean, of_target, precision)
+    return Restricted(nll, of_mean, of_target, precision, (of.num_rows > 0).sum(-1))
 
 
 def restricted_nll(
@@ -207,13 +220,13 @@ def restricted_nll(
     changes = [(factor, by_factor), (log_noise, by_log_noise), (precision, by_precision)]
     if features is not None and groups is not None:
         with torch.no_grad():
-            z = features * groups.present.unsqueeze(-1)
+            z = features * groups.measured.unsqueeze(-1)
             error = groups.y.movedim(-1, 0) - (z @ mean.unsqueeze(-1)).squeeze(-1)
             by_mean = z @ plus_identity(-spread) / noise
             by_error = (error.unsqueeze(-1) - z @ (among @ score.unsqueeze(-1))) / noise
             inner = by_mean @ plus_identity(-known.mT) - by_error * score.unsqueeze(-2)
-            by_features = (inner @ among + by_mean @ inverse - by_error * mean.unsqueeze(-2)).sum(0)
-            by_features = by_features * groups.present.unsqueeze(-1)
+            by_features = inner @ among + by_mean @ inverse - by_error * mean.unsqueeze(-2)
+            by_features = (by_features * groups.measured.unsqueeze(-1)).sum(0)
         changes.append((features, by_features))
     for value, slope in changes:
         total = total + (slope * (value - value.detach())).sum()
@@ -314,7 +327,7 @@ _TOLERANCE = 0.01
 def query_nll(
     mean: Tensor, covariance: Tensor, log_noise: Tensor, support: tuple[Tensor, Groups], query: tuple[Tensor, Groups]
 ) -> Tensor:
-    """Returns the nll of each group's query rows given its support rows, mean over rows, sum over targets.
+    """Returns the nll of each group's query rows given its support rows, mean over rows, sum over measured targets.
 
     Args:
         mean: Means of a new group's weights, ``[num_targets, num_groups or 1, num_features]``.
@@ -328,16 +341,16 @@ def query_nll(
     """
     (known, of_known), (asked, of_asked) = support, query
     # Rows of zeros have noise alone and say nothing.
-    known = known * of_known.present.unsqueeze(-1)
+    known = known * of_known.measured.unsqueeze(-1)
     noise = torch.exp(log_noise)[:, None, None]
     projected = covariance @ known.mT
-    factor = cholesky_or_nan(known @ projected + torch.diag_embed(noise.expand(-1, 1, known.shape[1])))
-    error = of_known.y.movedim(-1, 0) - (known @ mean.unsqueeze(-1)).squeeze(-1) * of_known.present
+    factor = cholesky_or_nan(known @ projected + torch.diag_embed(noise.expand(-1, 1, known.shape[-2])))
+    error = of_known.y.movedim(-1, 0) - (known @ mean.unsqueeze(-1)).squeeze(-1)
     right = torch.cat([(asked @ projected).mT, error.unsqueeze(-1)], -1)
     right = torch.linalg.solve_triangular(factor, right, upper=False)
     gain, whitened = right[..., :-1], right[..., -1:]
     centre = (asked @ mean.unsqueeze(-1) + gain.mT @ whitened).squeeze(-1)
     variance = ((asked @ covariance) * asked).sum(-1) - (gain**2).sum(-2) + noise
     square = (of_asked.y.movedim(-1, 0) - centre) ** 2 / variance
-    each = 0.5 * (square + torch.log(2 * math.pi * variance)) * of_asked.present
+    each = 0.5 * (square + torch.log(2 * math.pi * variance)) * of_asked.measured
     return each.sum((0, -1)) / of_asked.present.sum(-1)

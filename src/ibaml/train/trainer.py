@@ -37,7 +37,7 @@ from ibaml.train.checkpoint import (
     save_state,
     where_saved,
 )
-from ibaml.train.draw import check_targets, draw_step
+from ibaml.train.draw import check_drawn, draw_step
 from ibaml.train.evaluate import evaluate, tempered
 from ibaml.train.lock import only_training_in
 from ibaml.train.log import TrainingBar, TrainingLog
@@ -247,7 +247,8 @@ class Trainer:
         share = self.processes.share(settings.tasks_per_step)
         drawn = draw_step(tasks, self.algorithm, self._meta, settings, share, generator=self._generator)
         try:
-            check_targets(
+            check_drawn(
+                self.algorithm,
                 self.model,
                 drawn,
                 self.model.most_outputs(self.algorithm, self._num_outputs, *(part.y for part in drawn.episodes)),
@@ -368,9 +369,7 @@ class Trainer:
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
         self.model.check_features(self.algorithm, first.support.x)
         self.raw_inputs = self.raw_inputs or raw_inputs_of(first)
-        num_outputs = self.model.check_task(
-            first, task=name, any_number_of_classes=self.algorithm.serves_any_number_of_outputs
-        )
+        num_outputs = self.model.check_task(first, task=name, algorithm=self.algorithm)
         self.algorithm.check_task(self.model, self._meta, first)
         return num_outputs
 
@@ -382,7 +381,8 @@ class Trainer:
         def check_own() -> None:
             for index in (index for index in bad if index in share):
                 task = tree.map(lambda leaf, i=index - share.start: leaf[i], own)
-                self.model.check_task(task, task=f"training task {index} of step {self._step + 1}")
+                name = f"training task {index} of step {self._step + 1}"
+                self.model.check_task(task, task=name, algorithm=self.algorithm)
 
         self.processes.gather(check_own)
         # Every process is here, as all have the same sum, but one is enough to tell.

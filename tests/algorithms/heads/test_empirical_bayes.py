@@ -57,14 +57,17 @@ def draw_task(head: Any, meta: MetaParameters, num_rows: int, source: torch.Gene
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 9])
-def test_a_step_is_along_the_gradient_of_the_marginal_likelihood(family: Any, num_rows: int) -> None:
-    """Fisher's identity: with ``l`` the log marginal likelihood and weight ``g`` of the task, for each column
+@pytest.mark.parametrize("num_missing", [0, 1], ids=["all", "some"])
+def test_a_step_is_along_the_gradient_of_the_marginal_likelihood(family: Any, num_rows: int, num_missing: int) -> None:
+    """Fisher's identity: with ``l`` the log marginal likelihood of what was measured and weight ``g`` of the task, for
+    each column
 
     ``dm = g S dl/dm``, ``dS = 2 g S (dl/dS) S - g^2 d d^T`` (``d`` the posterior's mean minus ``m``), and for the noise
     ``ds2 = (N / (R + N)) (2 s2^2 / N) dl/ds2``.
     """
     head, model, meta = set_up(family)
     task = draw_task(head, meta, num_rows, torch.Generator().manual_seed(1))
+    task.y[:num_missing, 1] = math.nan
     experience = Experience(3.0, 30.0)
     found, after = observe(head, model, meta, task, experience)
     assert after == Experience(4.0, 30.0 + num_rows)
@@ -75,8 +78,11 @@ def test_a_step_is_along_the_gradient_of_the_marginal_likelihood(family: Any, nu
     log_density = torch.zeros((), dtype=DOUBLE)
     for target in range(2):
         column = target % len(mean)
-        total = design @ covariance[column] @ design.mT + noise[target] * torch.eye(num_rows, dtype=DOUBLE)
-        log_density = log_density + MultivariateNormal(design @ mean[column], total).log_prob(task.y[:, target])
+        rows = design[~task.y[:, target].isnan()]
+        if len(rows):
+            total = rows @ covariance[column] @ rows.mT + noise[target] * torch.eye(len(rows), dtype=DOUBLE)
+            y = task.y[-len(rows) :, target]
+            log_density = log_density + MultivariateNormal(rows @ mean[column], total).log_prob(y)
     in_mean, in_covariance, in_noise = torch.autograd.grad(log_density, [mean, covariance, noise])
     num_draws = 2 // len(mean)
     own = covariance.detach()

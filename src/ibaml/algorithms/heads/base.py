@@ -51,6 +51,7 @@ class Head(abc.ABC):
     is_bayesian: ClassVar[bool] = True
     estimator: ClassVar[Estimator] = "implicit"
     uses_features: ClassVar[bool] = True
+    serves_unmeasured_targets: ClassVar[bool] = False
 
     centre: bool = False
 

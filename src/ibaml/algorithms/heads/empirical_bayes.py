@@ -9,6 +9,8 @@ Expectation maximisation of its marginal likelihood (Dempster, Laird and Rubin 1
 The averages are sufficient, and ``(m, S, s2)`` determine them. So the prior itself remembers all earlier tasks, but for
 how many they were, and a new one enters with its weight (Neal and Hinton 1998; Cappe and Moulines 2009). Unlike passes
 over tasks that are kept, the posteriors of earlier tasks stay those under the prior of their time.
+
+A target that was not measured is one more unknown of its task, which is expected to be ``s2`` away from its mean.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.heads.base import HeadPosterior
-from ibaml.algorithms.heads.gaussian import noise_variance
+from ibaml.algorithms.heads.gaussian import Measured, noise_variance
 from ibaml.algorithms.heads.linear_gaussian import ColumnPosterior, LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.likelihoods import Gaussian
@@ -72,8 +74,8 @@ def observe(
         posterior: HeadPosterior[ColumnPosterior] = head.adapt(model, meta, task, TaskNoise({}, {})).value
         inputs = head.inputs(model, meta.shared, posterior, task.x).double()
         identity = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
-        before = tree.map(torch.Tensor.double, meta.prior)
-        mean, factor = head.prior.mean(before), head.prior.whiten(before, identity)
+        earlier_prior = tree.map(torch.Tensor.double, meta.prior)
+        mean, factor = head.prior.mean(earlier_prior), head.prior.whiten(earlier_prior, identity)
         # Columns that share a prior are so many draws from it: ``[num_draws, num_priors, ...]``.
         shape = (-1, len(mean))
         own_mean = posterior.solution.mean.unflatten(0, shape)
@@ -89,10 +91,12 @@ def observe(
             )
         shared, num_rows = dict(meta.shared), len(task.y)
         if (log_noise := shared.get(Gaussian.parameter_name)) is not None:
-            targets = task.y.double().mT
+            targets = Measured.of(task.y)
             expected, variance = head.moments(posterior.solution, inputs)
-            squares = ((targets - expected) ** 2 + variance).sum(-1)
-            noise = (experience.num_rows * noise_variance(shared, targets) + squares) / (experience.num_rows + num_rows)
+            before = noise_variance(shared, expected)
+            away = targets.error(expected) ** 2 + targets.present * variance
+            squares = (away + (1 - targets.present) * before.unsqueeze(-1)).sum(-1)
+            noise = (experience.num_rows * before + squares) / (experience.num_rows + num_rows)
             shared[Gaussian.parameter_name] = torch.log(noise).to(log_noise.dtype)
     return MetaParameters(prior, shared), Experience(experience.num_tasks + 1, experience.num_rows + num_rows)
 

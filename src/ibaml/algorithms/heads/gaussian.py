@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -27,6 +27,64 @@ _JITTER = 1e-9
 def solves(likelihood: Likelihood) -> bool:
     """Whether Gaussian heads are exact: for Gaussian noise with one variance for each target."""
     return isinstance(likelihood, UnitGaussian) or (isinstance(likelihood, Gaussian) and not likelihood.heteroscedastic)
+
+
+class Measured(NamedTuple):
+    """Targets of which some were not measured, in the layout of heads. float64.
+
+    A row of zeros with the target zero has noise alone and says nothing of a function: so rows where a target was not
+    measured are left out without being removed, and all targets have as many rows.
+
+    Attributes:
+        values: Targets, zero where not measured, ``[num_targets, num_examples]``.
+        present: 1 where measured, else 0, ``[num_targets, num_examples]``.
+    """
+
+    values: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor) -> "Measured":
+        """Returns targets ``[num_examples, num_targets]``, NaN where not measured."""
+        values = targets.double().mT
+        is_missing = values.isnan()
+        return cls(torch.where(is_missing, 0.0, values), (~is_missing).to(values))
+
+    @property
+    def num_examples(self) -> Tensor:
+        """Measured examples of each target, ``[num_targets]``."""
+        return self.present.sum(-1)
+
+    def error(self, mean: Tensor) -> Tensor:
+        """Returns by how much targets exceed a mean ``[num_targets or 1, num_examples]``, zero where not measured."""
+        return self.present * (self.values - mean)
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Returns inputs ``[num_targets or 1, num_examples, rank]`` of each target, zeros where it was not measured.
+
+        A single target is measured in every row.
+        """
+        return inputs if len(self.present) == 1 else self.present.unsqueeze(-1) * inputs
+
+    def covariance(self, matrix: Tensor, noise: Tensor) -> Tensor:
+        """Returns the covariance of targets: of functions, zero where not measured, plus ``s2 I``.
+
+        Args:
+            matrix: Covariance of the functions, ``[num_targets or 1, num_examples, num_examples]``.
+            noise: ``s2``, ``[num_targets]``.
+        """
+        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return self.rows(self.rows(matrix).mT) + noise[:, None, None] * identity
+
+    def nll_of_noise(self, noise: Tensor) -> Tensor:
+        """Returns ``-log N(0; 0, s2)`` for each example where a target was not measured, summed, ``[num_targets]``.
+
+        It is what rows of zeros add to a marginal likelihood, and is to be subtracted.
+
+        Args:
+            noise: ``s2``, ``[num_targets]``.
+        """
+        return 0.5 * (1 - self.present).sum(-1) * torch.log(2 * math.pi * noise)
 
 
 class JointMoments(NamedTuple):
@@ -136,8 +194,11 @@ class HeadOfFunctions(Head):
 class GaussianHead(HeadOfFunctions):
     """A head whose posterior over functions is exact, for ``Gaussian`` noise of one variance for each target.
 
-    Predictions and outer losses are exact, without samples.
+    Predictions and outer losses are exact, without samples. Targets that are NaN were not measured: targets are
+    independent given the features, so that each has the posterior, and the losses, of the examples where it was.
     """
+
+    serves_unmeasured_targets: ClassVar[bool] = True
 
     def joint_moments(self, network: Network, shared: Params, posterior: HeadPosterior[Any], x: Tensor) -> JointMoments:
         """Returns the joint distribution of the functions at some inputs, differentiable in them; see ``outputs``.
@@ -188,21 +249,22 @@ class GaussianHead(HeadOfFunctions):
         With ``f`` and ``v`` the moments of a query example and ``s2`` the noise variance, ``predictive_nll`` is
         ``-log N(y; f, v + s2)`` and ``expected_nll`` is ``-log N(y; f, s2) + v / (2 s2)``. ``marginal`` adds the nll
         of the support set and the joint one of the query set given it, and divides by the number of examples of both.
+        An example counts with the targets that were measured.
         """
-        targets = query.y.double().mT
-        noise = noise_variance(shared, targets)
+        targets = Measured.of(query.y)
+        noise = noise_variance(shared, targets.values)
         if self.outer == "marginal":
             support_nll, num_support = self.support_nll(solution)
-            loss = (support_nll + self.joint_nll(solution, noise, query)) / (num_support + targets.shape[-1])
+            loss = (support_nll + self.joint_nll(solution, noise, query)) / (num_support + len(query.y))
         else:
             mean, variance = self.moments(solution, query.x)
-            noise, error = noise.unsqueeze(-1), targets - mean
+            noise, error = noise.unsqueeze(-1), targets.error(mean)
             if self.outer == "predictive_nll":
                 total = variance + noise
                 each = error**2 / total + torch.log(2 * math.pi * total)
             else:
                 each = (error**2 + variance) / noise + torch.log(2 * math.pi * noise)
-            loss = 0.5 * each.sum(0).mean()
+            loss = 0.5 * (targets.present * each).sum(0).mean()
         return loss.to(query.x.dtype)
 
 

@@ -5,7 +5,8 @@ For each target the model is ``y = f(z) + noise`` with ``f ~ GP(m(z), k(z, z'))`
 
     f(z) | y ~ N( m(z) + k(z, Z) a ,  k(z, z) - ||L^-1 k(Z, z)||^2 )
 
-The linear kernel alone is ``LinearGaussian``. In one task hyper-parameters overfit; over tasks they are the prior.
+Where a target was not measured its covariances ``k`` are zero, and so is its error: it has noise alone. The linear
+kernel alone is ``LinearGaussian``. In one task hyper-parameters overfit; over tasks they are the prior.
 """
 
 import dataclasses
@@ -16,8 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
-from ibaml.algorithms.heads.least_squares import cholesky_or_nan, gaussian_nll, inverse_of_factor, log_determinant
+from ibaml.algorithms.heads.gaussian import GaussianHead, Measured, noise_variance
+from ibaml.algorithms.heads.least_squares import cholesky_or_nan, gaussian_nll, inverse_of_factor
 from ibaml.priors import DiagonalColumnPrior
 from ibaml.types import Batch, Params, Tensor
 
@@ -76,7 +77,8 @@ class GaussianProcessPosterior(NamedTuple):
     Attributes:
         prior: The hyper-parameters.
         inputs: Inputs ``z`` of the support set, ``[num_support, num_inputs]``.
-        error: ``y - m(Z)``, ``[num_targets, num_support]``.
+        targets: Which targets were measured, and ``y``.
+        error: ``y - m(Z)``, zero where not measured, ``[num_targets, num_support]``.
         weights: ``a``, ``[num_targets, num_support]``.
         cholesky: ``L``, ``[num_targets, num_support, num_support]``.
         inverse: ``L^-1``, where predictions are to take products alone; no rows elsewhere.
@@ -84,10 +86,15 @@ class GaussianProcessPosterior(NamedTuple):
 
     prior: GaussianProcessPrior
     inputs: Tensor
+    targets: Measured
     error: Tensor
     weights: Tensor
     cholesky: Tensor
     inverse: Tensor
+
+    def cross(self, inputs: Tensor) -> Tensor:
+        """Returns ``k(Z, z)``, zero where not measured, ``[num_targets or 1, num_support, num_examples]``."""
+        return self.targets.rows(kernel_matrix(self.prior, self.inputs, inputs))
 
     def explained(self, cross: Tensor) -> Tensor:
         """Returns ``L^-1 k(Z, z)``, ``[num_targets, num_support, num_examples]``."""
@@ -177,16 +184,15 @@ class GaussianProcess(GaussianHead):
         """
         del num_outputs
         prior = tree.map(torch.Tensor.double, prior)
-        inputs, targets = support.x.double(), support.y.double().mT
-        identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        total = kernel_matrix(prior, inputs, inputs) + noise_variance(shared, targets)[:, None, None] * identity
+        inputs, targets = support.x.double(), Measured.of(support.y)
+        total = targets.covariance(kernel_matrix(prior, inputs, inputs), noise_variance(shared, targets.values))
         cholesky = cholesky_or_nan(total)
-        error = targets - _mean(prior, inputs)
+        error = targets.error(_mean(prior, inputs))
         weights = torch.cholesky_solve(error.unsqueeze(-1), cholesky).squeeze(-1)
         found, wanted = (total.detach() @ weights.detach().unsqueeze(-1)).squeeze(-1), error.detach()
         size = torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)
         residual = torch.linalg.vector_norm(found - wanted) / size
-        return GaussianProcessPosterior(prior, inputs, error, weights, cholesky, cholesky[:0]), residual
+        return GaussianProcessPosterior(prior, inputs, targets, error, weights, cholesky, cholesky[:0]), residual
 
     @property
     def is_sequential(self) -> bool:
@@ -205,20 +211,20 @@ class GaussianProcess(GaussianHead):
             ``num_support^2 num_more`` operations for each target, where starting afresh takes ``num_support^3``.
         """
         del num_outputs
-        prior, inputs, targets = solution.prior, more.x.double(), more.y.double().mT
-        identity = torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device)
-        own = kernel_matrix(prior, inputs, inputs) + noise_variance(shared, targets)[:, None, None] * identity
-        cross = kernel_matrix(prior, solution.inputs, inputs)
-        left = solution.explained(cross).mT
+        prior, inputs, targets = solution.prior, more.x.double(), Measured.of(more.y)
+        own = targets.covariance(kernel_matrix(prior, inputs, inputs), noise_variance(shared, targets.values))
+        left = targets.rows(solution.explained(solution.cross(inputs)).mT)
         corner = cholesky_or_nan(own - left @ left.mT)
         nothing = torch.zeros_like(left.mT)
         cholesky = torch.cat([torch.cat([solution.cholesky, nothing], -1), torch.cat([left, corner], -1)], -2)
-        error = torch.cat([solution.error, targets - _mean(prior, inputs)], -1)
+        error = torch.cat([solution.error, targets.error(_mean(prior, inputs))], -1)
         weights = torch.cholesky_solve(error.unsqueeze(-1), cholesky)
         size = torch.linalg.vector_norm(error).clamp_min(torch.finfo(error.dtype).tiny)
         residual = torch.linalg.vector_norm(cholesky @ (cholesky.mT @ weights) - error.unsqueeze(-1)) / size
         all_inputs = torch.cat([solution.inputs, inputs])
-        found = GaussianProcessPosterior(prior, all_inputs, error, weights.squeeze(-1), cholesky, cholesky[:0])
+        all_targets = Measured(*(torch.cat(parts, -1) for parts in zip(solution.targets, targets, strict=True)))
+        weights = weights.squeeze(-1)
+        found = GaussianProcessPosterior(prior, all_inputs, all_targets, error, weights, cholesky, cholesky[:0])
         return found, residual
 
     def in_products(self, solution: GaussianProcessPosterior) -> GaussianProcessPosterior:
@@ -228,7 +234,7 @@ class GaussianProcess(GaussianHead):
     def moments(self, solution: GaussianProcessPosterior, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and variance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
-        cross = kernel_matrix(solution.prior, solution.inputs, inputs)
+        cross = solution.cross(inputs)
         known = solution.explained(cross)
         # Rounding may leave a little less than nothing.
         variance = (kernel_diagonal(solution.prior, inputs) - (known**2).sum(-2)).clamp_min(0)
@@ -237,23 +243,24 @@ class GaussianProcess(GaussianHead):
     def joint_covariance(self, solution: GaussianProcessPosterior, inputs: Tensor) -> Tensor:
         """Returns the covariance of the posterior process; see ``HeadOfFunctions``."""
         inputs = inputs.double()
-        cross = kernel_matrix(solution.prior, solution.inputs, inputs)
+        cross = solution.cross(inputs)
         known = solution.explained(cross)
         return kernel_matrix(solution.prior, inputs, inputs) - known.mT @ known
 
     def support_nll(self, solution: GaussianProcessPosterior) -> tuple[Tensor, int]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
         squares = (solution.error * solution.weights).sum()
-        constant = solution.error.numel() * math.log(2 * math.pi)
-        total = 0.5 * (squares + log_determinant(solution.cholesky).sum() + constant)
-        return total, solution.error.shape[-1]
+        # Where a target was not measured the factor has the noise alone.
+        deviation = torch.diagonal(solution.cholesky, dim1=-2, dim2=-1)
+        volume = (solution.targets.present * torch.log(2 * math.pi * deviation**2)).sum()
+        return 0.5 * (squares + volume), solution.error.shape[-1]
 
     def joint_nll(self, solution: GaussianProcessPosterior, noise: Tensor, query: Batch) -> Tensor:
         """Returns minus the joint log density of the query set, in ``num_query`` dimensions; see ``GaussianHead``."""
         mean, _ = self.moments(solution, query.x)
-        identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        covariance = self.joint_covariance(solution, query.x) + noise[:, None, None] * identity
-        return gaussian_nll(query.y.double().mT - mean, covariance).sum()
+        targets = Measured.of(query.y)
+        covariance = targets.covariance(self.joint_covariance(solution, query.x), noise)
+        return (gaussian_nll(targets.error(mean), covariance) - targets.nll_of_noise(noise)).sum()
 
 
 def kernel_matrix(prior: GaussianProcessPrior, left: Tensor, right: Tensor) -> Tensor:

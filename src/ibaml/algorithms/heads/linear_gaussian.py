@@ -11,6 +11,8 @@ terms of Zhang et al. 2023 this is the minimiser of ``expected nll + lam KL`` ov
 
 Further examples ``X2`` with errors ``r`` of the predicted means are taken in from the posterior alone, by Bayes' rule
 with it as the prior: ``A2 = A + X2^T X2 / s2``, and the weights move by ``A2^-1 X2^T r / s2``.
+
+Where a target was not measured its row of ``X`` is zero, and so is its error: the row says nothing of that target.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 
 from ibaml import tree
-from ibaml.algorithms.heads.gaussian import GaussianHead, noise_variance
+from ibaml.algorithms.heads.gaussian import GaussianHead, Measured, noise_variance
 from ibaml.algorithms.heads.least_squares import (
     cholesky_or_nan,
     gaussian_nll,
@@ -191,6 +193,7 @@ class ColumnPosterior(NamedTuple):
         spread: Covariances of the whitened weights.
         squares: ``|y - Z mean|^2 / s2 + |e|^2`` of the examples and the whitened weights, ``[num_targets]``.
         num_support: Number of examples, a scalar.
+        num_measured: Number of those where the target was measured, ``[num_targets]``.
         noise: Variance of the noise, times the temperature, ``[num_targets]``.
     """
 
@@ -199,6 +202,7 @@ class ColumnPosterior(NamedTuple):
     spread: Precision | Reduction | Independent | Root
     squares: Tensor
     num_support: Tensor
+    num_measured: Tensor
     noise: Tensor
 
 
@@ -266,10 +270,10 @@ class LinearGaussian(GaussianHead):
         """
         del num_outputs
         prior = tree.map(torch.Tensor.double, prior)
-        inputs, targets = support.x.double(), support.y.double().mT
-        noise = self.temperature * noise_variance(shared, targets)
-        whitened, prior_mean = self.prior.whiten(prior, inputs), self.prior.mean(prior)
-        error = (targets - prior_mean @ inputs.mT).unsqueeze(-1)
+        inputs, targets = support.x.double(), Measured.of(support.y)
+        noise = self.temperature * noise_variance(shared, targets.values)
+        whitened, prior_mean = targets.rows(self.prior.whiten(prior, inputs)), self.prior.mean(prior)
+        error = targets.error(prior_mean @ inputs.mT).unsqueeze(-1)
         found = least_squares(whitened, error, noise)
         if self.covariance == "diagonal":
             spread = Independent(1 / (1 + (whitened**2).sum(-2) / noise.unsqueeze(-1)))
@@ -281,7 +285,7 @@ class LinearGaussian(GaussianHead):
         mean = prior_mean + self.prior.colour(prior, found.weights.squeeze(-1))
         squares = (found.residual**2).sum((-2, -1)) / noise + (found.weights**2).sum((-2, -1))
         num_support = torch.full_like(noise[0], len(inputs))
-        posterior = ColumnPosterior(prior, mean, spread, squares, num_support, noise)
+        posterior = ColumnPosterior(prior, mean, spread, squares, num_support, targets.num_examples, noise)
         return posterior, stationarity(found, whitened, error, noise)
 
     @property
@@ -301,9 +305,9 @@ class LinearGaussian(GaussianHead):
         del shared, num_outputs
         if not isinstance(solution.spread, Precision | Reduction):
             return None
-        inputs, deviation = more.x.double(), solution.noise.sqrt()[:, None, None]
-        rows = self.prior.whiten(solution.prior, inputs) / deviation
-        error = (more.y.double().mT - solution.mean @ inputs.mT).unsqueeze(-1) / deviation
+        inputs, targets, deviation = more.x.double(), Measured.of(more.y), solution.noise.sqrt()[:, None, None]
+        rows = targets.rows(self.prior.whiten(solution.prior, inputs)) / deviation
+        error = targets.error(solution.mean @ inputs.mT).unsqueeze(-1) / deviation
         spread, step = solution.spread.extended(rows, error)
         root, left = solution.spread.root, error - rows @ step
         first = torch.linalg.vector_norm(rows.mT @ error).clamp_min(torch.finfo(error.dtype).tiny)
@@ -314,6 +318,7 @@ class LinearGaussian(GaussianHead):
             # r^T (X2 S X2^T + s2 I)^-1 r is what the further examples add.
             squares=solution.squares + (error * left).sum((-2, -1)),
             num_support=solution.num_support + len(inputs),
+            num_measured=solution.num_measured + targets.num_examples,
         )
         return extended, residual
 
@@ -334,13 +339,14 @@ class LinearGaussian(GaussianHead):
     def support_nll(self, solution: ColumnPosterior) -> tuple[Tensor, Tensor]:
         """Returns minus the log marginal likelihood of the support set; see ``GaussianHead``."""
         assert isinstance(solution.spread, Precision | Reduction)
-        constant = solution.num_support * torch.log(2 * math.pi * solution.noise)
+        constant = solution.num_measured * torch.log(2 * math.pi * solution.noise)
         nll = 0.5 * (solution.squares + log_determinant(solution.spread.cholesky) + constant)
         return nll.sum(), solution.num_support
 
     def joint_nll(self, solution: ColumnPosterior, noise: Tensor, query: Batch) -> Tensor:
         """Returns minus the joint log density of the query set; see ``GaussianHead``."""
         assert isinstance(solution.spread, Precision | Reduction)
-        inputs = query.x.double()
-        error = query.y.double().mT - solution.mean @ inputs.mT
-        return solution.spread.joint_nll(self.prior.whiten(solution.prior, inputs), error, noise).sum()
+        inputs, targets = query.x.double(), Measured.of(query.y)
+        error = targets.error(solution.mean @ inputs.mT)
+        rows = targets.rows(self.prior.whiten(solution.prior, inputs))
+        return (solution.spread.joint_nll(rows, error, noise) - targets.nll_of_noise(noise)).sum()
