@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from ibaml.backbones import import_backbone
-from ibaml.cli.options import CompareOptions, EvaluateOptions
+from ibaml.cli.options import Amount, CompareOptions, Device, EvaluateOptions
 from ibaml.cli.output import as_table, print_comparison, tell
 from ibaml.learner.compare import compare as compare_models
 from ibaml.learner.files import predict_files
@@ -112,9 +112,9 @@ def predict(
     query: Path,
     out: Path,
     level: float = 0.9,
-    max_error: float | None = None,
-    backbone: str | None = None,
-    device: str = "auto",
+    max_error: Amount = None,
+    backbone: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    device: Device = "auto",
 ) -> None:
     """Adapt a trained model to the examples of a new task and predict the rest.
 
