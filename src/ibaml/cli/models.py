@@ -21,7 +21,7 @@ _ONLY_WITH_BASELINES = ("seconds", "tasks", "seed", "data", "device")
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
     /,
     *,
     options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = EvaluateOptions(),  # noqa: B008 - frozen
@@ -67,7 +67,7 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
 
 
 def compare(
-    run: tyro.conf.Positional[tuple[Path, ...]],
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")],
     /,
     *,
     options: Annotated[CompareOptions, tyro.conf.arg(name="")] = CompareOptions(),  # noqa: B008 - frozen
@@ -105,7 +105,7 @@ def compare(
 
 
 def predict(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
     /,
     *,
     support: Path,
