@@ -1,6 +1,6 @@
 """Drawings that the playground has never seen: how often it names them, and notices what is of no class.
 
-``python -m benchmarks.sketches``. Sketches are those of its tests (``tests/playground/pen.py``): twelve figures as a
+``python -m benchmarks.sketches``. Sketches are those that its tests draw (``pen.py``): twelve figures as a
 hand draws them, with wobble, tilt, size and place of their own. A task takes some figures and a few examples of each;
 one more sketch of each is judged, and one of a figure that is not in the task.
 """
@@ -9,8 +9,8 @@ import argparse
 
 import numpy as np
 import torch
-from tests.playground.pen import FIGURES, sketch
 
+from benchmarks.pen import FIGURES, sketch
 from ibaml.metrics import Estimate, estimate
 from ibaml.playground.draw import NONE_OF_THESE, judge
 from ibaml.playground.strokes import draw

@@ -95,3 +95,19 @@ def test_unwritable_run_folder(ibaml, tmp_path):
     code, _, errors = train(ibaml, tmp_path / "file" / "run")
     assert code == 2
     assert "file/run cannot be written (" in errors and "choose another with --run-folder" in errors
+
+
+def test_types_of_python_are_not_in_the_help(ibaml):
+    for command in ("train", "evaluate", "compare", "predict"):
+        output = ibaml(command, "--help")[1]
+        assert "--device DEVICE" in output and "{None}" not in output and "STR" not in output
+
+
+def test_whoever_has_stopped_reading_is_told_nothing(ibaml, monkeypatch):
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("ibaml.cli.tools.describe", broken)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    code, output, errors = ibaml("doctor")
+    assert (code, output, errors) == (0, "", "")

@@ -491,7 +491,7 @@ def test_fit_refuses_tasks_that_do_not_fit():
             TASK.support.x[:, 0, 0],
             TASK.support.y,
             ValueError,
-            r"cannot process the task's support\.x of shape \(6, 2\)",
+            r"x_support has dtype float32 and shape \[6, 2\], but .* of shape \[num_examples, 1, 2, 2\]: reshape",
         ),
         (TASK.support.x[:0], TASK.support.y[:0], ValueError, "the support is empty, and algorithm 'maml' has no prior"),
         (TASK.support.x, TASK.support.y[:2], ValueError, "the task's support has 6 inputs and 2 targets"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.playground.pen import sketch
+from benchmarks.pen import sketch
 from tests.playground.webdriver import Browser, find_programs
 
 from ibaml import MetaLearner

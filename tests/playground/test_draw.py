@@ -5,8 +5,8 @@ import io
 
 import numpy as np
 import pytest
+from benchmarks.pen import FIGURES, sketch
 from PIL import Image
-from tests.playground.pen import FIGURES, sketch
 
 from ibaml.data import load_glyphs
 from ibaml.playground.draw import answer, judge

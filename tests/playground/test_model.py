@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks.pen import sketch
 from PIL import Image
-from tests.playground.pen import sketch
 
 from ibaml import MetaLearner
 from ibaml.networks import MLP

@@ -1,5 +1,6 @@
 """The command line, ``ibaml recipes | train | evaluate | ...``: it parses and prints."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _run(arguments)
         if isinstance(code, Launch):
             code = _launch(arguments, code)
+    except BrokenPipeError:
+        # Nobody reads what is left, as in `ibaml doctor | head`; nor shall closing it fail.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (
         ValueError,
         OSError,

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from ibaml.backbones import import_backbone
-from ibaml.cli.options import CompareOptions, EvaluateOptions
+from ibaml.cli.options import Amount, CompareOptions, Device, EvaluateOptions
 from ibaml.cli.output import as_table, print_comparison, tell
 from ibaml.learner.compare import compare as compare_models
 from ibaml.learner.files import predict_files
@@ -21,7 +21,7 @@ _ONLY_WITH_BASELINES = ("seconds", "tasks", "seed", "data", "device")
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
     /,
     *,
     options: Annotated[EvaluateOptions, tyro.conf.arg(name="")] = EvaluateOptions(),  # noqa: B008 - frozen
@@ -67,7 +67,7 @@ def evaluate_with_flags(run: str, flags: Sequence[str], default: EvaluateOptions
 
 
 def compare(
-    run: tyro.conf.Positional[tuple[Path, ...]],
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")],
     /,
     *,
     options: Annotated[CompareOptions, tyro.conf.arg(name="")] = CompareOptions(),  # noqa: B008 - frozen
@@ -105,16 +105,16 @@ def compare(
 
 
 def predict(
-    run: tyro.conf.Positional[Path],
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
     /,
     *,
     support: Path,
     query: Path,
     out: Path,
     level: float = 0.9,
-    max_error: float | None = None,
-    backbone: str | None = None,
-    device: str = "auto",
+    max_error: Amount = None,
+    backbone: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    device: Device = "auto",
 ) -> None:
     """Adapt a trained model to the examples of a new task and predict the rest.
 

@@ -2,6 +2,17 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import tyro
+
+# In words of the help, in place of types of Python.
+Folder: TypeAlias = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+File: TypeAlias = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+Count: TypeAlias = Annotated[int | None, tyro.conf.arg(metavar="NUMBER")]
+Amount: TypeAlias = Annotated[float | None, tyro.conf.arg(metavar="NUMBER")]
+Names: TypeAlias = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME ...]")]
+Device: TypeAlias = Annotated[str, tyro.conf.arg(metavar="DEVICE")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,14 +30,14 @@ class TrainOptions:
         threads: Number of CPU threads [default: torch's choice].
     """
 
-    run_folder: Path | None = None
-    data: Path | None = None
-    max_minutes: float | None = None
-    steps: int | None = None
-    seed: int | None = None
-    device: str = "auto"
+    run_folder: Folder = None
+    data: Folder = None
+    max_minutes: Amount = None
+    steps: Count = None
+    seed: Count = None
+    device: Device = "auto"
     devices: int = 1
-    threads: int | None = None
+    threads: Count = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,13 +56,13 @@ class EvaluateOptions:
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
 
-    tasks: int | None = None
-    num_support: int | None = None
+    tasks: Count = None
+    num_support: Count = None
     seed: int = 0
     out_of_task: bool = False
-    data: Path | None = None
-    test: Path | None = None
-    device: str = "auto"
+    data: Folder = None
+    test: File = None
+    device: Device = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +80,10 @@ class CompareOptions:
         device: "auto" (CUDA if present), "cpu", "cuda", ...
     """
 
-    out: Path | None = None
-    baselines: tuple[str, ...] | None = None
-    seconds: float | None = None
-    tasks: int | None = None
+    out: Folder = None
+    baselines: Names = None
+    seconds: Amount = None
+    tasks: Count = None
     seed: int = 0
-    data: Path | None = None
-    device: str = "auto"
+    data: Folder = None
+    device: Device = "auto"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import tyro
 from rich.console import Console
 
+from ibaml.cli.options import Folder
 from ibaml.cli.output import console, tell
 from ibaml.doctor import describe, examine
 from ibaml.experiments.registry import EXPERIMENTS, experiment_name
@@ -28,7 +29,7 @@ else:
     )
 
 
-def reproduce(experiment: _Experiment, *, out: Path | None = None, data: Path | None = None) -> None:
+def reproduce(experiment: _Experiment, *, out: Folder = None, data: Folder = None) -> None:
     """Run an experiment: a figure or table of the paper, or real data beside other methods.
 
     Args:
