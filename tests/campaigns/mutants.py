@@ -58,6 +58,11 @@ class Mutant(NamedTuple):
         """
         return source[: self.start] + self.new.encode() + source[self.stop :]
 
+    @property
+    def source_line(self) -> str:
+        """The line as it is, without its margin."""
+        return self.path.read_text().splitlines()[self.line - 1].strip()
+
     def __str__(self) -> str:
         """Says where it is and what it puts in place of what."""
         before = self.path.read_bytes()[self.start : self.stop].decode()
@@ -67,7 +72,8 @@ class Mutant(NamedTuple):
 def mutants_of(path: Path) -> list[Mutant]:
     """Lists all mutants of a file, in the order of their places.
 
-    Left out are annotations, docstrings, messages of errors, decorators, and what only a type checker runs.
+    Left out are annotations, docstrings, messages of errors, decorators, what only a type checker runs, and numbers
+    that are the default of an argument or of a field: another would be another choice, and no defect.
     """
     source = path.read_bytes()
     starts = [0]
@@ -93,8 +99,13 @@ def _visited(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         if name in ("annotation", "returns", "decorator_list", "type_comment", "slice"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST):
+            if isinstance(child, ast.AST) and not (_holds_defaults(node, name) and isinstance(child, ast.Constant)):
                 yield from _visited(child)
+
+
+def _holds_defaults(node: ast.AST, name: str) -> bool:
+    is_of_arguments = isinstance(node, ast.arguments) and name in ("defaults", "kw_defaults")
+    return is_of_arguments or (isinstance(node, ast.AnnAssign) and name == "value")
 
 
 def _is_string(node: ast.AST) -> bool:

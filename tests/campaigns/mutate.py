@@ -3,7 +3,8 @@
     make mutate MUTATE_ARGS="--number 60 --seed 0"
 
 A mutant is noticed if a test that belongs to its file fails or takes much longer. A survivor is either equivalent (no
-input tells it from the original) or a test that is missing. Each mutant is run in a process forked from one that has
+input tells it from the original), and then stands in ``equivalents.toml`` with the reason, or a test is missing, or the
+code is not needed. Each mutant is run in a process forked from one that has
 imported torch, on a copy of the sources; the tests are run once on the unchanged sources before.
 """
 
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,12 +30,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "algorithms/heads": ("tests/algorithms/heads",),
     "hypergradients": ("tests/hypergradients",),
     "likelihoods": ("tests/likelihoods",),
+    "metrics": ("tests/metrics",),
     "posterior/fitted.py": ("tests/posterior", "tests/learner/test_learner.py", "tests/learner/test_trust.py"),
     "posterior/task.py": ("tests/posterior", "tests/learner/test_learner.py", "tests/learner/test_trust.py"),
     "priors": ("tests/priors",),
     "solvers": ("tests/solvers",),
+    "tree.py": ("tests/test_tree.py", "tests/solvers/linear", "tests/priors"),
 }
 """Files and folders of the numerical core below src/ibaml, and the tests that belong to them."""
+
+EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
+"""Mutants that are passed over, each with its reason."""
 
 _OPTIONS = ("-x", "-q", "-m", "not slow", "-p", "no:cacheprovider")
 
@@ -61,8 +68,30 @@ def own_tests(path: str) -> tuple[str, ...]:
     return (mirrored.as_posix(),) if mirrored.exists() else ()
 
 
+def equivalents(root: Path) -> set[Mutant]:
+    """Returns the mutants that ``equivalents.toml`` names.
+
+    Args:
+        root: The folder src/ibaml.
+
+    Raises:
+        SystemExit: If one is of no place any more, or of several.
+    """
+    named: set[Mutant] = set()
+    for entry in tomllib.loads(EQUIVALENTS.read_text())["equivalent"]:
+        found = [one for one in mutants_of(root / entry["file"]) if (one.source_line, one.new) == _key(entry)]
+        if len(found) != 1:
+            raise SystemExit(f"{EQUIVALENTS.name} has {entry}, which is {len(found)} mutants: change or remove it.")
+        named.update(found)
+    return named
+
+
+def _key(entry: dict[str, str]) -> tuple[str, str]:
+    return entry["line"], entry["new"]
+
+
 def sample(root: Path, number: int, seed: int, only: Sequence[str] = tuple(TESTS)) -> list[Mutant]:
-    """Draws mutants without replacement; a file is as likely as it has places to change.
+    """Draws mutants without replacement, none of them equivalent; a file is as likely as it has places to change.
 
     Args:
         root: The folder src/ibaml.
@@ -71,7 +100,8 @@ def sample(root: Path, number: int, seed: int, only: Sequence[str] = tuple(TESTS
         only: Files and folders below it.
     """
     found = {path for name in only for path in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))}
-    every = [mutant for path in sorted(found) for mutant in mutants_of(path)]
+    passed_over = equivalents(root)
+    every = [mutant for path in sorted(found) for mutant in mutants_of(path) if mutant not in passed_over]
     return random.Random(seed).sample(every, min(number, len(every)))
 
 

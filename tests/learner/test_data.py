@@ -627,7 +627,7 @@ def test_a_large_support_works_and_one_beyond_memory_says_so(classifier, monkeyp
         )
 
     monkeypatch.setattr(type(classifier.algorithm), "adapt", adapt)
-    with pytest.raises(MemoryError, match="adapting to 3 support examples at once does not fit into memory: pass a"):
+    with pytest.raises(MemoryError, match=r"adapting to 3 support .* fit into memory: pass a random .* \(\[enforce"):
         classifier.adapt(X[:3], ["active"] * 3)
 
 

@@ -89,8 +89,8 @@ def explained_failures(network: nn.Module, num_examples: int) -> Generator[None]
             raise TypeError(advice_on_torch_func(network, error)) from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
             raise MemoryError(
-                f"adapting to {num_examples} support examples at once does not fit into memory: pass a random "
-                "part of them. A prior matters little where examples are that many."
+                f"adapting to {num_examples} support examples at once does not fit into memory: pass a random part of "
+                f"them, as a prior matters little where examples are many. ({str(error).splitlines()[0]}.)"
             ) from error
         raise
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from ibaml import algorithms, tree
 from ibaml.algorithms import MetaParameters, TaskNoise
-from ibaml.algorithms.heads import GaussianClasses, GaussianProcess, Softmax
+from ibaml.algorithms.heads import GaussianClasses, GaussianProcess, GeneralizedLinear, Softmax
 from ibaml.algorithms.model import build_model
 from ibaml.data.linear_regression import LinearRegressionTasks
 from ibaml.likelihoods import Gaussian
@@ -60,6 +60,36 @@ def test_values_of_a_gaussian_process(num_support: int) -> None:
     mean, variance = mean.flatten(), variance.flatten()
     assert_uniform(torch.special.ndtr((values[:, -1] - mean) / variance.sqrt()))
     assert_uniform(torch.special.ndtr((y[:, -1] - mean) / (variance + noise**2).sqrt()))
+
+
+@pytest.mark.parametrize("num_support", [1, 8])
+def test_values_whose_noise_depends_on_the_input(num_support: int) -> None:
+    """By what is predicted, and also in the fifth of the queries with the least noise and in that with the most."""
+    likelihood, num_tasks = Gaussian(heteroscedastic=True, initial_noise_variance=0.3), 3_000
+    head = GeneralizedLinear(likelihood=likelihood)
+    prior = head.init_prior(NUM_FEATURES + 1, 2, like=torch.zeros((), dtype=DOUBLE))
+    prior = tree.map(lambda leaf: leaf + 1.5 * randn(*leaf.shape, seed=5), prior)
+    z = with_constant(randn(num_tasks, num_support + 1, NUM_FEATURES, seed=2))
+    weights = prior.mean[0] + (0.5 * prior.log_var[0]).exp() * randn(num_tasks, NUM_FEATURES + 1, seed=3)
+    values = (z @ weights.unsqueeze(-1)).squeeze(-1)
+    noise = 0.3 * torch.exp(10 * torch.tanh(z @ prior.mean[1] / 10))
+    y = values + noise.sqrt() * randn(*values.shape, seed=4)
+
+    def found(support: Batch, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, variance = head.moments(head.solve(prior, {}, support, 2)[0], x)
+        prediction = likelihood.predict(mean.mT.unsqueeze(0), {}, output_variance=variance.mT.unsqueeze(0))
+        return prediction.mean, prediction.total_uncertainty, variance[0]
+
+    mean, total, variance = (
+        each.flatten() for each in torch.func.vmap(found)(Batch(z[:, :-1], y[:, :-1, None]), z[:, -1:])
+    )
+    assert_uniform(torch.special.ndtr((values[:, -1] - mean) / variance.sqrt()))
+    probability = torch.special.ndtr((y[:, -1] - mean) / total.sqrt())
+    assert_uniform(probability)
+    by_noise = noise[:, -1].argsort().chunk(5)
+    assert float(noise[by_noise[-1], -1].mean() / noise[by_noise[0], -1].mean()) > 10
+    for group in (by_noise[0], by_noise[-1]):
+        assert_uniform(probability[group])
 
 
 def assert_frequencies(probs: Tensor, labels: Tensor, *, tolerance: float = 0.0) -> None:

@@ -168,3 +168,34 @@ def test_batch_of_regular_singular_and_inconsistent_members_equals_the_loop() ->
         single = minres(lambda x, a=matrix: a @ x, b, max_steps=20, rtol=1e-10)
         torch.testing.assert_close(batched.value[index], single.value, rtol=0, atol=1e-7)
         torch.testing.assert_close(batched.residual_norm[index], single.residual_norm, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_an_eigenvalue_of_rounding_size_counts_as_zero(seed: int, reorthogonalize: bool) -> None:
+    """A right-hand side along it would otherwise be divided by it, or by what rounding leaves of it."""
+    matrix, rhs = matrix_with([1e-9, 1.0, 2.0, 3.0], seed), draw(4, seed=seed + 9)
+    solution = minres(lambda x: matrix @ x, rhs, max_steps=60, rtol=1e-10, reorthogonalize=reorthogonalize)
+    oracle = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-7) @ rhs
+    assert solution.converged
+    torch.testing.assert_close(solution.value, oracle, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_without_reorthogonalisation_goes_back_to_its_iterate_of_least_squares(seed: int) -> None:
+    """Past it the null space grows in; the residual stays the same, up to rounding."""
+    spectrum = [0.0] * 5 + torch.logspace(-5, 0, 15).tolist()
+    matrix, rhs = matrix_with(spectrum, seed), draw(20, seed=seed + 9)
+    solution = minres(lambda x: matrix @ x, rhs, max_steps=60, rtol=1e-10, reorthogonalize=False)
+    oracle = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-7) @ rhs
+    assert solution.converged
+    assert torch.linalg.vector_norm(solution.value - oracle) < 1e-4 * torch.linalg.vector_norm(oracle)
+
+
+@pytest.mark.parametrize(("diagonal", "num_steps"), [((1.0, 1.0, 1.0, 1.0), 1), ((1.0, 1.0, 2.0, 2.0), 2)])
+def test_a_krylov_space_that_is_used_up_ends_the_run(diagonal: tuple[float, ...], num_steps: int) -> None:
+    """As many steps as there are different eigenvalues, also at a tolerance that rounding does not let it meet."""
+    scales, rhs = torch.tensor(diagonal, dtype=torch.float64), draw(4, seed=3)
+    solution = minres(lambda x: scales * x, rhs, max_steps=9, rtol=0.0)
+    assert solution.num_steps == num_steps
+    torch.testing.assert_close(solution.value, rhs / scales, rtol=1e-14, atol=0)

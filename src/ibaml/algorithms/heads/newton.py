@@ -3,6 +3,8 @@
 And the problem of a softmax head, whose classes its nll couples; see ``ibaml.algorithms.heads.softmax``.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -10,7 +12,11 @@ import torch
 
 from ibaml import tree
 from ibaml.algorithms.heads.least_squares import cholesky_or_nan, inverse_of_factor, log_determinant, plus_identity
+from ibaml.algorithms.heads.room import require_room
 from ibaml.types import Tensor
+
+_MOST_AT_ONCE = 2**24
+"""Numbers, 128 MB of them, that weighted features of examples that are summed at once may have."""
 
 _NUM_HALVINGS = 24
 """Step lengths that the line search chooses from: 1, 1/2, 1/4, ..."""
@@ -217,15 +223,12 @@ class _OfWeights(WhitenedWeights):
     __slots__ = ()
 
     def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
-        # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), D_2 (Z C_2), ...].
-        weighted = log_probs.exp().unsqueeze(-1) * self.features
-        num_classes, rank = weighted.shape[-3], weighted.shape[-1]
-        columns = weighted.movedim(-3, -2).flatten(-2)
-        own = (weighted.mT @ self.features).movedim(-3, -2).flatten(-2)
-        identity = torch.eye(num_classes * rank, dtype=weighted.dtype, device=weighted.device)
-        in_block = identity[::rank, ::rank].repeat_interleave(rank, 0).repeat_interleave(rank, 1)
-        blocks = in_block * own.repeat(*(1 for _ in own.shape[:-2]), num_classes, 1)
-        return (cholesky_or_nan(identity + blocks - columns.mT @ columns),)
+        # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), ...], by parts of the examples.
+        size = max(1, _MOST_AT_ONCE // (log_probs.shape[-2] * self.features.shape[-1]))
+        parts = zip(log_probs.split(size, -1), self.features.split(size, -2), strict=True)
+        hessian = functools.reduce(torch.Tensor.add_, itertools.starmap(_curvature, parts))
+        hessian.diagonal(dim1=-2, dim2=-1).add_(1)
+        return (cholesky_or_nan(hessian),)
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
         return torch.cholesky_solve(right.flatten(-2).unsqueeze(-1), factors[0]).squeeze(-1).reshape(right.shape)
@@ -242,6 +245,17 @@ class _OfWeights(WhitenedWeights):
         return log_determinant(self.factorize(log_probs)[0])
 
 
+def _curvature(log_probs: Tensor, features: Tensor) -> Tensor:
+    """Returns the Hessian of the nll of some examples in the weights of all classes; no second matrix of its size."""
+    weighted = log_probs.exp().unsqueeze(-1) * features
+    columns = weighted.movedim(-3, -2).flatten(-2)
+    hessian = -columns.mT @ columns
+    num_classes, rank = weighted.shape[-3], weighted.shape[-1]
+    blocks = hessian.unflatten(-1, (num_classes, rank)).unflatten(-3, (num_classes, rank))
+    blocks.diagonal(dim1=-4, dim2=-2).add_((weighted.mT @ features).movedim(-3, -1))
+    return hessian
+
+
 def in_products(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns factors of a Newton matrix with the inverse of the last one beside them; see ``Head.in_products``."""
     return *factors, inverse_of_factor(factors[-1])
@@ -250,7 +264,11 @@ def in_products(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def problem_of(features: Tensor, num_classes: int) -> ClassProblem:
     """Returns the problem in the unknowns that cost less; ``features`` are ``[num_priors, num_examples, rank]``."""
     num_examples, rank = features.shape[-2:]
-    if _costs_less_in_weights(num_examples, rank, num_classes):
+    in_weights = _costs_less_in_weights(num_examples, rank, num_classes)
+    # A matrix, its factor and, for covariances, the inverse of that.
+    matrix = (num_classes * rank) ** 2 if in_weights else num_classes * num_examples**2
+    require_room(features, 3 * matrix, num_classes=num_classes, num_examples=num_examples)
+    if in_weights:
         return _OfWeights(features)
     return _OfExamples(features, features @ features.mT)
 

@@ -138,7 +138,7 @@ def minres(
         next_q = tree.axpy(-alpha / safe_beta, q, tree.axpy(-beta / beta_previous, q_previous, product))
         if reorthogonalize:
             lanczos_vectors.append((tree.scale(1 / safe_beta, q), basis))
-            for earlier_q, earlier_v in 2 * lanczos_vectors:
+            for earlier_q, earlier_v in lanczos_vectors:
                 next_q = tree.axpy(-tree.dot(earlier_v, next_q), earlier_q, next_q)
         next_v = precondition(next_q)
         next_beta = tree.dot(next_q, next_v).clamp_min(0).sqrt()
