@@ -44,6 +44,7 @@ def test_sharing_between_groups_and_adapting_to_them_both_help(result):
     nll = {name: float(scores.nll.mean()) for name, scores in result.scores["oxboys"].items()}
     assert max(nll["ibaml_linear"], nll["mixed_effects"]) < min(nll["ridge"], nll["pooled"]) - 0.1
     assert abs(nll["ibaml_linear"] - nll["mixed_effects"]) < 0.15
+    assert nll["alpaca"] < nll["pooled"] - 0.1
     # Only hidden units can follow the bend.
     assert nll["ibaml_mlp"] < nll["mixed_effects"] - 0.05
     rmse = result.scores["oxboys"]["ibaml_linear"].rmse.mean()
@@ -90,6 +91,7 @@ def test_the_verdict_asks_for_coverage_and_for_the_interval_of_the_difference():
             "exams": {"ibaml_mlp": scores([1.2, 1.2, 1.2, 1.3], 0.9), "mixed_effects": reference},
             "chicks": {"ibaml_mlp": scores([0.5, 0.5, 0.5, 0.6], 0.97), "mixed_effects": reference},
         },
+        {},
         {},
     )
     text = verdict(result, "ibaml_mlp")

@@ -48,7 +48,7 @@ def mixed_effects(rows: Rows, *, num_slopes: int) -> Predictor:
         ImportError: If statsmodels is not installed.
     """
     model = require("statsmodels.regression.mixed_linear_model", "statsmodels", "experiments").MixedLM
-    design = _with_constant(rows.x)
+    design = with_constant(rows.x)
     with warnings.catch_warnings():
         # A covariance on the boundary is a valid fit and common with few groups.
         warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ def mixed_effects(rows: Rows, *, num_slopes: int) -> Predictor:
     beta_covariance = np.nan_to_num(beta_covariance, nan=0.0)
 
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
-        x, query = _with_constant(x_support), _with_constant(x_query)
+        x, query = with_constant(x_support), with_constant(x_query)
         z, z_query = x[:, : num_slopes + 1], query[:, : num_slopes + 1]
         gain = np.linalg.solve(z @ covariance @ z.T + scale * np.eye(len(x)), z @ covariance).T
         effects = gain @ (y_support - x @ beta)
@@ -85,7 +85,7 @@ def per_group_ridge(rows: Rows, *, num_support: int, num_draws: int = 5, seed: i
     """
     generator = np.random.default_rng(seed)
     groups = np.asarray(rows.groups)
-    splits = [(known, asked) for _, known, asked in _splits(groups, num_support, num_draws, generator)]
+    splits = [(known, asked) for _, known, asked in splits_of_groups(groups, num_support, num_draws, generator)]
 
     def loss(prior: float, noise: float) -> float:
         predict = _ridge(prior, noise)
@@ -127,7 +127,7 @@ def boosting(rows: Rows, *, num_support: int, num_draws: int = 5, seed: int = 0)
     x: list[Array] = []
     y: list[Array] = []
     names: list[npt.NDArray[np.object_]] = []
-    for group, known, asked in _splits(groups, num_support, num_draws, generator):
+    for group, known, asked in splits_of_groups(groups, num_support, num_draws, generator):
         x.append(inputs(rows.x[known], rows.y[known], rows.x[asked]))
         y.append(rows.y[asked])
         names.append(np.full(len(asked), group, dtype=object))
@@ -150,14 +150,14 @@ def boosting(rows: Rows, *, num_support: int, num_draws: int = 5, seed: int = 0)
 
 def pooled(rows: Rows) -> Predictor:
     """Ordinary least squares on all training rows, blind to groups and to the support set."""
-    design = _with_constant(rows.x)
+    design = with_constant(rows.x)
     gram = np.linalg.pinv(design.T @ design)
     beta = gram @ design.T @ rows.y
     scale = float(((rows.y - design @ beta) ** 2).sum() / max(1, len(rows.y) - design.shape[1]))
 
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
         del x_support, y_support
-        query = _with_constant(x_query)
+        query = with_constant(x_query)
         return query @ beta, scale * (1 + _quadratic(query, gram))
 
     return predict
@@ -170,7 +170,7 @@ def gaussian_nll(mean: Array, variance: Array, y: Array) -> Array:
 
 def _ridge(prior: float, noise: float) -> Predictor:
     def predict(x_support: Array, y_support: Array, x_query: Array) -> tuple[Array, Array]:
-        x, query = _with_constant(x_support), _with_constant(x_query)
+        x, query = with_constant(x_support), with_constant(x_query)
         covariance = np.linalg.inv(x.T @ x / noise + np.eye(x.shape[1]) / prior)
         mean = query @ (covariance @ (x.T @ y_support / noise))
         return mean, _quadratic(query, covariance) + noise
@@ -178,7 +178,7 @@ def _ridge(prior: float, noise: float) -> Predictor:
     return predict
 
 
-def _splits(
+def splits_of_groups(
     groups: npt.NDArray[Any], num_support: int, num_draws: int, generator: np.random.Generator
 ) -> Generator[tuple[Any, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Splits the rows of each group at random, several times: its name, the known rows and the others."""
@@ -191,7 +191,8 @@ def _splits(
             yield group, order[:num_support], order[num_support:]
 
 
-def _with_constant(x: Array) -> Array:
+def with_constant(x: Array) -> Array:
+    """Returns features after a column of ones."""
     return np.column_stack([np.ones(len(x)), x])
 
 

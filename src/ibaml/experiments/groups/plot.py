@@ -19,7 +19,8 @@ def groups_figure(result: GroupsResult) -> Figure:
     Returns:
         The figure.
     """
-    methods, tables = result.settings.methods, list(result.scores)
+    tables = list(result.scores)
+    methods = list(result.scores[tables[0]])
     reference = "mixed_effects" if "mixed_effects" in methods else methods[-1]
     with mpl.rc_context(STYLE):
         figure = new_figure(WIDTH, 1.6 + 0.8 * len(tables))

@@ -3,14 +3,16 @@
 Groups are left out fold by fold. All methods learn from the other groups; then a left-out group shows a few of its rows
 at random and the rest is predicted. A linear-Gaussian head on the features alone is a mixed-effects model in which
 every feature has a random slope; with hidden units it learns further features. The default, ``MetaLearner`` without a
-network, chooses among hierarchical models of lines and curves by predicting each training group from the others.
+network, chooses among hierarchical models of lines and curves by predicting each training group from the others. Tables
+of classes and counts have rivals of their own (``ibaml.experiments.groups.discrete``).
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ import torch
 from ibaml.algorithms import make_algorithm
 from ibaml.data import GroupedTasks
 from ibaml.data.prepare import SplitSettings
+from ibaml.experiments.groups import discrete
 from ibaml.experiments.groups.baselines import (
     Array,
     Predictor,
@@ -28,6 +31,7 @@ from ibaml.experiments.groups.baselines import (
     per_group_ridge,
     pooled,
 )
+from ibaml.experiments.groups.discrete import DiscreteScores
 from ibaml.experiments.groups.tables import DATASETS, Dataset, folds, load, orthogonalise
 from ibaml.experiments.report import require_at_least
 from ibaml.learner import MetaLearner
@@ -38,22 +42,29 @@ from ibaml.priors import FullColumnPrior
 from ibaml.seeds import task_generator
 from ibaml.train import TrainerSettings
 
-METHODS = ("ibaml", "ibaml_linear", "ibaml_mlp", "ibaml_gp", "mixed_effects", "boosting", "ridge", "pooled")
-"""All methods."""
+METHODS = ("ibaml", "ibaml_linear", "ibaml_mlp", "ibaml_gp", "alpaca", "mixed_effects", "boosting", "ridge", "pooled")
+"""All methods for numbers."""
 
 DISPLAY_NAMES: Mapping[str, str] = {
     "ibaml": "iBaML, default",
     "ibaml_linear": "iBaML, linear",
     "ibaml_mlp": "iBaML, MLP",
     "ibaml_gp": "iBaML, GP",
+    "ibaml_negative_binomial": "iBaML, negative binomial",
+    "alpaca": "ALPaCA",
     "mixed_effects": "mixed effects",
     "boosting": "boosting",
     "ridge": "ridge per group",
     "pooled": "pooled",
+    "optimum": "the true model",
 }
+_ALL_DATASETS = (*DATASETS, *discrete.DATASETS)
+_ALL_METHODS = tuple(dict.fromkeys([*METHODS, *discrete.METHODS]))
+AnyScores = TypeVar("AnyScores")
 _NORMAL_95 = 1.6448536269514722
 _NUM_QUERY = 20
 _NUM_TIMED = 200
+_ALPACA_HIDDEN, _ALPACA_RATE = (32, 32), 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,18 +72,19 @@ class GroupsSettings:
     """Settings of the experiment.
 
     Attributes:
-        datasets: Names of tables, out of ``DATASETS``.
-        methods: Names of methods, out of ``METHODS``.
+        datasets: Names of tables, out of ``DATASETS`` and ``discrete.DATASETS``.
+        methods: Names of methods, out of ``METHODS`` and ``discrete.METHODS``; each table takes those that suit it.
         num_support: Rows that a new group shows.
         num_folds: Folds of groups; each is left out once.
         num_draws: Random support sets per left-out group.
-        num_steps: Meta-steps of ``ibaml_linear``, ``ibaml_mlp`` and ``ibaml_gp``; ``ibaml`` takes none.
+        num_steps: Meta-steps of ``ibaml_linear``, ``ibaml_mlp`` and ``ibaml_gp``, and half of those of ``alpaca``;
+            ``ibaml`` takes none.
         num_hidden: Hidden units of ``ibaml_mlp``.
         seed: Seed of folds, support sets and training.
     """
 
-    datasets: tuple[str, ...] = tuple(DATASETS)
-    methods: tuple[str, ...] = METHODS
+    datasets: tuple[str, ...] = _ALL_DATASETS
+    methods: tuple[str, ...] = _ALL_METHODS
     num_support: int = 3
     num_folds: int = 5
     num_draws: int = 5
@@ -82,7 +94,7 @@ class GroupsSettings:
 
     def __post_init__(self) -> None:
         """Refuses unknown names and values out of range."""
-        for field, known in (("datasets", tuple(DATASETS)), ("methods", METHODS)):
+        for field, known in (("datasets", _ALL_DATASETS), ("methods", _ALL_METHODS)):
             value = getattr(self, field)
             unknown = [name for name in value if name not in known]
             if unknown or not value:
@@ -114,11 +126,19 @@ class Scores(NamedTuple):
 
 
 class GroupsResult(NamedTuple):
-    """The experiment's outcome: data set to method to scores, the same groups and support sets for every method."""
+    """The experiment's outcome: data set to method to scores, the same groups and support sets for every method.
+
+    Attributes:
+        settings: What was asked for.
+        scores: Of tables of numbers.
+        sizes: Numbers of groups and of rows.
+        discrete: Scores of tables of classes and counts.
+    """
 
     settings: GroupsSettings
     scores: Mapping[str, Mapping[str, Scores]]
     sizes: Mapping[str, tuple[int, int]]
+    discrete: Mapping[str, Mapping[str, DiscreteScores]]
 
 
 def run(settings: GroupsSettings, *, on_progress: Callable[[int, int], None] | None = None) -> GroupsResult:
@@ -140,20 +160,34 @@ def run(settings: GroupsSettings, *, on_progress: Callable[[int, int], None] | N
         # The import of the package is no part of the first fit.
         require("statsmodels.regression.mixed_linear_model", "statsmodels", "experiments")
     scores: dict[str, dict[str, Scores]] = {}
+    of_discrete: dict[str, dict[str, DiscreteScores]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    total = len(settings.datasets) * settings.num_folds
-    for place, name in enumerate(settings.datasets):
-        rows = load(DATASETS[name])
-        sizes[name] = (len(set(rows.groups)), len(rows.y))
-        parts: dict[str, list[Scores]] = {method: [] for method in settings.methods}
-        for fold, held_out in enumerate(folds(rows.groups, settings.num_folds, seed=settings.seed)):
-            found = _fold(rows, held_out, DATASETS[name], settings)
-            for method, value in found.items():
-                parts[method].append(value)
+    num_done, num_all = 0, len(settings.datasets) * settings.num_folds
+
+    def each_fold(rows: Rows, predict: Callable[[set[object]], Mapping[str, AnyScores]]) -> dict[str, list[AnyScores]]:
+        nonlocal num_done
+        parts: dict[str, list[AnyScores]] = {}
+        for held_out in folds(rows.groups, settings.num_folds, seed=settings.seed):
+            for method, value in predict(held_out).items():
+                parts.setdefault(method, []).append(value)
+            num_done += 1
             if on_progress is not None:
-                on_progress(place * settings.num_folds + fold + 1, total)
-        scores[name] = {method: _concatenate(values) for method, values in parts.items()}
-    return GroupsResult(settings, scores, sizes)
+                on_progress(num_done, num_all)
+        return parts
+
+    for name in settings.datasets:
+        if name in DATASETS:
+            rows = load(DATASETS[name])
+            parts = each_fold(rows, functools.partial(_fold, rows, dataset=DATASETS[name], settings=settings))
+            scores[name] = {method: _concatenate(values) for method, values in parts.items()}
+        else:
+            dataset = discrete.DATASETS[name]
+            rows, methods = discrete.rows_of(dataset), discrete.methods_of(dataset, settings.methods)
+            how = {"num_support": settings.num_support, "num_draws": settings.num_draws, "seed": settings.seed}
+            predict = functools.partial(discrete.predict_fold, rows, dataset=dataset, methods=methods, **how)
+            of_discrete[name] = {method: discrete.joined(values) for method, values in each_fold(rows, predict).items()}
+        sizes[name] = (len(set(rows.groups)), len(rows.y))
+    return GroupsResult(settings, scores, sizes, of_discrete)
 
 
 def _fold(rows: Rows, held_out: set[object], dataset: Dataset, settings: GroupsSettings) -> dict[str, Scores]:
@@ -169,7 +203,7 @@ def _fold(rows: Rows, held_out: set[object], dataset: Dataset, settings: GroupsS
         num_support=settings.num_support,
     )
     found: dict[str, Scores] = {}
-    for method in settings.methods:
+    for method in (name for name in METHODS if name in settings.methods):
         start = time.process_time()
         if method == "ibaml":
             learner = _default(train, settings)
@@ -241,25 +275,33 @@ def _predict_new_ms(learner: MetaLearner, test: GroupedTasks) -> float:
 
 
 def _fit(method: str, train: Rows, settings: GroupsSettings) -> MetaLearner:
-    num_hidden = settings.num_hidden if method == "ibaml_mlp" else 0
+    is_alpaca = method == "alpaca"
+    hidden_sizes = {"ibaml_mlp": (settings.num_hidden,), "alpaca": _ALPACA_HIDDEN}.get(method, ())
     x, y = torch.from_numpy(train.x), torch.from_numpy(train.y)
     network = MLP(
         1,
         input_shape=x.shape[1],
-        hidden_sizes=(num_hidden,) if num_hidden else (),
+        hidden_sizes=hidden_sizes,
         activation="tanh",
         zero_head=True,
-        skip_inputs=num_hidden > 0,
+        skip_inputs=method == "ibaml_mlp",
         generator=torch.Generator().manual_seed(settings.seed),
     )
     # As mixed models do: correlated effects, and the marginal likelihood of whole groups. In float64 as the tables are.
-    head = make_algorithm("linear_gaussian", prior=FullColumnPrior(), outer="marginal")
+    # ALPaCA (Harrison et al. 2018) is the same head on the features of a network alone, by the posterior predictive
+    # density of the query.
+    outer = "predictive_nll" if is_alpaca else "marginal"
+    head = make_algorithm("linear_gaussian", prior=FullColumnPrior(), outer=outer)
     if method == "ibaml_gp":
-        head = make_algorithm("gp", outer="marginal")
+        head = make_algorithm("gp", outer=outer)
     noise = Gaussian(initial_noise_variance=0.1)
     learner = MetaLearner(network.double(), head, noise, "head.*", seed=settings.seed)
     outer_loop = TrainerSettings(
-        num_steps=settings.num_steps, tasks_per_step=16, learning_rate=0.1, schedule="cosine", seed=settings.seed
+        num_steps=settings.num_steps * (2 if is_alpaca else 1),
+        tasks_per_step=16,
+        learning_rate=_ALPACA_RATE if is_alpaca else 0.1,
+        schedule="cosine",
+        seed=settings.seed,
     )
     tasks = GroupedTasks(x, y, train.groups, num_support=settings.num_support, num_queries=_NUM_QUERY)
     return learner.fit(tasks, settings=outer_loop)

