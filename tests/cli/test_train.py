@@ -88,7 +88,7 @@ def test_seed_and_threads(ibaml, monkeypatch):
         (("--trainer.num-stps", "3"), "--trainer.num-steps INT"),
         (("--algorithm.iner.num-steps", "3"), "--algorithm.inner.num-steps INT"),
         (("--network.arguments.hiden-sizes", "3"), "--network.arguments.hidden-sizes"),
-        (("--stepz", "3"), "--steps {None}|INT"),
+        (("--stepz", "3"), "--steps NUMBER"),
         (("--trainer.learning-rate", "fast"), "Error parsing --trainer.learning-rate"),
     ],
 )

@@ -1,5 +1,6 @@
 """Inputs that come as tensors and are used as they are: whether a task's are like those of training."""
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -78,7 +79,9 @@ def check_raw(argument: str, x: Tensor, known: RawInputs) -> None:
     spread = known.high - known.low
     if x.numel() and spread > 0:
         low, high = float(x.min()), float(x.max())
-        if low < known.low - _FAR * spread or high > known.high + _FAR * spread:
+        # What is not finite is refused later, by its place.
+        is_finite = math.isfinite(low) and math.isfinite(high)
+        if is_finite and (low < known.low - _FAR * spread or high > known.high + _FAR * spread):
             advice = "divide pixels of 0..255 by 255" if known.are_pixels else "check its units and scale"
             warnings.warn(
                 f"{argument} has values from {low:.3g} to {high:.3g}, but the model was trained on values from "
