@@ -1,10 +1,8 @@
-"""Trainings that are killed, signalled, left without output or disk, and learners that are asked from many sides."""
+"""Trainings that are killed, signalled, left without output or disk."""
 
 import contextlib
-import copy
 import itertools
 import os
-import pickle
 import random
 import re
 import resource
@@ -15,10 +13,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -306,58 +302,3 @@ def _trains(process: str) -> bool:
         status = Path(f"/proc/{process}/status").read_text()
         return re.search(r"^State:\s+Z", status, re.MULTILINE) is None
     return False
-
-
-class Asked:
-    """A fitted learner, tasks, and its answers to them one after the other."""
-
-    def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.tasks = [(x, x.sum(1) + rng.normal(size=len(x))) for x in rng.normal(size=(24, 12, 3))]
-        network = MLP(1, input_shape=3, hidden_sizes=(8,), generator=torch.Generator().manual_seed(seed))
-        self.learner = MetaLearner(network, algorithm="ibaml", likelihood="gaussian")
-        self.learner.fit(self.tasks, settings=TrainerSettings(num_steps=3, tasks_per_step=2))
-        self.alone = [self.answer(self.learner, task) for task in self.tasks]
-
-    def answer(self, learner: MetaLearner, task: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """Adapts to a task and predicts its own rows."""
-        return learner.adapt(*task).predict(task[0]).mean
-
-    def failure_of(self, answers: list[np.ndarray], what: str) -> Failure | None:
-        """Compares answers with those that were given one after the other."""
-        different = sum(not np.array_equal(*pair) for pair in zip(self.alone, answers, strict=True))
-        return Failure("", what, f"{different} of {len(answers)} tasks answered otherwise") if different else None
-
-
-def threads(seed: int) -> Cases:
-    """Two to eight threads ask one learner at the same time."""
-    asked, random_ = Asked(seed), random.Random(seed)
-    for number in itertools.count():
-        count = random_.randrange(2, 9)
-        with ThreadPoolExecutor(count) as pool:
-            answers = list(pool.map(lambda task: asked.answer(asked.learner, task), asked.tasks))
-        yield asked.failure_of(answers, f"case {number}, {count} threads")
-
-
-def copies(seed: int) -> Cases:
-    """Copies, pickles and forked processes answer as the original does."""
-    asked = Asked(seed)
-    ways: dict[str, Callable[[MetaLearner], MetaLearner]] = {
-        "deepcopy": copy.deepcopy,
-        "pickle": lambda learner: pickle.loads(pickle.dumps(learner)),
-    }
-    for number in itertools.count():
-        for name, way in ways.items():
-            one = way(asked.learner)
-            yield asked.failure_of([asked.answer(one, task) for task in asked.tasks], f"case {number}, {name}")
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with os.fdopen(writing, "wb") as pipe:
-                pickle.dump([asked.answer(asked.learner, task) for task in asked.tasks], pipe)
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            answers = pickle.load(pipe)
-        os.waitpid(child, 0)
-        yield asked.failure_of(answers, f"case {number}, fork")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from . import damage, disturb
+from . import asked, damage, disturb
 from .damage import Failure
 
 Cases = Iterator[Failure | None]
@@ -34,8 +34,12 @@ def kinds(folder: Path, seed: int) -> dict[str, Cases]:
         "disk full": disturb.full_disk(folder / "disk", seed),
         "two in one folder": disturb.two_in_one_folder(folder / "two", seed),
         "launcher killed": disturb.launcher_killed(folder / "launcher"),
-        "threads": disturb.threads(seed),
-        "forks, pickles, copies": disturb.copies(seed),
+        "killed while extracting features": asked.killed_while_extracting(folder / "features", seed),
+        "model and evaluation: killed": asked.killed_while_writing(folder / "kill", seed),
+        "model and evaluation: disk full": asked.full_while_writing(folder / "full", seed),
+        "threads": asked.threads(seed),
+        "threads of all calls, pickled meanwhile": asked.together(seed),
+        "forks, pickles, copies": asked.copies(seed),
         **{f"damaged {kind.name}": damage.fuzz(kind, folder, seed) for kind in damage.KINDS},
         "misleading files": (damage.drop(bomb, folder) for bomb in damage.BOMBS),
     }

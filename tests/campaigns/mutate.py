@@ -10,6 +10,7 @@ imported torch, on a copy of the sources; the tests are run once on the unchange
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import shutil
@@ -41,6 +42,9 @@ TESTS: dict[str, tuple[str, ...]] = {
 
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 """Mutants that are passed over, each with its reason."""
+
+_IMPORTED = ("torch", "scipy.stats", "scipy.optimize", "pandas", "safetensors.torch")
+"""Once, before the forks: what tests import, but for the package and plugins of pytest, which have to come later."""
 
 _OPTIONS = ("-x", "-q", "-m", "not slow", "-p", "no:cacheprovider")
 
@@ -226,9 +230,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=tuple(TESTS), help="files and folders below src/ibaml")
     parser.add_argument("--quick", action="store_true", help="only the test file of the same name, where there is one")
     arguments = parser.parse_args()
-    # Once, before the forks.
-    import scipy.stats  # noqa: F401
-    import torch  # noqa: F401
+    for name in _IMPORTED:
+        importlib.import_module(name)
 
     root = Path("src/ibaml")
     checked = check(sample(root, arguments.number, arguments.seed, arguments.only), root, quick=arguments.quick)
