@@ -124,3 +124,17 @@ def test_what_cannot_be_observed_is_refused() -> None:
     process = MetaLearner(algorithm="gp", likelihood="gaussian").fit(pairs(4), num_steps=1)
     with pytest.raises(ValueError, match="algorithm 'gp' has no closed form by which a single task moves its prior"):
         process.observe(x, y)
+    classes = MetaLearner(algorithm="softmax").fit([(x, np.arange(len(x)) % 2) for x, _ in pairs(4)], num_steps=1)
+    with pytest.raises(ValueError, match="algorithm 'softmax' has no closed form .* for counts and outliers 'general"):
+        classes.observe(x, np.arange(len(x)) % 2)
+
+
+def test_a_model_of_counts_learns_on(tmp_path) -> None:
+    counts = [(x, np.random.default_rng(0).poisson(3, len(x))) for x, _ in pairs(6)]
+    learner = MetaLearner(algorithm="generalized_linear", likelihood="poisson").fit(counts[:5], num_steps=1)
+    before = learner.fitted_model
+    assert before.experience.num_tasks == 5
+    learner.observe(*counts[5])
+    assert learner.fitted_model.experience.num_tasks == 6
+    assert not learner.meta_parameters.prior.mean.equal(before.meta.prior.mean)
+    assert MetaLearner.load(learner.save(tmp_path)).fitted_model.experience == learner.fitted_model.experience

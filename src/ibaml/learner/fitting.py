@@ -11,7 +11,7 @@ import torch
 from ibaml import tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.checks import check_targets
-from ibaml.algorithms.heads import LinearGaussian
+from ibaml.algorithms.heads.empirical_bayes import Observer
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Extractor
 from ibaml.data.prepare import Source
@@ -91,7 +91,7 @@ def fit_model(
         start: Meta-parameters to start from. None: those that the algorithm makes of the model.
     """
     num_draws = settings.num_steps * settings.tasks_per_step
-    experience = experience_of(source.train, num_draws) if isinstance(algorithm, LinearGaussian) else None
+    experience = experience_of(source.train, num_draws) if isinstance(algorithm, Observer) else None
 
     def fitted(chosen: Chosen) -> FittedModel:
         return FittedModel(

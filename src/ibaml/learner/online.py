@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from ibaml.algorithms import MetaParameters
-from ibaml.algorithms.heads import LinearGaussian
-from ibaml.algorithms.heads.empirical_bayes import Experience, observe
+from ibaml.algorithms.heads.empirical_bayes import Experience, Observer, observe
 from ibaml.data.fixed_episodes import FixedEpisodes
 from ibaml.data.ragged import RaggedTasks
 from ibaml.posterior import FittedModel
@@ -40,11 +39,11 @@ def observe_task(fitted: FittedModel, x: Any, y: Any, most_tasks: float | None) 
         most_tasks: How many tasks the prior stands for at most.
     """
     algorithm, experience = fitted.algorithm, fitted.experience
-    if not isinstance(algorithm, LinearGaussian):
+    if not isinstance(algorithm, Observer):
         raise ValueError(
             f"algorithm {algorithm.name!r} has no closed form by which a single task moves its prior: fit again with "
-            "all tasks. For numbers with Gaussian noise algorithm='linear_gaussian', the default on few inputs, "
-            "takes tasks in one by one."
+            "all tasks. For numbers with Gaussian noise algorithm='linear_gaussian', the default on few inputs, and "
+            "for counts and outliers 'generalized_linear' take tasks in one by one."
         )
     if most_tasks is not None and not most_tasks > 0:
         raise ValueError(f"most_tasks is {most_tasks}; expected a positive number of tasks, or None for no limit.")

@@ -190,10 +190,11 @@ class Predictor(Estimator):
 
         For the linear-Gaussian head, whose tasks are a hierarchical model: mean and covariance of the weights and the
         noise variance make one step of incremental expectation maximisation
-        (``ibaml.algorithms.heads.empirical_bayes``). The prior stands for the tasks of training and all that were
-        observed, each with the same weight, so that the order hardly matters and steps get smaller. Features of a
-        network, scales and the temperature of ``calibrate`` stay as they are. Posteriors that exist already keep the
-        prior that they were made with.
+        (``ibaml.algorithms.heads.empirical_bayes``). For ``generalized_linear`` (counts, outliers) likewise, with
+        Laplace's approximation and without the likelihood's own parameters. The prior stands for the tasks of training
+        and all that were observed, each with the same weight, so that the order hardly matters and steps get smaller.
+        Features of a network, scales and the temperature of ``calibrate`` stay as they are. Posteriors that exist
+        already keep the prior that they were made with.
 
         Args:
             x: Inputs of all known rows of the task, as for ``adapt``.
@@ -204,9 +205,10 @@ class Predictor(Estimator):
         Raises:
             NotFittedError: Before ``fit`` or ``load``.
             TypeError: If values are of the wrong kind.
-            ValueError: If the examples do not fit the model, the algorithm is not ``linear_gaussian`` with exact Bayes
-                and a diagonal or full prior, ``most_tasks`` is not positive, or a stored model of an earlier version
-                does not say how many tasks it stands for and ``most_tasks`` does not either.
+            ValueError: If the examples do not fit the model, the algorithm is neither ``linear_gaussian`` with exact
+                Bayes nor ``generalized_linear``, or its prior not diagonal or full, ``most_tasks`` is not positive, or
+                a stored model of an earlier version does not say how many tasks it stands for and ``most_tasks`` does
+                not either.
 
         Cost:
             That of ``adapt``, however many tasks there were.

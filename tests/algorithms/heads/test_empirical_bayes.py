@@ -13,7 +13,7 @@ from ibaml import tree
 from ibaml.algorithms import MetaParameters, make_algorithm
 from ibaml.algorithms.heads.empirical_bayes import Experience, observe
 from ibaml.algorithms.model import Model, build_model
-from ibaml.likelihoods import Gaussian, UnitGaussian
+from ibaml.likelihoods import Gaussian, Poisson, UnitGaussian
 from ibaml.priors import DiagonalColumnPrior, FullColumnPrior, LowRankColumnPrior
 from ibaml.types import Batch, Tensor
 
@@ -161,3 +161,44 @@ def test_what_is_no_closed_form_is_refused() -> None:
         head = dataclasses.replace(head, **settings)
         with pytest.raises(ValueError, match="expected covariance='full' and temperature=1, but they are"):
             observe(head, model, meta, task, Experience(1.0, 1.0))
+
+
+def test_counts_and_outliers_move_the_prior_by_laplace() -> None:
+    """With Gaussian noise Laplace's approximation is exact, and so the prior moves as that of the exact head."""
+    head, model, meta = set_up(FullColumnPrior())
+    task = draw_task(head, meta, 6, torch.Generator().manual_seed(1))
+    expected, after = observe(head, model, meta, task, Experience(3.0, 30.0))
+    general = make_algorithm("generalized_linear", prior=FullColumnPrior())
+    found, experience = observe(general, model, meta, task, Experience(3.0, 30.0))
+    for one, other in zip(moments(general, found.prior), moments(head, expected.prior), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+    assert experience == after
+    # The likelihood's own parameters stay.
+    assert found.shared[NOISE].equal(meta.shared[NOISE])
+
+
+def test_a_stream_of_counts_leads_to_the_prior_of_its_tasks() -> None:
+    head = make_algorithm("generalized_linear", prior=DiagonalColumnPrior())
+    model = build_model(nn.Linear(NUM_INPUTS - 1, 1).double(), Poisson())
+    source = torch.Generator().manual_seed(1)
+    meta, experience = head.init(model.adapted, model.shared, generator=source), Experience(1.0, 20.0)
+    mean = torch.tensor([0.5, -0.3, 1.0], dtype=DOUBLE)
+    for _ in range(120):
+        weights = mean + 0.5 * torch.randn(NUM_INPUTS, generator=source, dtype=DOUBLE)
+        x = torch.randn(20, NUM_INPUTS - 1, generator=source, dtype=DOUBLE)
+        rate = torch.exp(x @ weights[:-1] + weights[-1])
+        task = Batch(x, torch.poisson(rate, generator=source).unsqueeze(-1))
+        meta, experience = observe(head, model, meta, task, experience)
+    found_mean, found = moments(head, meta.prior)
+    # Five standard errors of the moments of 120 draws are 0.46 deviations, and 0.65 variances.
+    assert ((found_mean - mean).abs() < 0.46 * 0.5).all()
+    assert ((torch.diagonal(found, dim1=-2, dim2=-1) - 0.25).abs() < 0.65 * 0.25).all()
+
+
+def test_outputs_that_all_tasks_share_are_not_observed() -> None:
+    head, likelihood = make_algorithm("generalized_linear"), Gaussian(heteroscedastic=True)
+    model = build_model(nn.Linear(NUM_INPUTS - 1, 2).double(), likelihood)
+    meta = head.init(model.adapted, model.shared, generator=torch.Generator())
+    task = Batch(torch.zeros(2, 2, dtype=DOUBLE), torch.zeros(2, 1, dtype=DOUBLE))
+    with pytest.raises(ValueError, match=r"heteroscedastic=True\) has outputs that all tasks share, which a"):
+        observe(head, model, meta, task, Experience(1.0, 1.0))

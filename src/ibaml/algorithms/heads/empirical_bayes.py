@@ -1,4 +1,4 @@
-"""Empirical Bayes for the linear-Gaussian head, one task at a time: incremental expectation maximisation.
+"""Empirical Bayes for heads with a prior over columns, one task at a time: incremental expectation maximisation.
 
 The tasks are one hierarchical model: ``w_t ~ N(m, S)`` for each target, ``y_t = Z_t w_t + noise`` of variance ``s2``.
 Expectation maximisation of its marginal likelihood (Dempster, Laird and Rubin 1977; for mixed models Laird and Ware
@@ -11,9 +11,13 @@ how many they were, and a new one enters with its weight (Neal and Hinton 1998; 
 over tasks that are kept, the posteriors of earlier tasks stay those under the prior of their time.
 
 A target that was not measured is one more unknown of its task, which is expected to be ``s2`` away from its mean.
+
+For counts and outliers the posteriors are Laplace's approximation, as in the penalised quasi-likelihood of generalised
+linear mixed models (Breslow and Clayton 1993), and the likelihood's own parameters stay. From binary labels that loses
+variance with every task (Breslow and Lin 1995), so that class heads are not observed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -21,10 +25,14 @@ from ibaml import tree
 from ibaml.algorithms.base import MetaParameters, TaskNoise
 from ibaml.algorithms.heads.base import HeadPosterior
 from ibaml.algorithms.heads.gaussian import Measured, noise_variance
-from ibaml.algorithms.heads.linear_gaussian import ColumnPosterior, LinearGaussian
+from ibaml.algorithms.heads.generalized_linear import GeneralizedLinear
+from ibaml.algorithms.heads.linear_gaussian import LinearGaussian
 from ibaml.algorithms.model import Model
 from ibaml.likelihoods import Gaussian
 from ibaml.types import Batch, Tensor
+
+Observer: TypeAlias = LinearGaussian | GeneralizedLinear
+"""Heads whose prior a single task can move."""
 
 
 class Experience(NamedTuple):
@@ -45,12 +53,12 @@ class Experience(NamedTuple):
 
 
 def observe(
-    head: LinearGaussian, model: Model, meta: MetaParameters, task: Batch, experience: Experience
+    head: Observer, model: Model, meta: MetaParameters, task: Batch, experience: Experience
 ) -> tuple[MetaParameters, Experience]:
     """Takes a task into the prior: one incremental step of expectation maximisation; features stay as they are.
 
     Args:
-        head: The head, with exact Bayes: a full covariance at temperature 1.
+        head: The head, with Bayes' rule: a full covariance at temperature 1.
         model: Gives the features.
         meta: Prior, and shared parameters with the noise variance, if it is learned.
         task: All examples of the task, at least one.
@@ -60,18 +68,15 @@ def observe(
         The meta-parameters and what they stand for now.
 
     Raises:
-        ValueError: If the head approximates the posterior, or its family of priors has no closed form.
+        ValueError: If the head is not at Bayes' rule, has outputs that all tasks share, or a family of priors without a
+            closed form.
 
     Cost:
         That of the posterior, and a Cholesky factorisation of as many rows as there are weights.
     """
-    if head.covariance != "full" or head.temperature != 1:
-        raise ValueError(
-            "a prior is updated by the posteriors of Bayes' rule; expected covariance='full' and temperature=1, but "
-            f"they are {head.covariance!r} and {head.temperature}."
-        )
+    _require_bayes(head, model)
     with torch.no_grad():
-        posterior: HeadPosterior[ColumnPosterior] = head.adapt(model, meta, task, TaskNoise({}, {})).value
+        posterior: HeadPosterior[Any] = head.adapt(model, meta, task, TaskNoise({}, {})).value
         inputs = head.inputs(model, meta.shared, posterior, task.x).double()
         identity = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
         earlier_prior = tree.map(torch.Tensor.double, meta.prior)
@@ -90,7 +95,7 @@ def observe(
                 "use DiagonalColumnPrior or FullColumnPrior."
             )
         shared, num_rows = dict(meta.shared), len(task.y)
-        if (log_noise := shared.get(Gaussian.parameter_name)) is not None:
+        if isinstance(head, LinearGaussian) and (log_noise := shared.get(Gaussian.parameter_name)) is not None:
             targets = Measured.of(task.y)
             expected, variance = head.moments(posterior.solution, inputs)
             before = noise_variance(shared, expected)
@@ -99,6 +104,19 @@ def observe(
             noise = (experience.num_rows * before + squares) / (experience.num_rows + num_rows)
             shared[Gaussian.parameter_name] = torch.log(noise).to(log_noise.dtype)
     return MetaParameters(prior, shared), Experience(experience.num_tasks + 1, experience.num_rows + num_rows)
+
+
+def _require_bayes(head: Observer, model: Model) -> None:
+    if isinstance(head, LinearGaussian) and (head.covariance != "full" or head.temperature != 1):
+        raise ValueError(
+            "a prior is updated by the posteriors of Bayes' rule; expected covariance='full' and temperature=1, but "
+            f"they are {head.covariance!r} and {head.temperature}."
+        )
+    if isinstance(head, GeneralizedLinear) and model.likelihood.num_outputs(1) > 1:
+        raise ValueError(
+            f"the likelihood {model.likelihood!r} has outputs that all tasks share, which a single task has no closed "
+            "form for: fit again with all tasks."
+        )
 
 
 def _outer(vectors: Tensor) -> Tensor:
