@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,23 @@ class RawInputs(NamedTuple):
     def are_pixels(self) -> bool:
         """Whether they look like images in [0, 1]."""
         return len(self.shape) == 3 and self.is_floating_point and self.low >= 0 and self.high <= 1
+
+
+def refuse_path(argument: str, value: object) -> None:
+    """Refuses a path where values are expected.
+
+    Args:
+        argument: How messages call it.
+        value: What came.
+
+    Raises:
+        TypeError: If it is a path or a text, which nobody but the caller should open.
+    """
+    if isinstance(value, str | Path):
+        raise TypeError(
+            f"{argument} is the path {str(value)!r}; expected an array: ibaml.data.load_class_folder reads a folder of "
+            "class folders of images, and `ibaml predict` on the command line takes folders and tables."
+        )
 
 
 def raw_inputs_of(task: Episode) -> RawInputs:

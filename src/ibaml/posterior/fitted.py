@@ -4,7 +4,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ibaml.algorithms.nll import Nll
 from ibaml.backbones import Extractor
 from ibaml.data.arrays import as_tensor
 from ibaml.data.preprocessing import Preprocessing
-from ibaml.data.raw import RawInputs, check_raw
+from ibaml.data.raw import RawInputs, check_raw, refuse_path
 from ibaml.data.tables import Array
 from ibaml.fast import NllInParts
 from ibaml.likelihoods import ClassPrediction, Likelihood, MixturePrediction, Prediction
@@ -75,11 +74,7 @@ class FittedModel:
         Warns:
             RuntimeWarning: If values are far from those of training.
         """
-        if isinstance(x, str | Path):
-            raise TypeError(
-                f"{argument} is the path {str(x)!r}; expected an array: ibaml.data.load_class_folder reads a folder of "
-                "class folders of images, and `ibaml predict` on the command line takes folders and tables."
-            )
+        refuse_path(argument, x)
         if self.preprocessing is not None:
             if self.backbone is not None:
                 shape = self.preprocessing.input_shape
