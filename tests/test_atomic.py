@@ -1,5 +1,8 @@
 """A file is old or new, never a part."""
 
+import errno
+import os
+
 import pytest
 
 from ibaml import atomic
@@ -28,6 +31,23 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "absent" / "file.txt", "text")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.__getitem__)
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(tmp_path, monkeypatch, number):
+    path = tmp_path / "file.csv"
+    path.write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"file.csv cannot be written: the disk is full \(.+\). What was .*make room"
+    ) as told:
+        write_text(path, "new")
+    assert told.value.errno == number
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_text_has_the_same_bytes_everywhere(tmp_path):

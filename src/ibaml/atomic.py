@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _MOST_BYTES = 2**26
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def atomic_write(path: Path) -> Generator[Path]:
         path: The file to write; its folder exists.
 
     Raises:
-        OSError: If the file cannot be written; one already at ``path`` is then unchanged.
+        OSError: If the file cannot be written, on a full disk with what to do; one already at ``path`` is unchanged.
 
     Examples:
         >>> import tempfile
@@ -41,6 +42,15 @@ def atomic_write(path: Path) -> Generator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        told = OSError(
+            f"{path} cannot be written: the disk is full ({error.strerror}). What was there before is whole; make room "
+            "and start the same again."
+        )
+        told.errno = error.errno
+        raise told from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,7 +144,10 @@ class Written:
     def failure_of(self, what: str) -> Failure | None:
         """Reads what an interrupted writing left: the old or the new, or a refusal that names the file."""
         models = {name: asked.alone[0] for name, asked in (("old", self.old), ("new", self.new))}
-        found = MetaLearner.load(self.folder)
+        with warnings.catch_warnings():
+            # Between its two files the text is told to be of the other model, whose settings are not taken.
+            warnings.filterwarnings("ignore", ".*was saved with another model", RuntimeWarning)
+            found = MetaLearner.load(self.folder)
         known = [name for name, answer in models.items() if self._answers(found, name, answer)]
         if len(known) != 1:
             return Failure("", what, "the model is neither the old nor the new one")

@@ -250,6 +250,15 @@ def test_evaluating_what_is_not_trained(tmp_path, trained):
         runs.evaluate_run(tmp_path)
 
 
+def test_a_place_for_the_evaluation_is_asked_for_before_any_task_is_scored(tmp_path, trained, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (folder / "evaluation").write_text("a file, where a folder is to be")
+    monkeypatch.setattr(MetaLearner, "evaluate_in_full", lambda *_, **__: pytest.fail("a task was scored"))
+    message = r"an evaluation goes into .*/run/evaluation, which cannot be written \(File exists\): change its permissi"
+    with pytest.raises(OSError, match=message):
+        runs.evaluate_run(folder)
+
+
 def test_evaluating_with_known_rows_of_a_table(tmp_path, trained):
     with pytest.raises(ValueError, match="num_support splits the rows of --test; the tasks of a recipe come with"):
         runs.evaluate_run(trained, num_support=2)

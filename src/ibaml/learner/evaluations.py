@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ibaml.atomic import read_json, write_text
+from ibaml.atomic import atomic_write, read_json, write_text
 from ibaml.learner.run_folder import EVALUATION
 from ibaml.metrics import Estimate, Sizes, quantile_curve, reliability_curve, selective_curve
 from ibaml.train.checkpoint import save_tensors
@@ -78,6 +78,28 @@ def write_evaluation(
     report["sha256"] = _sha256(_canonical(report))
     write_text(target / "report.json", json.dumps(report, indent=2) + "\n")
     return target
+
+
+def require_place(folder: Path) -> None:
+    """Makes the folder of an evaluation and a file in it, so that an unwritable place shows before any task is scored.
+
+    Args:
+        folder: The folder of the model.
+
+    Raises:
+        OSError: If it cannot be written, with what to do.
+    """
+    target = folder / EVALUATION
+    try:
+        target.mkdir(exist_ok=True)
+        with atomic_write(target / "probe") as probe:
+            probe.touch()
+        (target / "probe").unlink()
+    except OSError as error:
+        raise OSError(
+            f"an evaluation goes into {target}, which cannot be written ({error.strerror or error}): change its "
+            "permissions, or evaluate a copy of the folder."
+        ) from error
 
 
 def _sha256(text: str) -> str:

@@ -15,7 +15,7 @@ from ibaml.atomic import read_json, write_text
 from ibaml.baselines import BaselineComparison, compare_with_baselines
 from ibaml.data.sources import settings_of_tests
 from ibaml.learner import MetaLearner
-from ibaml.learner.evaluations import draw_evaluation, write_evaluation
+from ibaml.learner.evaluations import draw_evaluation, require_place, write_evaluation
 from ibaml.learner.files import read_table
 from ibaml.learner.report import write_report
 from ibaml.learner.run_folder import RECIPE, write_summary
@@ -210,6 +210,7 @@ def evaluate_run(
         described, count = settings_of_tests(recipe.data), recipe.num_test_tasks if num_tasks is None else num_tasks
     else:
         raise ValueError(f"{folder} was not trained by a recipe, which would name its test tasks: give --test.")
+    require_place(folder)
     try:
         evaluation = learner.evaluate_in_full(
             tasks,
