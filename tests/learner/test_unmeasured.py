@@ -10,6 +10,7 @@ import torch
 
 from ibaml import MetaLearner
 from ibaml.algorithms.heads import GaussianProcess
+from ibaml.learner.evaluations import draw_evaluation
 from ibaml.learner.files import predict_files
 from ibaml.networks import MLP
 from ibaml.types import Batch, Episode
@@ -101,6 +102,24 @@ def test_an_evaluation_leaves_out_what_was_not_measured(learner):
     assert calibrated.recalibration.nll_before.mean == pytest.approx(report["nll"].mean, rel=1e-6)
     curve = learner.learning_curve(TEST, [4])
     assert curve.to_frame()["nll"].iloc[0] == pytest.approx(report["nll"].mean, rel=1e-6)
+
+
+def test_pictures_are_of_what_was_measured(tmp_path):
+    """One input and several targets have no picture of a curve."""
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            *(Batch(torch.from_numpy(rng.normal(size=(5, 1))), torch.from_numpy(rng.normal(size=(5, 2)))) for _ in "sq")
+        )
+        for _ in range(3)
+    ]
+    for episode in episodes:
+        episode.query.y[0, 1] = math.nan
+    learner = MetaLearner(MLP(2, input_shape=1, hidden_sizes=()).double(), "linear_gaussian", "gaussian")
+    evaluation = learner.fit(episodes, num_steps=1).evaluate_in_full(episodes)
+    first = Episode(*(Batch(batch.x[None], batch.y[None]) for batch in episodes[0]))
+    draw_evaluation(tmp_path, evaluation, first, title="growth")
+    assert [path.name for path in tmp_path.iterdir()] == ["quantiles.png"]
 
 
 def test_files(learner, tmp_path):

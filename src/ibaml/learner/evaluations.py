@@ -207,7 +207,7 @@ def _pooled(evaluation: Evaluation) -> _Pooled:
 
 
 def _one_task(evaluation: Evaluation, first: Episode, title: str) -> "Figure | None":
-    """Returns the picture of the first task: of images, or of numbers on one input."""
+    """Returns the picture of the first task: of images, or of one target on one input."""
     from ibaml import plots
 
     support, query = (Batch(batch.x[0].cpu(), batch.y[0].cpu()) for batch in first)
@@ -217,7 +217,8 @@ def _one_task(evaluation: Evaluation, first: Episode, title: str) -> "Figure | N
             return None
         probs = predicted["log_probs"].exp()
         return plots.example_task(Episode(support, query), probs, title=f"{title}: one test task")
-    if support.x.shape[-1] != 1 or not {"mean", "variance"} <= predicted.keys():
+    has_curve = support.x.shape[-1] == 1 and support.y.shape[1:] in {(), (1,)}
+    if not has_curve or not {"mean", "variance"} <= predicted.keys():
         return None
     mean, variance = predicted["mean"], predicted["variance"]
     return plots.example_regression(Episode(support, query), mean, variance, title=f"{title}: one task")
