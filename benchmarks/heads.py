@@ -116,14 +116,14 @@ def cost(recipe: Recipe, *, data: Path | None) -> None:
 
 
 def _medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Returns the median seconds of functions that take turns."""
+    """Returns the median CPU seconds of functions that take turns on one thread: other work beside costs no time."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(_ROUNDS + 3):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             function()
             if index >= 3:  # The first calls start things.
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.thread_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

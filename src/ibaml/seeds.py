@@ -3,10 +3,11 @@
 Task ``i`` of the fixed set named by ``seed`` has the seed ``task_seed(seed, i)``. From it come the draw of the task
 (``task_generator``), the noise of its inner problem and that of its weight samples (``noise_generator``), three streams
 that share nothing. So a task is the same for every algorithm and however the tasks are shared out among processes,
-which is what paired comparisons need, and an evaluation is, to the last digit, the same as to call, for each task,
+which is what paired comparisons need, and an evaluation is, up to rounding, the same as to call, for each task,
 ``learner.adapt(x, y, seed=task_seed(seed, i)).predict(x_query, seed=task_seed(seed, i))``.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -41,7 +42,11 @@ def noise_generator(purpose: Literal["inner", "prediction"], seed: int) -> torch
     Raises:
         TypeError: If it is no integer.
     """
-    seed = require_int("seed", seed)
+    drawn = _of_purposes(require_int("seed", seed))
+    return torch.Generator().manual_seed(drawn[_PURPOSES.index(purpose)])
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_purposes(seed: int) -> list[int]:
     # A large offset is no other stream: the CPU's generator takes the low 32 bits of a seed alone.
-    drawn = torch.randint(2**32, (len(_PURPOSES),), generator=torch.Generator().manual_seed(seed))
-    return torch.Generator().manual_seed(int(drawn[_PURPOSES.index(purpose)]))
+    return torch.randint(2**32, (len(_PURPOSES),), generator=torch.Generator().manual_seed(seed)).tolist()

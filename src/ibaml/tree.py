@@ -14,6 +14,13 @@ from ibaml.types import PyTree, Tensor
 
 def leaves(tree: PyTree) -> list[Tensor]:
     """Lists the tensors of a pytree in its fixed flattening order."""
+    # Torch takes ten times as long for what trees are made of here.
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) is dict:
+        return [leaf for child in tree.values() for leaf in leaves(child)]
+    if type(tree) is tuple or hasattr(tree, "_fields"):
+        return [leaf for child in tree for leaf in leaves(child)]
     return _pytree.tree_leaves(tree)
 
 
@@ -38,7 +45,15 @@ def named_leaves(tree: PyTree) -> dict[str, Tensor]:
 
 def map(function: Callable[..., Tensor], tree: PyTree, *others: PyTree) -> PyTree:  # noqa: A001
     """Applies a function leaf by leaf over one or more pytrees of the same structure."""
-    return _pytree.tree_map(function, tree, *others)
+    if others:
+        return _pytree.tree_map(function, tree, *others)
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) is dict:
+        return {key: map(function, child) for key, child in tree.items()}
+    if hasattr(tree, "_fields"):
+        return type(tree)(*[map(function, child) for child in tree])
+    return _pytree.tree_map(function, tree)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
@@ -110,6 +125,10 @@ def detach(a: PyTree) -> PyTree:
 
 def all_finite(a: PyTree) -> Tensor:
     """Returns a scalar bool tensor: whether no leaf has a NaN or an infinity."""
+    # A NaN or infinity is left in a sum, which takes a twentieth of the time. Of sums that overflow it has to be asked.
+    in_sums = torch.isfinite(torch.stack([leaf.sum().double() for leaf in leaves(a)])).all()
+    if holds(in_sums):
+        return in_sums
     return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(a)]).all()
 
 

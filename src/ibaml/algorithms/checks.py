@@ -110,7 +110,9 @@ def require_finite_solution(
         FloatingPointError: With the likely causes.
     """
     # An infinite value may be meant, such as the scale of neighbours that all count alike.
-    has_nan = any(bool(torch.isnan(leaf).any()) for leaf in tree.leaves(solution.value))
+    has_nan = not bool(tree.all_finite(solution.value)) and any(
+        bool(torch.isnan(leaf).any()) for leaf in tree.leaves(solution.value)
+    )
     if not has_nan and not (with_norm and not math.isfinite(solution.grad_norm)):
         return
     largest = " and ".join(

@@ -85,7 +85,10 @@ def as_table(value: Any) -> Any:
             f"the columns of the table have {frame.columns.nlevels} levels, such as {frame.columns[0]!r}; expected one "
             "name each: table.columns = ['_'.join(map(str, name)) for name in table.columns]."
         )
-    return frame.set_axis([str(name) for name in frame.columns], axis=1).reset_index(drop=True)
+    # Either makes a new table, which takes longer than to read the columns of a few rows.
+    if not all(isinstance(name, str) for name in frame.columns):
+        frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
+    return frame if frame.index.equals(_pandas().RangeIndex(len(frame))) else frame.reset_index(drop=True)
 
 
 def take(argument: str, table: Any, names: Sequence[str]) -> list[Any]:

@@ -1,24 +1,27 @@
 """Evaluation over a fixed, seeded set of tasks, by one way for training, learners, command line and experiments.
 
-Each task is adapted to and predicted by itself, with the functions and seeds of ``MetaLearner.adapt`` and ``predict``:
-see ``ibaml.seeds``. Tasks may differ in size, and each has the same weight.
+Each task is adapted to and predicted with the functions and seeds of ``MetaLearner.adapt`` and ``predict``: see
+``ibaml.seeds``. Tasks may differ in size, and each has the same weight. Heads on features take neighbouring tasks of
+one shape at once, which changes nothing but rounding.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ibaml import metrics, tree
 from ibaml.algorithms.checks import check_labels, check_targets
-from ibaml.likelihoods import Likelihood, Prediction
+from ibaml.likelihoods import ClassPrediction, Likelihood, Prediction
+from ibaml.likelihoods.categorical import class_scores
 from ibaml.metrics import Estimate
 from ibaml.posterior import FittedModel
 from ibaml.seeds import task_generator, task_seed
 from ibaml.train.images_once import images_once
 from ibaml.train.processes import Processes
 from ibaml.train.progress import ProgressBar
+from ibaml.train.together import Asked, in_groups, outputs_together
 from ibaml.types import Episode, TaskSampler, Tensor
 
 if TYPE_CHECKING:
@@ -113,8 +116,7 @@ def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets
     """
     predictions = [one.to(torch.device("cpu")) for one in predictions]
     targets = [one.cpu() for one in targets]
-    scores = [prediction.scores(target) for prediction, target in zip(predictions, targets, strict=True)]
-    per_task = {name: torch.stack([of_task[name] for of_task in scores]) for name in scores[0]}
+    per_task = _scores(predictions, targets)
     report = {name: metrics.estimate(values) for name, values in per_task.items()}
     return Evaluation(
         report={**report, **likelihood.pooled_scores(predictions, targets)},
@@ -122,6 +124,15 @@ def summarise(likelihood: Likelihood, predictions: Sequence[Prediction], targets
         predictions=tuple(predictions),
         query_targets=tuple(targets),
     )
+
+
+def _scores(predictions: Sequence[Prediction], targets: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Returns the scores of each task by name; of classes they are computed together, if tasks have one shape."""
+    log_probs = [one.tensors()["log_probs"] for one in predictions if isinstance(one, ClassPrediction)]
+    if len(log_probs) == len(predictions) and len({one.shape for one in log_probs}) == 1:
+        return class_scores(torch.stack(log_probs), torch.stack(list(targets)))
+    scores = [prediction.scores(target) for prediction, target in zip(predictions, targets, strict=True)]
+    return {name: torch.stack([of_task[name] for of_task in scores]) for name in scores[0]}
 
 
 def tempered(likelihood: Likelihood, evaluation: Evaluation, temperature: float) -> Evaluation:
@@ -202,9 +213,9 @@ def evaluate(
         raise ValueError(f"out_of_task is for classes, but the likelihood is {fitted.model.likelihood.name!r}.")
     processes = processes or Processes()
 
-    def own_share(bar: ProgressBar) -> list[_Predicted]:
-        found: list[_Predicted] = []
-        share = processes.share(num_tasks)
+    share = processes.share(num_tasks)
+
+    def asked() -> Iterator[Asked]:
         num_outputs, here, source = 0, fitted, tasks
         for index in share:
             task = _draw_on_device(fitted, source, index, seed=seed)
@@ -229,16 +240,23 @@ def evaluate(
                 if len(targets):
                     argument = f"test task {index} {part}.y"
                     check_targets(fitted.algorithm, fitted.model.likelihood, argument, targets, classes)
+            classes = fitted.num_outputs(fitted.model.num_outputs, task.support.y, task.query.y)
             foreign = draw_foreign(source, index, num_tasks=num_tasks, seed=seed) if out_of_task else None
-            predicted = _predict_task(here, task, index, foreign, seed=task_seed(seed, index))
-            found.append(predicted._replace(source=source_of(tasks, index, seed=seed)))
-            bar.update(len(found))
-            if on_progress is not None:
-                on_progress(index + 1)
+            yield Asked(here, index, task, classes, foreign)
+
+    def own_share(bar: ProgressBar) -> list[_Predicted]:
+        found: list[_Predicted] = []
+        for group in in_groups(asked()):
+            together = _predict_together(group) if len(group) > 1 else None
+            alone = (_predict_task(one, seed=task_seed(seed, one.number)) for one in group)
+            for one, predicted in zip(group, together or alone, strict=True):
+                found.append(predicted._replace(source=source_of(tasks, one.number, seed=seed)))
+                bar.update(len(found))
+                if on_progress is not None:
+                    on_progress(one.number + 1)
         return found
 
-    num_own = len(processes.share(num_tasks))
-    with ProgressBar(console if processes.is_first else None, "evaluate", num_own) as bar:
+    with ProgressBar(console if processes.is_first else None, "evaluate", len(share)) as bar:
         predicted = [task for share in processes.gather(lambda: own_share(bar)) for task in share]
     predictions, targets, foreign, num_support, sources = zip(*predicted, strict=True)
     evaluation = dataclasses.replace(
@@ -302,9 +320,22 @@ class _Predicted(NamedTuple):
     source: int
 
 
-def _predict_task(fitted: FittedModel, task: Episode, index: int, foreign: Tensor | None, *, seed: int) -> _Predicted:
+def _predict_together(group: list[Asked]) -> list[_Predicted] | None:
+    """Returns what is found for tasks of one shape, on the CPU; None if there is something that is not finite."""
+    outputs, fitted = outputs_together(group), group[0].fitted
+    if not bool(tree.all_finite(outputs)):
+        return None
+    predictions = [fitted.prediction(of_task).to(torch.device("cpu")) for of_task in outputs]
+    targets = [fitted.in_units(asked.task.query.y).cpu() for asked in group]
+    return [
+        _Predicted(prediction, target, None, len(asked.task.support.y), source=asked.number)
+        for asked, prediction, target in zip(group, predictions, targets, strict=True)
+    ]
+
+
+def _predict_task(asked: Asked, *, seed: int) -> _Predicted:
     """Returns what is found for a task, on the CPU."""
-    num_outputs = fitted.num_outputs(fitted.model.num_outputs, task.support.y, task.query.y)
+    fitted, index, task, num_outputs, foreign = asked
     try:
         posterior = fitted.solve(task.support, None, seed=seed, with_grad_norm=False, num_outputs=num_outputs)
     except FloatingPointError as error:

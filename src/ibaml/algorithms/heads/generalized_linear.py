@@ -163,9 +163,8 @@ class GeneralizedLinear(HeadOfFunctions):
         offset, given = (prior_mean @ inputs.mT).tensor_split([num_targets])
         parameters = [given, *parameters]
         fixed, fixed_offset, *known = tree.detach((problem, offset, *parameters))
-        start = loss.start(fixed, fixed_offset, targets, *known)
         unknown, residual, *_ = newton(
-            fixed, loss, start, fixed_offset, targets, *known, max_steps=self.max_newton_steps, tolerance=tolerance
+            fixed, loss, fixed_offset, targets, *known, max_steps=self.max_newton_steps, tolerance=tolerance
         )
         # Steps with clipped curvature end near the solution; one with the Newton matrix as it is squares what is left.
         slope, curvature = loss.derivatives(fixed_offset + fixed.outputs(unknown), targets, *known)

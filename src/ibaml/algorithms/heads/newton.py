@@ -6,7 +6,7 @@ And the problem of a softmax head, whose classes its nll couples; see ``ibaml.al
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -39,14 +39,31 @@ class Local(NamedTuple):
     curvature: Tensor
 
 
-Loss: TypeAlias = Callable[..., Local]
-"""``(outputs, targets, *parameters) -> Local``; also with leading axes, which outputs may have one more of."""
+class Loss(Protocol):
+    """The nll of a support set as a function of its outputs. All tensors may have leading axes."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor, /, *parameters: Tensor) -> Local:
+        """Returns it and its derivatives at some outputs, which may have one leading axis more than targets have."""
+        ...
+
+    def start(self, problem: Any, offset: Tensor, targets: Tensor, /, *parameters: Tensor) -> Tensor:
+        """Returns the unknowns to start from; arguments as of ``newton``."""
+        ...
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Local:
-    """Returns the cross entropy of classes, ``[num_classes, num_examples]``; its curvature is told by ``log p``."""
-    log_probs = torch.log_softmax(logits, -2)
-    return Local(-(targets * log_probs).sum((-2, -1)), targets - log_probs.exp(), log_probs)
+class CrossEntropy:
+    """The cross entropy of classes, ``[num_classes, num_examples]``; its curvature is told by ``log p``."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor, /, *parameters: Tensor) -> Local:
+        """See ``Loss``; there are no parameters."""
+        del parameters
+        log_probs = torch.log_softmax(outputs, -2)
+        return Local(-(targets * log_probs).sum((-2, -1)), targets - log_probs.exp(), log_probs)
+
+    def start(self, problem: "ClassProblem", offset: Tensor, targets: Tensor, /, *parameters: Tensor) -> Tensor:
+        """Returns where the first step from zero weights leads, as if all classes were as likely there."""
+        del parameters
+        return problem.first_step(targets - torch.softmax(offset, -2))
 
 
 class Problem(Protocol):
@@ -58,10 +75,6 @@ class Problem(Protocol):
     @property
     def squared_norms(self) -> Tensor:
         """Squared norms of the whitened features, ``[num_priors, num_examples]``."""
-        ...
-
-    def start(self, targets: Tensor, /) -> Tensor:
-        """Returns unknowns of zero for targets ``[num_classes, num_examples]``."""
         ...
 
     def outputs(self, unknown: Tensor, /) -> Tensor:
@@ -97,6 +110,18 @@ class Problem(Protocol):
 class ClassProblem(Problem, Protocol):
     """The inner problem of a softmax head."""
 
+    def first_step(self, errors: Tensor, /) -> Tensor:
+        """Returns the Newton step from zero weights where ``K`` classes are as likely.
+
+            (I + X_c^T X_c / K)^-1 X_c^T (y_c - p_c)        X_c = Z C_c
+
+        It takes one factorisation for each prior instead of one for each class.
+
+        Args:
+            errors: ``y - p``, ``[num_classes, num_examples]``.
+        """
+        ...
+
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor, /) -> Tensor:
         """Returns the covariance of logits, ``[num_queries, num_classes, num_classes]``.
 
@@ -129,8 +154,8 @@ class _OfExamples(NamedTuple):
     def squared_norms(self) -> Tensor:
         return torch.diagonal(self.products, dim1=-2, dim2=-1)
 
-    def start(self, targets: Tensor) -> Tensor:
-        return torch.zeros_like(targets)
+    def first_step(self, errors: Tensor) -> Tensor:
+        return solve_each(plus_identity(self.products / errors.shape[-2]), errors)
 
     def outputs(self, unknown: Tensor) -> Tensor:
         return each(self.products, unknown)
@@ -154,30 +179,31 @@ class _OfExamples(NamedTuple):
         return log_determinant(factor).sum(-1) + log_determinant(total)
 
     def _factors(self, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # E_c = V_c^T V_c with V_c = L_c^-1 D_c^1/2 and L_c L_c^T = I + D_c^1/2 G_c D_c^1/2, whose eigenvalues are at
-        # least 1. The root of a probability that underflows has a derivative if it is taken of the logarithm.
+        # E_c = D_c^1/2 (I + D_c^1/2 G_c D_c^1/2)^-1 D_c^1/2: eigenvalues of the matrix in brackets are at least 1.
+        # The root of a probability that underflows has a derivative if it is taken of the logarithm.
         root = torch.exp(0.5 * log_probs)
-        factor = cholesky_or_nan(plus_identity(root.unsqueeze(-1) * self.products * root.unsqueeze(-2)))
-        half = torch.linalg.solve_triangular(factor, torch.diag_embed(root), upper=False)
-        stacked = half.flatten(-3, -2)
-        return factor, half, cholesky_or_nan(stacked.mT @ stacked)
+        roots = root.unsqueeze(-1) * root.unsqueeze(-2)
+        factor = cholesky_or_nan(plus_identity(roots * self.products))
+        own = roots * torch.cholesky_inverse(factor)
+        return factor, own, cholesky_or_nan(own.sum(-3))
 
     def solve(self, factors: Sequence[Tensor], right: Tensor) -> Tensor:
-        half, total = factors
-        first = each(half.mT, each(half, self.outputs(right)))
-        shift = torch.cholesky_solve(first.sum(-2).unsqueeze(-1), total).mT
-        return right - first + each(half.mT, each(half, shift))
+        own, total = factors
+        outputs = self.outputs(right)
+        # R^T E: matrices are symmetric.
+        summed = own.flatten(-3, -2).mT @ outputs.flatten(-2).unsqueeze(-1)
+        return right - each(own, outputs - torch.cholesky_solve(summed, total).mT)
 
     def covariance(self, factors: Sequence[Tensor], whitened: Tensor) -> Tensor:
         """See ``ClassProblem``; factors may be those of ``in_products``."""
         # k(z, z) - k(z)^T Q k(z), where k(z) are inner products with the support set.
-        half, total, *inverse = factors
-        explained = half @ (self.features @ whitened.mT)
+        each_own, total, *inverse = factors
+        products = self.features @ whitened.mT
+        explained = each_own @ products
         prior = (whitened**2).sum(-1)
         # No less than what rounding leaves of the prior's variance.
-        own = torch.maximum(prior - (explained**2).sum(-2), torch.finfo(prior.dtype).eps * prior)
-        summed = half.mT @ explained
-        between = inverse[0] @ summed if inverse else torch.linalg.solve_triangular(total, summed, upper=False)
+        own = torch.maximum(prior - (products * explained).sum(-2), torch.finfo(prior.dtype).eps * prior)
+        between = inverse[0] @ explained if inverse else torch.linalg.solve_triangular(total, explained, upper=False)
         return torch.diag_embed(own.mT) + torch.einsum("knm,jnm->mkj", between, between)
 
 
@@ -194,10 +220,6 @@ class WhitenedWeights(NamedTuple):
     def squared_norms(self) -> Tensor:
         """See ``Problem``."""
         return (self.features**2).sum(-1)
-
-    def start(self, targets: Tensor) -> Tensor:
-        """See ``Problem``."""
-        return targets.new_zeros(*targets.shape[:-1], self.features.shape[-1])
 
     def outputs(self, unknown: Tensor) -> Tensor:
         """See ``Problem``."""
@@ -221,6 +243,11 @@ class _OfWeights(WhitenedWeights):
     """The Newton matrix is the Hessian of the inner loss in the weights of all classes together."""
 
     __slots__ = ()
+
+    def first_step(self, errors: Tensor) -> Tensor:
+        """See ``ClassProblem``."""
+        matrix = plus_identity(self.features.mT @ self.features / errors.shape[-2])
+        return solve_each(matrix, each(self.features.mT, errors))
 
     def factorize(self, log_probs: Tensor) -> tuple[Tensor, ...]:
         # H = I + blockdiag((Z C_c)^T D_c (Z C_c)) - V^T V with V = [D_1 (Z C_1), ...], by parts of the examples.
@@ -281,33 +308,41 @@ def _costs_less_in_weights(num_examples: int, rank: int, num_classes: int) -> bo
 def newton(
     problem: Any,
     loss: Loss,
-    start: Tensor,
     offset: Tensor,
     targets: Tensor,
     *parameters: Tensor,
     max_steps: int,
     tolerance: float,
+    steps_per_matrix: int = 1,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Returns unknowns that solve a problem, the relative norm of the gradient, and factors of the Newton matrix.
 
     Args:
         problem: A ``Problem`` that is a NamedTuple of tensors. These, and all other tensors, are detached.
         loss: The nll.
-        start: Unknowns to start from.
         offset: Outputs at zero weights, ``[num_classes, num_examples]``.
         targets: Of the examples, likewise.
         *parameters: Those of the loss.
-        max_steps: Newton steps at most.
+        max_steps: Newton matrices at most.
         tolerance: The step is the last whose length in the Newton matrix is at most so many roots of the inner loss.
+        steps_per_matrix: Steps with one Newton matrix, unless they have to be shortened: each adds one to the order of
+            convergence (Shamanskii's method), and is cheaper than further factors where these are of large matrices.
+        start: Unknowns to start from. None: those of the loss.
     """
-    return _Newton.apply(type(problem), loss, max_steps, tolerance, start, offset, targets, *problem, *parameters)
+    settings = type(problem), loss, max_steps, tolerance, steps_per_matrix
+    own = () if start is None else (start,)
+    # ``apply`` takes .4 ms of its own, and there is nothing to hide where there is no transform.
+    is_transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    solve = _Newton.apply if is_transformed else _Newton.forward
+    return solve(*settings, len(own), *own, offset, targets, *problem, *parameters)
 
 
 class _Newton(torch.autograd.Function):
     """Newton's method as one operation without a derivative, for all tasks at once under ``torch.func.vmap``.
 
     Not for a gradient: its arguments are detached, and the implicit function theorem needs none. But each of its some
-    300 small operations would pass through each transform around it, which made a hypergradient twice as slow as it is,
+    200 small operations would pass through each transform around it, which made a hypergradient twice as slow as it is,
     and under ``vmap``, where no step after convergence could be left out, ten times.
     """
 
@@ -317,20 +352,22 @@ class _Newton(torch.autograd.Function):
         loss: Loss,
         max_steps: int,
         tolerance: float,
-        start: Tensor,
-        offset: Tensor,
-        targets: Tensor,
-        *leaves: Tensor,
+        steps_per_matrix: int,
+        num_starts: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        start, (offset, targets, *leaves) = tensors[:num_starts], tensors[num_starts:]
         num_leaves = len(kind._fields)
         problem, parameters = kind(*leaves[:num_leaves]), leaves[num_leaves:]
+        unknown = start[0] if start else loss.start(problem, offset, targets, *parameters)
 
-        def at(outputs: Tensor, targets: Tensor) -> Local:
-            return loss(outputs, targets, *parameters)
+        def nll(outputs: Tensor) -> Local:
+            # Several step lengths are one more axis.
+            base, known = (part if outputs.ndim == part.ndim else part.unsqueeze(-3) for part in (offset, targets))
+            return loss(base + outputs, known, *parameters)
 
-        unknown, factors = _solve(problem, at, start, offset, targets, max_steps, tolerance)
-        errors = at(offset + problem.outputs(unknown), targets).errors
-        return unknown, _relative_gradient(problem, unknown, problem.residual(unknown, errors), errors), *factors
+        point, factors = _solve(problem, nll, unknown, max_steps, tolerance, steps_per_matrix)
+        return point.unknown, _relative_gradient(problem, point), *factors
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
@@ -344,103 +381,105 @@ class _Newton(torch.autograd.Function):
         loss: Loss,
         max_steps: int,
         tolerance: float,
+        steps_per_matrix: int,
+        num_starts: int,
         *tensors: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         batched = [
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(tensors, in_dims[4:], strict=True)
+            for tensor, dim in zip(tensors, in_dims[6:], strict=True)
         ]
-        found = _Newton.apply(kind, loss, max_steps, tolerance, *batched)
+        found = _Newton.apply(kind, loss, max_steps, tolerance, steps_per_matrix, num_starts, *batched)
         return found, (0,) * len(found)
 
 
-def _solve(
-    problem: Problem, loss: Loss, start: Tensor, offset: Tensor, targets: Tensor, max_steps: int, tolerance: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns the solution and the Newton matrix of the last step."""
-    unknown, factors = start, ()
-    outputs = offset + problem.outputs(start)
-    local = loss(outputs, targets)
-    for _ in range(max_steps):
-        residual = problem.residual(unknown, local.errors)
-        factors = problem.factorize(local.curvature)
-        step = -problem.solve(factors, residual)
-        change = problem.outputs(step)
-        line = _Line(
-            nll=local.total,
-            squared_norm=problem.inner(unknown, unknown, outputs - offset),
-            along=problem.inner(unknown, step, change),
-            squared_step=problem.inner(step, step, change),
-            decrement=-problem.inner(residual, step, change),
-        )
-        # The step that is taken all the same leaves rounding alone, and so do further ones while other tasks go on.
-        converged = line.decrement <= tolerance**2 * line.loss.abs()
-        if tree.holds(converged.all()):
-            return unknown + step, factors
-        local = loss(outputs + change, targets)
-        whole = converged | line.decreases(1.0, local.total)
-        if not tree.holds(whole.all()):
-            length = torch.where(converged, 1.0, _step_length(line, loss, outputs, change, targets))
-            # After a step of length 0 the next would be the same.
-            if tree.holds((converged | (length == 0)).all()):
-                return unknown + length[..., None, None] * step, factors
-            step, change = (length[..., None, None] * each for each in (step, change))
-            local = loss(outputs + change, targets)
-        unknown, outputs = unknown + step, outputs + change
-    return unknown, factors
-
-
-class _Line(NamedTuple):
-    """The inner loss ``nll + |e|^2 / 2`` along a Newton step; all are scalars.
+class _Point(NamedTuple):
+    """Where Newton's method is.
 
     Attributes:
-        nll: That of the start.
-        squared_norm: ``|e|^2`` of the start.
-        along: Inner product of start and step.
-        squared_step: That of the step with itself.
-        decrement: Minus the slope, which is the squared length of the step in the Newton matrix: twice the decrease
-            that the quadratic model of the inner loss promises.
+        unknown: The unknowns.
+        outputs: What they add to the outputs.
+        local: The nll there.
+        loss: The inner loss there, ``nll + |e|^2 / 2``.
     """
 
-    nll: Tensor
-    squared_norm: Tensor
-    along: Tensor
-    squared_step: Tensor
-    decrement: Tensor
-
-    @property
-    def loss(self) -> Tensor:
-        """The inner loss of the start."""
-        return self.nll + 0.5 * self.squared_norm
-
-    def decreases(self, length: Tensor | float, nll: Tensor) -> Tensor:
-        """Whether a step of some length brings its share of the promised decrease.
-
-        Args:
-            length: The length.
-            nll: Where that step ends.
-        """
-        decrease = self.nll - nll - length * (self.along + 0.5 * length * self.squared_step)
-        # Near the solution a decrease is lost in rounding, and the whole step is right.
-        rounding = 32 * torch.finfo(decrease.dtype).eps * (1 + self.loss.abs())
-        return decrease >= _SUFFICIENT_DECREASE * length * self.decrement - rounding
+    unknown: Tensor
+    outputs: Tensor
+    local: Local
+    loss: Tensor
 
 
-def _step_length(line: _Line, loss: Loss, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
-    """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
-    lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=change.dtype, device=change.device)
-    at = outputs.unsqueeze(-3) + lengths[:, None, None] * change.unsqueeze(-3)
-    nll = loss(at, targets.unsqueeze(-3)).total
-    decreases = _Line(*(each.unsqueeze(-1) for each in line)).decreases(lengths, nll)
-    return torch.where(decreases, lengths, 0.0).amax(-1)
+def _solve(
+    problem: Problem,
+    nll: Callable[[Tensor], Local],
+    start: Tensor,
+    max_steps: int,
+    tolerance: float,
+    steps_per_matrix: int,
+) -> tuple[_Point, tuple[Tensor, ...]]:
+    """Returns the solution, and factors of the Newton matrix where the last step began; ``nll`` is that of outputs."""
+
+    def at(unknown: Tensor, outputs: Tensor) -> _Point:
+        local = nll(outputs)
+        return _Point(unknown, outputs, local, local.total + 0.5 * problem.inner(unknown, unknown, outputs))
+
+    def longest(point: _Point, step: Tensor, change: Tensor, decrement: Tensor) -> Tensor:
+        """Returns the largest of some step lengths at which the inner loss has decreased; 0 if there is none."""
+        lengths = 0.5 ** torch.arange(_NUM_HALVINGS, dtype=step.dtype, device=step.device)
+        each_length = lengths[:, None, None]
+        unknown = point.unknown.unsqueeze(-3) + each_length * step.unsqueeze(-3)
+        found = at(unknown, point.outputs.unsqueeze(-3) + each_length * change.unsqueeze(-3))
+        decreases = _decreases(point.loss.unsqueeze(-1), found.loss, lengths, decrement.unsqueeze(-1))
+        return torch.where(decreases, lengths, 0.0).amax(-1)
+
+    point, factors = at(start, problem.outputs(start)), ()
+    for _ in range(max_steps):
+        factors = problem.factorize(point.local.curvature)
+        for index in range(steps_per_matrix):
+            residual = problem.residual(point.unknown, point.local.errors)
+            step = -problem.solve(factors, residual)
+            change = problem.outputs(step)
+            # Minus the slope; for the first step with a matrix it is the squared length in that matrix.
+            decrement = -problem.inner(residual, step, change)
+            # The step that is taken all the same leaves rounding alone, and so do further ones of other tasks.
+            is_over = converged = decrement <= tolerance**2 * point.loss.abs()
+            found = at(point.unknown + step, point.outputs + change)
+            is_whole = tree.holds((converged | _decreases(point.loss, found.loss, 1.0, decrement)).all())
+            if not is_whole:
+                length = torch.where(converged, 1.0, longest(point, step, change, decrement))[..., None, None]
+                found = at(point.unknown + length * step, point.outputs + length * change)
+                # After a step of length 0 the next would be the same.
+                is_over = converged | (length[..., 0, 0] == 0)
+            point = found
+            is_over = tree.holds(is_over.all())
+            if is_over and not index:
+                return point, factors
+            # Far from the solution an old matrix is of little use.
+            if is_over or not is_whole:
+                break
+    return point, factors
 
 
-def _relative_gradient(problem: Problem, unknown: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
+def _decreases(before: Tensor, after: Tensor, length: Tensor | float, decrement: Tensor) -> Tensor:
+    """Whether a step brings its share of the decrease that the slope, of ``-decrement``, promises for its length."""
+    # Near the solution a decrease is lost in rounding, and the whole step is right.
+    rounding = 32 * torch.finfo(before.dtype).eps
+    most = torch.add(before + rounding, before.abs(), alpha=rounding)
+    return after <= most - _SUFFICIENT_DECREASE * length * decrement
+
+
+def _relative_gradient(problem: Problem, point: _Point) -> Tensor:
     """Returns the norm of the gradient ``e - (Z C)^T errors`` over those of its terms, examples taken one by one."""
-    both = torch.stack([residual, unknown])
+    both = torch.stack([problem.residual(point.unknown, point.local.errors), point.unknown])
     norm, of_prior = problem.inner(both, both, problem.outputs(both)).clamp_min(0).sqrt()
-    of_examples = (errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
+    of_examples = (point.local.errors**2 * problem.squared_norms).sum((-2, -1)).sqrt()
     return norm / (of_prior + of_examples + torch.finfo(norm.dtype).tiny)
+
+
+def solve_each(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Returns ``matrix^-1 vector`` for each class; matrices are positive definite, and one may serve all."""
+    root = inverse_of_factor(cholesky_or_nan(matrices))
+    return each(root.mT, each(root, vectors))
 
 
 def each(matrices: Tensor, vectors: Tensor) -> Tensor:

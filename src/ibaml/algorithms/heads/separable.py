@@ -71,14 +71,17 @@ class SeparableLoss:
         Regularised least squares to the outputs that make the targets likeliest, with the curvature there. For real
         targets a few safe steps from there leave out outliers: from far away all targets would look like them.
         """
-        start, likeliest = problem.start(targets), self.likelihood.likeliest(targets)
+        likeliest = self.likelihood.likeliest(targets)
+        start = targets.new_zeros(*targets.shape[:-1], problem.features.shape[-1])
         curvature = self.derivatives(likeliest, targets, *parameters)[1].clamp_min(0)
         residual = problem.residual(start, curvature * (likeliest - offset))
         start = start - problem.solve(problem.factorize(curvature), residual)
         if self.likelihood.target_kind != "real":
             return start
         safe = dataclasses.replace(self, majorized=True)
-        return newton(problem, safe, start, offset, targets, *parameters, max_steps=_SAFE_STEPS, tolerance=1e-3)[0]
+        return newton(problem, safe, offset, targets, *parameters, max_steps=_SAFE_STEPS, tolerance=1e-3, start=start)[
+            0
+        ]
 
     def _arguments(
         self, outputs: Tensor, targets: Tensor, parameters: Sequence[Tensor]

@@ -23,12 +23,12 @@ from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
 from ibaml.algorithms.heads.least_squares import cholesky_in_products, cholesky_or_nan
-from ibaml.algorithms.heads.newton import ClassProblem, cross_entropy, in_products, newton, problem_of
+from ibaml.algorithms.heads.newton import ClassProblem, CrossEntropy, in_products, newton, problem_of
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
 from ibaml.likelihoods import Categorical
-from ibaml.likelihoods.base import wide
+from ibaml.likelihoods.base import Array, wide
 from ibaml.priors.columns import ColumnPrior, DiagonalColumnPrior
 from ibaml.types import Batch, Episode, Params, Tensor
 
@@ -41,6 +41,10 @@ times the rounding error of the features to this power.
 
 The step that is taken all the same squares the error, and the Newton matrix is as near to that of the solution.
 """
+
+
+_STEPS_PER_MATRIX = 3
+"""Of 1 to 4 the fastest, or as fast, on 5 to 60 classes of 1 to 30 examples; twice as fast as 1 on 60 of 1."""
 
 
 class SoftmaxPosterior(NamedTuple):
@@ -224,12 +228,12 @@ class Softmax(Head):
         tolerance = torch.finfo(wide(support.x)[0].dtype).eps ** _TOLERANCE_EXPONENT
         unknown, residual, *factors = newton(
             fixed,
-            cross_entropy,
-            fixed.start(targets),
+            CrossEntropy(),
             offset.detach(),
             targets,
             max_steps=self.max_newton_steps,
             tolerance=tolerance,
+            steps_per_matrix=_STEPS_PER_MATRIX,
         )
         # One Newton step from the solution, differentiable in all but the Newton matrix and where it starts.
         log_probs = torch.log_softmax(offset + problem.outputs(unknown), 0)
@@ -317,11 +321,22 @@ def normal_points(num_points: int, like: Tensor) -> Tensor:
     """
     num_dimensions = like.shape[-1]
     num_pairs = max(num_points // 2, 2 * num_dimensions)
-    steps = torch.arange(1, num_pairs + 1, dtype=torch.float64, device=like.device)
+    if like.device.type == "cpu":
+        return torch.from_numpy(_known_points(num_pairs, num_dimensions)).to(like.dtype)
+    return _points(num_pairs, num_dimensions, like.device).to(like.dtype)
+
+
+def _points(num_pairs: int, num_dimensions: int, device: torch.device) -> Tensor:
+    steps = torch.arange(1, num_pairs + 1, dtype=torch.float64, device=device)
     points = torch.stack([torch.special.ndtri(torch.frac(math.sqrt(p) * steps)) for p in _primes(num_dimensions)], -1)
     factor = torch.linalg.cholesky_ex(points.mT @ points / num_pairs)[0]
-    points = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT.to(like.dtype)
+    points = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
     return torch.cat([points, -points])
+
+
+@functools.lru_cache(maxsize=64)
+def _known_points(num_pairs: int, num_dimensions: int) -> Array:
+    return _points(num_pairs, num_dimensions, torch.device("cpu")).numpy()
 
 
 @functools.cache
