@@ -110,3 +110,9 @@ def test_a_target_at_the_end_of_its_interval_lies_inside():
 def test_bad_number_of_levels_is_refused():
     with pytest.raises(ValueError, match="num_levels is 0; expected at least 1"):
         quantile_curve(torch.zeros(1, 2), num_levels=0)
+
+
+def test_one_level_is_the_median():
+    cdf = torch.tensor([[[0.1], [0.4], [0.5], [0.9], [0.95]]], dtype=torch.float64)
+    level, observed = quantile_curve(cdf, num_levels=1)
+    assert level.tolist() == [0.5] and observed.tolist() == pytest.approx([0.6])
