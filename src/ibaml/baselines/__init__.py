@@ -1,6 +1,7 @@
 """Baselines beside any learner, on the same test tasks, each tuned on the validation tasks.
 
-A baseline of one's own is an object that satisfies ``Baseline`` and one line in ``registry.py``. Most are a
+A baseline of one's own is an object that satisfies ``Baseline`` and one line in ``registry.py``. One that trains by
+``ibaml.baselines.training`` says with ``settings(problem)`` what it tries, and so how long it takes. Most are a
 ``MetaLearner`` with certain settings, or with meta-parameters that are computed rather than trained.
 
 | name | what | trains |
