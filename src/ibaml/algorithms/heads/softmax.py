@@ -22,8 +22,9 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.heads.class_problems import ClassProblem, CrossEntropy, in_products, problem_of
 from ibaml.algorithms.heads.least_squares import cholesky_in_products, cholesky_or_nan
-from ibaml.algorithms.heads.newton import ClassProblem, CrossEntropy, in_products, newton, problem_of
+from ibaml.algorithms.heads.newton import newton
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
