@@ -105,8 +105,8 @@ class Softmax(Head):
             mode tells apart.
         num_evaluation_samples: Logit samples of a prediction, in pairs about the mode.
         outer: Loss of the query set: cross entropy at the mode, or of the probabilities averaged over the samples.
-        max_newton_steps: Newton steps at most. Three to eight suffice; weak priors of classes that can be separated
-            need some twenty. Too few show in the norm of the inner gradient.
+        max_newton_steps: Newton matrices at most, with each of which up to three steps are taken. Two to seven suffice;
+            weak priors of classes that can be separated need more. Too few show in the norm of the inner gradient.
 
     Raises:
         ValueError: If a setting is out of range.
