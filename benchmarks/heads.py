@@ -7,12 +7,13 @@
 The first prints a table of scores; seconds are those of training, validations included. The second has a row for the
 test tasks of another recipe as well, by the same training with the temperature of that recipe's validation tasks. The
 third prints ratios of medians, measured in turns in one process: a training step beside a forward and backward pass of
-the same network on the same images, adaptation on given features, and adaptation with prediction beside the bare
-forward passes.
+the same network on the same images, adaptation on given features, and adaptation with prediction, of a task and in an
+evaluation, beside the bare forward passes.
 """
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,11 +25,14 @@ from torch import nn
 from ibaml import tree
 from ibaml.recipes import Recipe, get_recipe
 from ibaml.train.draw import draw_step
+from ibaml.train.evaluate import evaluate
 from ibaml.train.step import HypergradientStep
 from ibaml.types import Batch
 
 _SCORES = ("accuracy", "nll", "ece_pooled")
 _ROUNDS = 30
+_TESTED = 20
+"""Tasks of an evaluation."""
 
 
 def scores(recipe: Recipe, seeds: list[int], *, also: list[Recipe], data: Path | None) -> None:
@@ -100,6 +104,14 @@ def cost(recipe: Recipe, *, data: Path | None) -> None:
             fitted.model.outputs(fitted.model.adapted, meta.shared, support.x)
             fitted.model.outputs(fitted.model.adapted, meta.shared, query.x)
 
+    drawn_tests = recipe.data.sampler("test", data=data).sample(_TESTED, generator=torch.Generator().manual_seed(1))
+    episodes = [tree.map(lambda leaf, place=place: leaf[place], drawn_tests) for place in range(_TESTED)]
+
+    def forward_of_all() -> None:
+        with torch.no_grad():
+            for batch in itertools.chain(*episodes):
+                fitted.model.outputs(fitted.model.adapted, meta.shared, batch.x)
+
     timed = _medians(
         {
             "step": lambda: step(meta, drawn.episodes, drawn.noises, with_scores=False),
@@ -107,12 +119,15 @@ def cost(recipe: Recipe, *, data: Path | None) -> None:
             "adapt on features": adapt_features,
             "adapt and predict": lambda: learner.adapt(*support).predict(query.x),
             "bare passes": forward,
+            "evaluation": lambda: evaluate(fitted, episodes, seed=0),
+            "bare passes of an evaluation": forward_of_all,
         }
     )
     for name, seconds in timed.items():
         print(f"{name}: {1e3 * seconds:.2f} ms")
     print(f"step / plain: {timed['step'] / timed['plain']:.2f}")
     print(f"adapt and predict / bare passes: {timed['adapt and predict'] / timed['bare passes']:.2f}")
+    print(f"evaluation / bare passes: {timed['evaluation'] / timed['bare passes of an evaluation']:.2f}")
 
 
 def _medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree
 
 from ibaml import tree
 from ibaml.priors import DiagonalGaussian
-from ibaml.types import PyTree, Tensor
+from ibaml.types import Batch, PyTree, Tensor
 
 ALGEBRA = 1e-10
 
@@ -145,3 +146,17 @@ def test_holds_reads_a_scalar_and_answers_no_under_vmap() -> None:
 
     torch.func.vmap(member)(torch.tensor([True, True]))
     assert answers == [False]
+
+
+def test_sums_that_overflow_do_not_make_numbers_infinite() -> None:
+    assert tree.all_finite([torch.full((3,), 3e38), torch.tensor([1, 2])])
+    assert not tree.all_finite([torch.tensor([math.inf, -math.inf])])
+
+
+def test_trees_are_walked_as_torch_walks_them() -> None:
+    batch = Batch(torch.ones(1), {"b": torch.ones(2), "a": (torch.ones(3), [torch.ones(4)])})
+    found = tree.leaves(batch)
+    assert [len(leaf) for leaf in found] == [1, 2, 3, 4] == [len(leaf) for leaf in _pytree.tree_leaves(batch)]
+    doubled = tree.map(lambda leaf: 2 * leaf, batch)
+    assert isinstance(doubled, Batch) and list(doubled.y) == ["b", "a"] and isinstance(doubled.y["a"], tuple)
+    assert all(bool((leaf == 2).all()) for leaf in tree.leaves(doubled))

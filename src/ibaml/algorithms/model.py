@@ -73,8 +73,8 @@ class Model(PlainNll):
             ``[num_examples, num_outputs]``.
         """
         own = {name: value for name, value in shared.items() if name in self.shared_names}
-        with self.guard, self._kernels.differentiable_twice():
-            return self._call(self.network, {**self.frozen, **own, **adapted}, x)
+        with self.guard:
+            return self._kernels.call(self.network, {**self.frozen, **own, **adapted}, x)
 
     def features(self, shared: Params, x: Tensor) -> Tensor:
         """Returns what the adapted tail of the network sees, ``[num_examples, *feature_shape]``.
@@ -94,8 +94,8 @@ class Model(PlainNll):
         if isinstance(self.tail.body, Lookup):
             return shared[FEATURES][x]
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}}
-        with self.guard, self._kernels.differentiable_twice():
-            return self._call(self.tail.body, own, x)
+        with self.guard:
+            return self._kernels.call(self.tail.body, own, x)
 
     def splits(self, x: Tensor) -> bool:
         """Whether the network is its adapted tail on the features of its body, seen at the first inputs there are.
@@ -183,8 +183,8 @@ class Model(PlainNll):
             if name.endswith("num_batches_tracked")
         }
         own = {**self.frozen, **{name: shared[name] for name in self.shared_names}, **moved, **counters}
-        with self.guard, self._kernels.differentiable_twice():
-            return self._call(self.tail.training_body, own, x), moved
+        with self.guard:
+            return self._kernels.call(self.tail.training_body, own, x), moved
 
     @property
     def examples_stand_alone(self) -> bool:
@@ -314,16 +314,6 @@ class Model(PlainNll):
         if key is not None:
             self._seen[key] = outputs.shape[-1]
         return outputs.shape[-1]
-
-    def _call(self, network: nn.Module, values: Params, x: Tensor) -> Tensor:
-        # Looking for parameters that have two names takes a fifth of a small network's pass.
-        return torch.func.functional_call(network, values, (x,), tie_weights=self._has_ties)
-
-    @functools.cached_property
-    def _has_ties(self) -> bool:
-        """Whether the network has a parameter or buffer in two places."""
-        of_all = (self.network.named_parameters, self.network.named_buffers)
-        return any(len([*named()]) < len([*named(remove_duplicate=False)]) for named in of_all)
 
     @functools.cached_property
     def _kernels(self) -> Kernels:

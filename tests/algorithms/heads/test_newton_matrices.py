@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ibaml.algorithms.heads import newton, room
+from ibaml.algorithms.heads import class_problems, newton, room
 from ibaml.types import Tensor
 
 DOUBLE = torch.float64
@@ -28,9 +28,9 @@ def by_hand(logits: Tensor, features: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_priors", [1, 3])
 @pytest.mark.parametrize("at_once", [1, 40, 2**24], ids=["one by one", "some", "all"])
 def test_parts_of_the_examples_add_up(monkeypatch: pytest.MonkeyPatch, num_priors: int, at_once: int) -> None:
-    monkeypatch.setattr(newton, "_MOST_AT_ONCE", at_once)
+    monkeypatch.setattr(class_problems, "_MOST_AT_ONCE", at_once)
     logits, features = draw(3, 50, seed=0), draw(num_priors, 50, 4, seed=1)
-    problem = newton.problem_of(features, 3)
+    problem = class_problems.problem_of(features, 3)
     expected = by_hand(logits, features)
     factor = problem.factorize(torch.log_softmax(logits, 0))[0]
     torch.testing.assert_close(factor @ factor.mT, expected, rtol=1e-12, atol=1e-12)
@@ -56,12 +56,12 @@ def test_what_the_machine_cannot_hold_is_refused_before_it_is_made(
     features = torch.zeros((), dtype=DOUBLE).expand(1, num_examples, num_features)
     monkeypatch.setattr(room, "_memory", lambda: 10**9)
     with pytest.raises(MemoryError, match=f"softmax over .*{needs}, and this machine has 1: algorithm='gaussian_class"):
-        newton.problem_of(features, num_classes)
-    newton.problem_of(features[:, :100, :10], 20)
+        class_problems.problem_of(features, num_classes)
+    class_problems.problem_of(features[:, :100, :10], 20)
     # Another device says so itself, and a system need not tell how much there is.
-    newton.problem_of(features[..., :17].to("meta"), 1_000)
+    class_problems.problem_of(features[..., :17].to("meta"), 1_000)
     monkeypatch.setattr(room, "_memory", lambda: None)
-    newton.problem_of(features[:, :5_000, :2], num_classes)
+    class_problems.problem_of(features[:, :5_000, :2], num_classes)
 
 
 def test_the_memory_of_this_machine_is_known_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +69,22 @@ def test_the_memory_of_this_machine_is_known_or_not(monkeypatch: pytest.MonkeyPa
     assert room._memory() == 12288
     monkeypatch.delattr(room.os, "sysconf")
     assert room._memory() is None
+
+
+@pytest.mark.parametrize("num_priors", [1, 4])
+@pytest.mark.parametrize("num_examples", [8, 60], ids=["examples", "weights"])
+def test_steps_with_an_old_matrix_lead_to_the_same_solution(num_priors: int, num_examples: int) -> None:
+    problem = class_problems.problem_of(3 * draw(num_priors, num_examples, 3, seed=0), 4)
+    targets = torch.nn.functional.one_hot(torch.arange(num_examples) % 4, 4).mT.double()
+    offset, loss = draw(4, num_examples, seed=1), class_problems.CrossEntropy()
+
+    def solved(steps_per_matrix: int, start: Tensor | None = None) -> Tensor:
+        how = {"max_steps": 30, "tolerance": 1e-10, "steps_per_matrix": steps_per_matrix, "start": start}
+        unknown, residual, *_ = newton.newton(problem, loss, offset, targets, **how)
+        assert residual < 1e-12
+        return unknown
+
+    expected = solved(1)
+    for steps_per_matrix in (2, 3):
+        torch.testing.assert_close(solved(steps_per_matrix), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(solved(3, torch.zeros_like(expected)), expected, rtol=1e-10, atol=1e-10)

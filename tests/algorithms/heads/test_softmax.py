@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 import ibaml
 from ibaml import records, tree
 from ibaml.algorithms import RECORDS, MetaParameters, TaskNoise, make_algorithm
-from ibaml.algorithms.heads import Softmax, newton, softmax
+from ibaml.algorithms.heads import Softmax, class_problems, softmax
 from ibaml.priors.columns import DiagonalColumnPrior, DiagonalColumns
 from ibaml.solvers.linear import Dense
 from ibaml.types import Batch, Episode, Params, Tensor
@@ -81,7 +81,7 @@ def dense_covariance(
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, in_weights: bool) -> None:
-    monkeypatch.setattr(newton, "_costs_less_in_weights", lambda *sizes: in_weights)
+    monkeypatch.setattr(class_problems, "_costs_less_in_weights", lambda *sizes: in_weights)
 
 
 def solve(algorithm: Softmax, prior: Any, z: Tensor, y: Tensor, num_classes: int) -> Any:
@@ -165,8 +165,8 @@ def test_unknowns_of_examples_and_of_weights_give_the_same(monkeypatch: pytest.M
 
 
 def test_the_cheaper_unknowns_are_chosen() -> None:
-    assert isinstance(newton.problem_of(torch.zeros(1, 25, 801), 5), newton._OfExamples)
-    assert isinstance(newton.problem_of(torch.zeros(1, 5000, 11), 3), newton._OfWeights)
+    assert isinstance(class_problems.problem_of(torch.zeros(1, 25, 801), 5), class_problems._OfExamples)
+    assert isinstance(class_problems.problem_of(torch.zeros(1, 5000, 11), 3), class_problems._OfWeights)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -22,8 +22,9 @@ import torch
 from ibaml import tree
 from ibaml.algorithms.base import MetaParameters
 from ibaml.algorithms.heads.base import Head
+from ibaml.algorithms.heads.class_problems import ClassProblem, CrossEntropy, in_products, problem_of
 from ibaml.algorithms.heads.least_squares import cholesky_in_products, cholesky_or_nan
-from ibaml.algorithms.heads.newton import ClassProblem, CrossEntropy, in_products, newton, problem_of
+from ibaml.algorithms.heads.newton import newton
 from ibaml.algorithms.heads.targets import indicators, require_classes, require_likelihood_of_classes
 from ibaml.algorithms.nll import Nll
 from ibaml.checks import require_positive_int
@@ -104,8 +105,8 @@ class Softmax(Head):
             mode tells apart.
         num_evaluation_samples: Logit samples of a prediction, in pairs about the mode.
         outer: Loss of the query set: cross entropy at the mode, or of the probabilities averaged over the samples.
-        max_newton_steps: Newton steps at most. Three to eight suffice; weak priors of classes that can be separated
-            need some twenty. Too few show in the norm of the inner gradient.
+        max_newton_steps: Newton matrices at most, with each of which up to three steps are taken. Two to seven suffice;
+            weak priors of classes that can be separated need more. Too few show in the norm of the inner gradient.
 
     Raises:
         ValueError: If a setting is out of range.
