@@ -1,6 +1,7 @@
 """Backbones that are learned in part: what moves and what stays, inputs of every form, and what is refused."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ibaml import MetaLearner, SplitSettings
 from ibaml.backbones import Backbone, FineTuned
+from ibaml.data import Augmentation, EpisodeSampler, load_class_folder
+from ibaml.data.augmentation import NormalisedAugmentation
 from ibaml.train import TrainerSettings
 
 SETTINGS = TrainerSettings(num_steps=3, tasks_per_step=2, fine_tune_learning_rate=1e-2)
@@ -159,20 +162,87 @@ def test_numbers_get_a_line_and_features_their_own_rate():
     np.testing.assert_allclose(step.detach().abs(), 0.5, rtol=1e-3)
 
 
-def test_folders_of_images(tmp_path):
+@pytest.fixture
+def photos(tmp_path):
     rng = np.random.default_rng(0)
     for name in "abcd":
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(4):
             pixels = rng.integers(0, 256, (10, 10, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+class TestAugmentation:
+    """Images of training tasks change at every draw; scales are those of images as they are."""
+
+    HOW = Augmentation(flip=True, crop=0.4, colour=0.3)
+
+    def seen(self, tasks, *, has_scale=True, **changes):
+        """Returns the images that the module gets when it is trained, and the learner."""
+        images = []
+
+        class Watched(Images):
+            def forward(self, x):
+                if torch.is_grad_enabled():
+                    images.append(x.detach().clone())
+                return super().forward(x)
+
+        scale = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)} if has_scale else {}
+        backbone = Backbone(module=Watched(), image_size=9, **scale)
+        learner = MetaLearner(backbone=backbone, fine_tune="last.0.*")
+        return learner.fit(tasks, settings=SETTINGS, **changes), images
+
+    @pytest.mark.parametrize("has_scale", [True, False])
+    def test_of_a_folder(self, photos, has_scale):
+        splits = SplitSettings(num_ways=2, num_shots=2, num_query_images=2)
+        changing = dataclasses.replace(splits, augmentation=self.HOW)
+        plain, as_they_are = self.seen(photos, has_scale=has_scale, splits=splits)
+        learner, changed = self.seen(photos, has_scale=has_scale, splits=changing)
+        assert torch.equal(plain.model.network.feature_mean, learner.model.network.feature_mean)
+        images = load_class_folder(photos, image_size=9).images / 255
+        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+        known = (images - mean) / std if has_scale else images
+
+        def is_known(batches):
+            return [bool((known - image).abs().amax((1, 2, 3)).min() < 1e-4) for batch in batches for image in batch]
+
+        assert all(is_known(as_they_are)) and not any(is_known(changed[1:]))
+        lowest, highest = (0 - mean) / std, (1 - mean) / std
+        for batch in changed:
+            low, high = (lowest, highest) if has_scale else (0.0, 1.0)
+            assert bool(((batch >= low - 1e-5) & (batch <= high + 1e-5)).all())
+
+    def test_of_a_sampler(self, photos):
+        """It stays as it is, and frozen features refuse it."""
+        images = load_class_folder(photos, image_size=9)
+        sampler = EpisodeSampler(images, num_ways=2, num_shots=2, num_queries=2, augmentation=self.HOW)
+        learner, changed = self.seen(sampler)
+        again, once_more = self.seen(sampler)
+        assert sampler.augmentation is self.HOW and all(map(torch.equal, changed, once_more))
+        assert learner.meta_parameters.shared.keys() == again.meta_parameters.shared.keys()
+        with pytest.raises(
+            ValueError, match=r"augmentation changes images at every draw, .*fine_tune=\.\.\.\), or train"
+        ):
+            MetaLearner(backbone=Backbone(module=Images(), image_size=9)).fit(sampler)
+
+    def test_of_normalised_images_is_that_of_their_pixels(self):
+        images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        scaled = (images - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
+        normalised = NormalisedAugmentation(**vars(self.HOW), mean=mean, std=std)
+        found = normalised.apply(scaled, generator=torch.Generator().manual_seed(1))
+        expected = self.HOW.apply(images, generator=torch.Generator().manual_seed(1))
+        own = found * torch.tensor(std).reshape(3, 1, 1) + torch.tensor(mean).reshape(3, 1, 1)
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_folders_of_images(photos):
     splits = SplitSettings(num_ways=2, num_shots=2, num_query_images=2)
     backbone = Backbone(module=Images(), image_size=9)
-    learner = MetaLearner(backbone=backbone, fine_tune="last.0.*").fit(
-        tmp_path / "photos", splits=splits, settings=SETTINGS
-    )
+    learner = MetaLearner(backbone=backbone, fine_tune="last.0.*").fit(photos, splits=splits, settings=SETTINGS)
     assert moved(backbone.module, learner) == {"last.0.weight", "last.0.bias"}
-    assert 0 <= learner.evaluate(tmp_path / "photos", num_tasks=2)["accuracy"].mean <= 1
+    assert 0 <= learner.evaluate(photos, num_tasks=2)["accuracy"].mean <= 1
 
 
 class TestRefused:
@@ -205,19 +275,6 @@ class TestRefused:
         tasks = [(["a", "bb", "ab", "bbb"], [0, 1, 0, 1])] * 3
         with pytest.raises(TypeError, match="holds text, but fine_tune trains the module that comes after"):
             MetaLearner(backbone=Reader(), fine_tune="*").fit(tasks)
-
-    def test_several_inputs_of_different_shapes(self):
-        class Two(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = nn.Linear(3, 4)
-
-            def forward(self, one, other):
-                return self.layer(one) + other.mean(1, keepdim=True)
-
-        x = {"one": np.ones((12, 3), np.float32), "other": np.arange(24, dtype=np.float32).reshape(12, 2)}
-        with pytest.raises(ValueError, match="takes several inputs of one shape: pad them, or let the module take one"):
-            MetaLearner(backbone=Two(), fine_tune="*").fit([(x, LABELS)] * 3)
 
     def test_other_inputs_than_in_training(self):
         _, pattern, tasks = CASES["token ids and a mask"]

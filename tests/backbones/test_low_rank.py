@@ -41,7 +41,7 @@ def test_adapters_alone_are_learned(tmp_path, monkeypatch):
 
 def test_layers_that_are_not_there():
     pytest.importorskip("peft")
-    with pytest.raises(ValueError, match=r"layers is \['query'\], which peft does not adapt .*; linear layers are 0"):
+    with pytest.raises(ValueError, match=r"layers is \['query'\], which peft does not adapt .*; there are 0"):
         low_rank(network(), ["query"])
     with pytest.raises(ValueError, match="rank must be"):
         low_rank(network(), ["0"], rank=0)

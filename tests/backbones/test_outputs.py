@@ -49,11 +49,13 @@ class TestRefused:
             as_features(outputs, 2)
 
     def test_unknown_names(self):
-        with pytest.raises(ValueError, match="a mapping with logits, mask; expected pooler_output or last_hidden"):
+        with pytest.raises(
+            ValueError, match="a mapping or dataclass with logits, mask; expected pooler_output or last_hidden"
+        ):
             as_features({"logits": VALUES, "mask": VALUES}, 2)
 
     def test_nothing(self):
-        with pytest.raises(ValueError, match="a mapping with nothing"):
+        with pytest.raises(ValueError, match="a mapping or dataclass with nothing"):
             as_features({}, 2)
 
     def test_no_numbers(self):

@@ -82,7 +82,7 @@ def test_a_recipe_is_what_its_name_says(name):
     recipe = get_recipe(name)
     assert recipe.name == name and recipe == get_recipe(name)
     source, _, algorithm, inner_steps = re.fullmatch(
-        r"([a-z_]+?)_(\d+way_)?\d+shot(?:_([a-z]+))?(?:_k(\d+))?(?:_laptop)?", name
+        r"([a-z_]+?)_(\d+way_)?\d+shot(?:_(?:conv4|resnet12)_gpu)?(?:_([a-z]+))?(?:_k(\d+))?(?:_laptop)?", name
     ).groups()
     assert recipe.data.name == source
     if inner_steps is not None:
@@ -114,8 +114,8 @@ def test_a_recipe_survives_json(name):
     assert again.to_json() == text and json.loads(text)["name"] == name
 
 
-# Of Table 1 and Fig. 3 one method: the others have the same tasks and network.
-@pytest.mark.parametrize("name", [name for name in OF_SHOTS if not re.search(r"imagenet.*_(abml|ibaml)_", name)])
+# Of Table 1 and Fig. 3 one method: the others have the same tasks and network. Those for a GPU are tried in small.
+@pytest.mark.parametrize("name", [name for name in OF_SHOTS if not re.search(r"imagenet.*_(abml|ibaml|gpu)", name)])
 def test_a_recipe_builds(name, fake_sources):
     """Network, tasks of all splits and algorithm fit together: one task goes through."""
     recipe = get_recipe(name)
@@ -137,6 +137,35 @@ def test_a_recipe_builds(name, fake_sources):
             assert torch.equal(value, getattr(again, group)[key]), "initial weights are those of the seed"
     other = dataclasses.replace(recipe, trainer=dataclasses.replace(recipe.trainer, seed=1)).learner().model
     assert not torch.equal(tree.ravel(other.adapted | other.shared)[0], tree.ravel(model.adapted | model.shared)[0])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_gpu")])
+def test_recipes_for_a_gpu_train_in_small(name, fake_sources):
+    recipe = get_recipe(name)
+    network = recipe.learner().model.network
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    assert weights == (118_213 if "conv4" in name else 12_427_525) and network.norm == "running"
+    assert recipe.data.augmentation.flip and recipe.trainer.weight_decay and recipe.trainer.precision == "bfloat16"
+    assert recipe.trainer.schedule == "cosine" and "for a GPU and not measured" in recipe.description
+    width = "channels" if "conv4" in name else "widths"
+    small = recipe.replace(
+        {
+            "data.image_size": 16,
+            "data.num_queries": 2,
+            "data.num_test_queries": 2,
+            "network.arguments.image_size": 16,
+            f"network.arguments.{width}": 4 if "conv4" in name else (4, 4, 8, 8),
+            "trainer.num_steps": 2,
+            "trainer.num_validation_tasks": 3,
+        }
+    )
+    tasks = {split: small.data.sampler(split) for split in ("train", "validation")}
+    learner = small.learner()
+    before = {key: value.clone() for key, value in learner.model.shared.items()}
+    learner.fit(tasks["train"], tasks["validation"], settings=small.trainer)
+    moved = {key for key, value in learner.meta_parameters.shared.items() if not torch.equal(value, before[key])}
+    assert {key for key in before if key.endswith(("weight", "running_mean"))} <= moved
+    assert learner.evaluate(tasks["validation"], num_tasks=2)["nll"].mean < 3
 
 
 @pytest.mark.parametrize("source", ["mini_imagenet", "tiny_imagenet"])

@@ -70,6 +70,18 @@ def check_targets(
     likelihood.check_targets(argument, targets, num_outputs)
 
 
+def advice_on_inputs(network: nn.Module, x: Tensor) -> str:
+    """Returns what to do where a network cannot process its inputs: whole numbers, or indices that were scaled."""
+    if not x.is_floating_point():
+        return " Give images of 0..255 as x.float() / 255, numbers as x.float()."
+    if not any(isinstance(layer, nn.Embedding) for layer in network.modules()):
+        return ""
+    return (
+        " Inputs of pairs (X, y) are scaled as numbers are: give token ids as Episodes of int64 tensors, or to the "
+        "network without its last layer, MetaLearner(backbone=module), with fine_tune='*' to train it."
+    )
+
+
 @contextlib.contextmanager
 def explained_failures(network: nn.Module, num_examples: int) -> Generator[None]:
     """Says what to do where an adaptation does not fit into memory or a network does not fit ``torch.func``.

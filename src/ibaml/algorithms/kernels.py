@@ -68,7 +68,54 @@ def kernels_of(network: nn.Module) -> Kernels:
     )
 
 
-_BEYOND_TORCH_FUNC = ("saved tensor hooks", "setup_context", "torch.autograd.Function")
+def time_first_layers(network: nn.Module) -> tuple[str, ...]:
+    """Returns the names of layers of torch that take the first axis of their inputs for time, as is their default.
+
+    Args:
+        network: Which may transpose its inputs, so that this is right there.
+
+    Examples:
+        >>> time_first_layers(nn.GRU(2, 3)), time_first_layers(nn.GRU(2, 3, batch_first=True))
+        (('GRU',), ())
+    """
+    return tuple(
+        name or type(layer).__name__
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.RNNBase | nn.MultiheadAttention) and not layer.batch_first
+    )
+
+
+_SAME = 1e-2
+"""How far outputs of an input alone and beside others may be apart by rounding, in half precision too."""
+
+
+def require_rows_alone(what: str, layers: Sequence[str], alone: torch.Tensor, together: torch.Tensor) -> None:
+    """Refuses outputs for an input that change with the others, as where these are taken for steps in time.
+
+    Args:
+        what: How messages call the network.
+        layers: From ``time_first_layers``.
+        alone: Outputs of the last input alone, ``[1, ...]``; the first one has nothing before it in time.
+        together: Outputs of all inputs, ``[num_inputs, ...]``.
+
+    Raises:
+        ValueError: Naming the layers.
+    """
+    if alone.shape[1:] != together.shape[1:] or not torch.allclose(alone[-1], together[-1], rtol=_SAME, atol=_SAME):
+        raise ValueError(
+            f"what {what} returns for an input changes with those beside it: {', '.join(layers)} takes the first axis "
+            "for time, and here that is the axis of the inputs. Build it with batch_first=True, or transpose in "
+            "forward."
+        )
+
+
+_BEYOND_TORCH_FUNC = (
+    "saved tensor hooks",
+    "setup_context",
+    "torch.autograd.Function",
+    "use_reentrant=True",
+    "does not require grad and does not have a grad_fn",
+)
 
 
 def is_beyond_torch_func(error: BaseException) -> bool:
@@ -80,8 +127,9 @@ def advice_on_torch_func(network: nn.Module, error: BaseException) -> str:
     """Returns what to do about it."""
     return (
         f"the network ({type(network).__name__}) has a part that functional derivatives do not support: activation "
-        "checkpointing, or an autograd.Function without setup_context. Take it out; for less memory set "
-        f"max_examples_per_pass in TrainerSettings, or adapt the last layer alone. (torch says: {error})"
+        "checkpointing, no_grad, or an autograd.Function without setup_context. Take it out; for less memory set "
+        "max_examples_per_pass in TrainerSettings, or adapt the last layer alone, where checkpoint(..., "
+        f"use_reentrant=False) works. (torch says: {error})"
     )
 
 

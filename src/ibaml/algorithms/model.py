@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ibaml import tree
-from ibaml.algorithms.checks import check_labels, check_targets
+from ibaml.algorithms.checks import advice_on_inputs, check_labels, check_targets
 from ibaml.algorithms.guard import Guard, guard_of
-from ibaml.algorithms.kernels import Kernels, kernels_of
+from ibaml.algorithms.kernels import Kernels, kernels_of, require_rows_alone, time_first_layers
 from ibaml.algorithms.nll import PlainNll
 from ibaml.algorithms.tail import FEATURES, Lookup, Tail, find_tail, keeps_statistics
 from ibaml.likelihoods import Likelihood
@@ -291,26 +291,26 @@ class Model(PlainNll):
         key = (x.shape, x.dtype, x.device) if x.is_floating_point() else None
         if key in self._seen:
             return self._seen[key]
+        name, outputs_at = f"the network ({type(self.network).__name__})", torch.no_grad()(self.outputs)
         try:
-            with torch.no_grad():
-                outputs: Any = self.outputs(self.adapted, self.shared, x)
+            outputs: Any = outputs_at(self.adapted, self.shared, x)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            whole = "" if x.is_floating_point() else " Give images of 0..255 as x.float() / 255, numbers as x.float()."
             raise ValueError(
-                f"the network ({type(self.network).__name__}) cannot process {argument}.x of shape "
-                f"{tuple(x.shape)} and dtype {x.dtype}: {error}{whole}"
+                f"{name} cannot process {argument}.x of shape {tuple(x.shape)} and dtype {x.dtype}: "
+                f"{error}{advice_on_inputs(self.network, x)}"
             ) from error
         if not isinstance(outputs, Tensor):
             raise ValueError(
-                f"the network ({type(self.network).__name__}) returned a {type(outputs).__name__} for {argument}.x; "
-                "expected one tensor, [num_examples, num_outputs]: let its forward return that alone, of a recurrent "
-                "layer the last output."
+                f"{name} returned a {type(outputs).__name__} for {argument}.x; expected one tensor, [num_examples, "
+                "num_outputs]: let its forward return that alone, of a recurrent layer the last output."
             )
-        if outputs.ndim != 2:
+        if outputs.ndim != 2 or len(outputs) != len(x):
             raise ValueError(
-                f"the network returned shape {tuple(outputs.shape)} for {argument}.x of shape "
-                f"{tuple(x.shape)}; expected [num_examples, num_outputs]."
+                f"the network returned shape {tuple(outputs.shape)} for {argument}.x of shape {tuple(x.shape)}; "
+                "expected [num_examples, num_outputs] (recurrent layers: batch_first=True)."
             )
+        if (layers := time_first_layers(self.network)) and self.examples_stand_alone and len(x) > 1:
+            require_rows_alone(name, layers, outputs_at(self.adapted, self.shared, x[-1:]), outputs)
         if key is not None:
             self._seen[key] = outputs.shape[-1]
         return outputs.shape[-1]

@@ -3,26 +3,32 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from ibaml.algorithms.kernels import require_rows_alone, time_first_layers
 from ibaml.backbones.backbone import Backbone
 from ibaml.backbones.cache import FeatureCache, Features
 from ibaml.backbones.frozen import evaluation_mode, weights_stamp
 from ibaml.backbones.inputs import (
     Inputs,
+    by_position,
+    call_with,
     concatenate,
     digests,
     num_inputs_of,
     read_backbone_inputs,
+    shape_of,
     signature,
     take,
 )
 from ibaml.backbones.outputs import as_features
+from ibaml.data.arrays import num_positions
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.columns import as_table, is_table
 from ibaml.types import Tensor
 
@@ -30,6 +36,9 @@ _VERSION = 1
 """Changes when the same inputs, weights and settings give other features."""
 
 _INPUTS_OF_A_PART = 512
+
+_OWN = ("digest", "column", "positions")
+"""What is stored of an extractor that is no setting of the backbone."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of inputs done and of all."""
@@ -69,6 +78,7 @@ class Extractor:
         digest: Of the backbone when this was made; None for a function without a name.
         square_root: Whether the square root of features is taken; see ``Backbone``.
         column: Column of tables that holds the inputs, if training had tables.
+        positions: Number of inputs side by side, if training had tuples of such; else 0.
 
     Raises:
         ValueError: If the weights changed since, at every use.
@@ -80,9 +90,11 @@ class Extractor:
         self.digest = backbone.digest()
         self.square_root = bool(backbone.square_root)
         self.column: str | None = None
+        self.positions = 0
         self._inputs_of_a_part = inputs_of_a_part
         owner = backbone.owner
         self._stamp = None if owner is None else weights_stamp(owner)
+        self._time_first = () if owner is None else time_first_layers(owner)
         self._copy: nn.Module | None = None
         self._memory: dict[bytes, Features] = {}
         # Where features depend on a function that only its name knows, they do not outlive it without one.
@@ -115,7 +127,7 @@ class Extractor:
                 f"{source} holds a model on the features of a backbone{named} (digest {_short(digest)}), which is not "
                 "stored: pass it, MetaLearner.load(folder, backbone=...)."
             )
-        settings = {name: _as_setting(value) for name, value in stored.items() if name not in ("digest", "column")}
+        settings = {name: _as_setting(value) for name, value in stored.items() if name not in _OWN}
         if not isinstance(backbone, Backbone):
             backbone = Backbone(module=backbone, **settings)
         given = {name: _as_setting(value) for name, value in backbone.settings().items()}
@@ -133,26 +145,28 @@ class Extractor:
                 f"features of {_short(digest)}: its weights or its structure differ; give the same backbone."
             )
         found.square_root = settings["square_root"]
-        found.column = stored.get("column")
+        found.column, found.positions = stored.get("column"), stored.get("positions", 0)
         return found
 
     def settings(self) -> dict[str, Any]:
         """Returns the backbone's settings and digest, and what it reads of tables, as JSON values."""
-        own = {"square_root": self.square_root, "digest": self.digest, "column": self.column}
-        return {**self.backbone.settings(), **own}
+        own = {"digest": self.digest, "column": self.column, "positions": self.positions}
+        return {**self.backbone.settings(), "square_root": self.square_root, **own}
 
     def read(self, argument: str, x: Any) -> Inputs:
         """Returns inputs as ``read_backbone_inputs`` does, of a table the column that training had.
 
         Args:
             argument: How messages call the inputs.
-            x: The inputs, or a table with them in one of its columns.
+            x: The inputs, or a table with them in one of its columns. A tuple of as many arrays as in training holds
+                inputs side by side.
 
         Raises:
             TypeError, ValueError: As of ``read_backbone_inputs``; if there is no such column.
         """
         if self.column is None or not is_table(x):
-            return read_backbone_inputs(argument, x)
+            is_several = self.positions and isinstance(x, tuple) and len(cast("tuple[Any, ...]", x)) == self.positions
+            return read_backbone_inputs(argument, by_position(x) if is_several else x)
         table = as_table(x)
         if self.column not in table.columns:
             raise ValueError(
@@ -160,6 +174,32 @@ class Extractor:
                 f"{', '.join(table.columns)}."
             )
         return read_backbone_inputs(f"column {self.column!r} of {argument}", table[self.column].tolist())
+
+    def learn_form(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Sees by training tasks whether tuples hold inputs side by side, or examples as lists do.
+
+        Args:
+            pairs: Inputs and targets of each task.
+        """
+        tuples = ((x, y) for x, y in pairs if isinstance(x, tuple) and hasattr(y, "__len__"))
+        self.positions = max((num_positions(x, len(y)) for x, y in tuples), default=0)
+
+    def augmentation(self, of_images: Augmentation) -> Augmentation:
+        """Returns what becomes of changes of images at every draw, where features stand in the place of these.
+
+        Args:
+            of_images: The changes.
+
+        Raises:
+            ValueError: If there are any: features are computed once for each image.
+        """
+        if of_images != UNCHANGED:
+            raise ValueError(
+                "augmentation changes images at every draw, and the features of a backbone are computed once for each: "
+                "leave it out, learn a part of the backbone, MetaLearner(backbone=..., fine_tune=...), or train a "
+                "network from its start, MetaLearner(network)."
+            )
+        return UNCHANGED
 
     def choose_root(self, features: Sequence[Features]) -> list[Features]:
         """Decides by features of training tasks whether the square root is taken, and returns them so.
@@ -268,23 +308,36 @@ class Extractor:
 
     def _pass(self, argument: str, batch: Inputs) -> Features:
         """Returns the features of one batch."""
-        owner = self._owner()
-        call: Callable[..., Any] = self.backbone.module if owner is None or owner is self.backbone.owner else owner
-        with evaluation_mode(owner):
-            if isinstance(batch, list):
-                outputs, mask = call(batch), None
-            elif isinstance(batch, dict):
-                ready = {name: self._on_device(argument, value) for name, value in batch.items()}
-                outputs, mask = call(**ready), ready.get("attention_mask")
-            else:
-                outputs, mask = call(self._on_device(argument, batch)), None
-            found = as_features(outputs, num_inputs_of(batch), mask).numpy()
+        with evaluation_mode(self._owner()):
+            found = self._computed(argument, batch)
+            if self._time_first and len(found) > 1:
+                alone = self._computed(argument, take(batch, [len(found) - 1]))
+                require_rows_alone("the backbone", self._time_first, *map(torch.from_numpy, (alone, found)))
+                self._time_first = ()
         if not np.isfinite(found).all():
             raise ValueError(
                 f"the backbone gives features that are not finite for {argument}: its weights or its inputs are out of "
                 "range; check what it expects (Backbone(mean=, std=) for images)."
             )
         return found
+
+    def _computed(self, argument: str, batch: Inputs) -> Features:
+        owner = self._owner()
+        call: Callable[..., Any] = self.backbone.module if owner is None or owner is self.backbone.owner else owner
+        named = {"0": batch} if isinstance(batch, torch.Tensor) else batch
+        ready = named if isinstance(named, list) else {n: self._on_device(argument, v) for n, v in named.items()}
+        try:
+            outputs = call(ready) if isinstance(ready, list) else call_with(call, ready)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            name = getattr(call, "__name__", type(call).__name__)
+            raise ValueError(
+                f"the backbone ({name}) cannot process {argument}, {shape_of(batch)}: {error}. Several inputs of a "
+                "module are a tuple of arrays, which it gets by position, or a mapping of them, by name."
+            ) from error
+        mask = None if isinstance(ready, list) else ready.get("attention_mask")
+        return as_features(outputs, num_inputs_of(batch), mask).numpy()
 
     def _on_device(self, argument: str, values: Tensor) -> Tensor:
         values = self.backbone.prepare(argument, values)

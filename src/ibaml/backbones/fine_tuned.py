@@ -3,6 +3,7 @@
 import copy
 import difflib
 import fnmatch
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from ibaml.backbones.backbone import Backbone
 from ibaml.backbones.extractor import Extraction, Extractor, Progress
-from ibaml.backbones.inputs import Inputs, num_inputs_of
+from ibaml.backbones.inputs import Inputs, call_with, num_inputs_of
 from ibaml.backbones.outputs import read_features
+from ibaml.data.augmentation import UNCHANGED, Augmentation, NormalisedAugmentation
 from ibaml.types import Tensor
 
 _LARGEST_INDEX = 2**24
@@ -23,25 +25,43 @@ class InputForm(NamedTuple):
     """What the inputs of a backbone are, all of which travel as one tensor of floating-point numbers.
 
     Attributes:
-        names: Of inputs by keyword; empty for a single one.
+        names: Of several inputs; empty for a single one.
         are_indices: For each, or for the single one, whether it holds whole numbers, such as token ids.
+        shapes: Of one of each of several inputs, if these differ: they travel as one row of numbers.
     """
 
     names: tuple[str, ...]
     are_indices: tuple[bool, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    def pack(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Returns inputs as one tensor, the reverse of ``unpack``.
+
+        Args:
+            named: The inputs; a single one has the name ``""``.
+        """
+        values = [named[name].float() for name in self.names or ("",)]
+        if not self.names:
+            return values[0]
+        return torch.cat([v.reshape(len(v), -1) for v in values], 1) if self.shapes else torch.stack(values, 1)
 
     def unpack(self, x: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Returns the inputs as the module takes them.
 
         Args:
-            x: ``[num_inputs, *shape]``, or ``[num_inputs, num_names, *shape]`` of several.
+            x: ``[num_inputs, *shape]``, or ``[num_inputs, num_names, *shape]`` of several, of different shapes
+                ``[num_inputs, num_numbers]``.
             dtype: Of inputs that hold no indices.
         """
         if not self.names:
             return x.long() if self.are_indices[0] else x.to(dtype)
+        parts: Sequence[Tensor] = x.unbind(1)
+        if self.shapes:
+            rows = x.split([math.prod(shape) for shape in self.shapes], 1)
+            parts = [row.reshape(-1, *shape) for row, shape in zip(rows, self.shapes, strict=True)]
         return {
-            name: x[:, index].long() if self.are_indices[index] else x[:, index].to(dtype)
-            for index, name in enumerate(self.names)
+            name: part.long() if is_index else part.to(dtype)
+            for name, part, is_index in zip(self.names, parts, self.are_indices, strict=True)
         }
 
 
@@ -100,15 +120,19 @@ class FineTuned(nn.Module):
         Args:
             x: Inputs, packed into one tensor; see ``InputForm``.
         """
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns what the head sees, ``[num_inputs, num_features]``; ``x`` is as of ``forward``."""
         given = self._form.unpack(x, self._dtype)
         if isinstance(given, dict):
-            features = read_features(self.backbone(**given), x.shape[0], given.get("attention_mask"))
+            features = read_features(call_with(self.backbone, given), x.shape[0], given.get("attention_mask"))
         else:
             features = read_features(self.backbone(given), x.shape[0])
         if self._has_root:
             features = root_of_features(features)
         mean, inverse = cast("Tensor", self.feature_mean), cast("Tensor", self.feature_inverse_scale)
-        return self.head((features - mean) * inverse)
+        return (features - mean) * inverse
 
 
 class FineTunedInputs(Extractor):
@@ -125,7 +149,7 @@ class FineTunedInputs(Extractor):
 
     def __init__(self, extractor: Extractor, patterns: Sequence[str], form: InputForm | None = None) -> None:
         super().__init__(extractor.backbone, extractor.device)
-        self.square_root, self.column = extractor.square_root, extractor.column
+        self.square_root, self.column, self.positions = extractor.square_root, extractor.column, extractor.positions
         self.patterns = tuple(patterns)
         self.form = form
         self.learned = match_parameters(extractor.backbone, patterns)
@@ -138,8 +162,17 @@ class FineTunedInputs(Extractor):
     def settings(self) -> dict[str, Any]:
         """Returns what describes the backbone and its inputs, as JSON values."""
         assert self.form is not None
-        form = {"names": list(self.form.names), "are_indices": list(self.form.are_indices)}
+        form: dict[str, Any] = {"names": list(self.form.names), "are_indices": list(self.form.are_indices)}
+        if self.form.shapes:
+            form["shapes"] = [list(shape) for shape in self.form.shapes]
         return {**super().settings(), "fine_tune": list(self.patterns), "form": form}
+
+    def augmentation(self, of_images: Augmentation) -> Augmentation:
+        """Returns the changes as they are of the images that the module gets, which may be normalised."""
+        backbone = self.backbone
+        if of_images == UNCHANGED or backbone.mean is None or backbone.std is None:
+            return of_images
+        return NormalisedAugmentation(**vars(of_images), mean=tuple(backbone.mean), std=tuple(backbone.std))
 
     def choose_root(self, features: Sequence[Any]) -> list[Any]:
         """Returns what it is given: inputs have no roots."""
@@ -154,7 +187,7 @@ class FineTunedInputs(Extractor):
 
         Raises:
             TypeError: If inputs are text.
-            ValueError: If they differ in form from those before, or several differ in shape from each other.
+            ValueError: If they differ in form from those before.
         """
         return self._packed(argument, self.read(argument, x)).numpy()
 
@@ -174,25 +207,16 @@ class FineTunedInputs(Extractor):
             )
         named = inputs if isinstance(inputs, dict) else {"": self.backbone.prepare(argument, inputs)}
         are_indices = tuple(not value.is_floating_point() for value in named.values())
-        form = InputForm(tuple(name for name in named if name), are_indices)
+        shapes = tuple(tuple(value.shape[1:]) for value in named.values())
+        form = InputForm(tuple(name for name in named if name), are_indices, shapes if len(set(shapes)) > 1 else ())
         if self.form is None:
             self.form = form
-        elif sorted(zip(self.form.names or ("",), self.form.are_indices, strict=True)) != sorted(
-            zip(named, are_indices, strict=True)
-        ):
+        elif _as_set(form) != _as_set(self.form):
             raise ValueError(f"{argument} has inputs of the form {form}, but training had {self.form}: give the same.")
-        ordered = [named[name] for name in self.form.names or ("",)]
-        if len({tuple(value.shape) for value in ordered}) > 1:
-            shapes = {name: tuple(value.shape) for name, value in named.items()}
-            raise ValueError(
-                f"{argument} has inputs of shapes {shapes}; fine_tune takes several inputs of one shape: pad them, or "
-                "let the module take one tensor and take it apart itself."
-            )
-        for value in ordered:
+        for value in named.values():
             if not value.is_floating_point() and num_inputs_of(value) and int(value.abs().max()) > _LARGEST_INDEX:
                 raise ValueError(f"{argument} has indices above {_LARGEST_INDEX:,}, which fine_tune does not take.")
-        values = [value.float().cpu() for value in ordered]
-        return torch.stack(values, 1) if self.form.names else values[0]
+        return self.form.pack({name: value.cpu() for name, value in named.items()})
 
 
 def restore_inputs(stored: Mapping[str, Any], backbone: Any, device: torch.device) -> FineTunedInputs:
@@ -220,8 +244,9 @@ def restore_inputs(stored: Mapping[str, Any], backbone: Any, device: torch.devic
         backbone = Backbone(module=backbone, **settings)
     extractor = Extractor(backbone, device)
     extractor.square_root = bool(stored["square_root"])
-    extractor.column = stored["column"]
-    form = InputForm(tuple(stored["form"]["names"]), tuple(stored["form"]["are_indices"]))
+    extractor.column, extractor.positions = stored["column"], stored.get("positions", 0)
+    shapes = tuple(tuple(shape) for shape in stored["form"].get("shapes", ()))
+    form = InputForm(tuple(stored["form"]["names"]), tuple(stored["form"]["are_indices"]), shapes)
     return FineTunedInputs(extractor, stored["fine_tune"], form)
 
 
@@ -260,6 +285,11 @@ def root_of_features(features: Tensor) -> Tensor:
     size = unit.abs()
     is_positive = size > 0
     return torch.sign(unit) * torch.where(is_positive, torch.where(is_positive, size, 1.0).sqrt(), 0.0)
+
+
+def _as_set(form: InputForm) -> set[Any]:
+    names = form.names or ("",)
+    return set(zip(names, form.are_indices, form.shapes or ((),) * len(names), strict=True))
 
 
 def _with_fixed_statistics(module: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Inputs of a backbone in the forms that people have: arrays, mappings of arrays, lists of strings."""
+"""Inputs of a backbone in the forms that people have: arrays, tuples and mappings of arrays, lists of strings."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -11,7 +11,7 @@ from ibaml.data.tables import to_array
 from ibaml.types import Tensor
 
 Inputs: TypeAlias = Tensor | dict[str, Tensor] | list[str]
-"""A tensor or a mapping of tensors with a leading axis of inputs, or text."""
+"""A tensor or a mapping of tensors with a leading axis of inputs, or text. Names that are numbers are positions."""
 
 
 def read_backbone_inputs(argument: str, x: Any) -> Inputs:
@@ -56,6 +56,37 @@ def read_backbone_inputs(argument: str, x: Any) -> Inputs:
                 )
         return cast("list[str]", texts)
     return _as_tensor(argument, values)
+
+
+def by_position(members: Sequence[Any]) -> dict[str, Any]:
+    """Returns inputs side by side as a mapping from their positions, as names, to them."""
+    return {str(position): value for position, value in enumerate(members)}
+
+
+def call_with(function: Callable[..., Any], named: Mapping[str, Any]) -> Any:
+    """Calls a function with several inputs: those whose names are numbers by position, in their order, others by name.
+
+    Args:
+        function: The function.
+        named: The inputs.
+
+    Examples:
+        >>> call_with(lambda first, second, last: (first, second, last), {"1": "b", "last": "c", "0": "a"})
+        ('a', 'b', 'c')
+    """
+    positions = sorted((name for name in named if name.isdigit()), key=int)
+    return function(
+        *(named[name] for name in positions), **{name: value for name, value in named.items() if not name.isdigit()}
+    )
+
+
+def shape_of(inputs: Inputs) -> str:
+    """Returns in words what inputs are, for messages."""
+    if isinstance(inputs, list):
+        return f"{len(inputs)} strings"
+    if isinstance(inputs, dict):
+        return ", ".join(f"{name!r} {_shape_and_type(value)}" for name, value in inputs.items())
+    return _shape_and_type(inputs)
 
 
 def num_inputs_of(inputs: Inputs) -> int:
@@ -103,6 +134,10 @@ def digests(inputs: Inputs) -> list[bytes]:
         ).digest()
         for row in range(num_inputs_of(inputs))
     ]
+
+
+def _shape_and_type(value: Tensor) -> str:
+    return f"of shape {tuple(value.shape)} and dtype {value.dtype}"
 
 
 def _as_tensor(argument: str, x: Any) -> Tensor:

@@ -35,9 +35,10 @@ def low_rank(module: nn.Module, layers: Sequence[str], *, rank: int = 8, seed: i
     try:
         adapted: nn.Module = peft.inject_adapter_in_model(settings, copy.deepcopy(module))
     except ValueError as error:
-        names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+        kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+        names = [name for name, part in module.named_modules() if isinstance(part, kinds)]
         raise ValueError(
-            f"layers is {list(layers)}, which peft does not adapt ({error}); linear layers are {', '.join(names)}."
+            f"layers is {list(layers)}, which peft does not adapt ({error}); there are {', '.join(names) or 'none'}."
         ) from error
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

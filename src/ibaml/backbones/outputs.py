@@ -1,5 +1,6 @@
 """What a backbone returns, in the forms that libraries use, as one vector of features for each input."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ def as_features(outputs: Any, num_inputs: int, mask: Tensor | None = None) -> Te
     | ``[n, channels, height, width]`` or with more axes | mean over all axes from the third on |
     | ``[n, length, num_features]`` | mean over the length, of the places where the mask is not 0 |
     | tuple or list of tensors, such as that of a recurrent layer | its first member, read likewise |
-    | mapping | its ``pooler_output`` or ``last_hidden_state``, or its only member, read likewise |
+    | mapping or dataclass | its ``pooler_output`` or ``last_hidden_state``, or its only member, read likewise |
 
     Args:
         outputs: What came.
@@ -46,6 +47,8 @@ def as_features(outputs: Any, num_inputs: int, mask: Tensor | None = None) -> Te
 
 def read_features(outputs: Any, num_inputs: int, mask: Tensor | None = None) -> Tensor:
     """Returns what ``as_features`` does, where it was computed and differentiable; arguments and errors likewise."""
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type | Mapping):
+        outputs = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
     if isinstance(outputs, Mapping):
         return read_features(_member(cast("Mapping[str, Any]", outputs)), num_inputs, mask)
     if isinstance(outputs, tuple | list) and _holds_tensors(members := cast("Sequence[Any]", outputs)):
@@ -79,7 +82,7 @@ def _member(outputs: Mapping[str, Any]) -> Any:
     if len(present) == 1:
         return next(iter(present.values()))
     raise ValueError(
-        f"the backbone returns a mapping with {', '.join(present) or 'nothing'}; expected "
+        f"the backbone returns a mapping or dataclass with {', '.join(present) or 'nothing'}; expected "
         f"{' or '.join(_NAMES)}, or a single member: {_WRAP}."
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ibaml.data.augmentation import UNCHANGED, Augmentation
 from ibaml.data.episodes import EpisodeSampler
 from ibaml.types import Batch, Episode, PyTree, TaskSampler, Tensor
 
@@ -15,14 +16,19 @@ class FeatureEpisodes(EpisodeSampler):
 
     Args:
         sampler: Which classes, and how many examples of each.
-        features: Of each of its images, ``[num_images, num_features]``.
+        features: Of each of its images, ``[num_images, num_features]``, or as a backbone takes them.
+        augmentation: How these images are changed at every draw.
     """
 
-    def __init__(self, sampler: EpisodeSampler, features: Tensor) -> None:
+    def __init__(self, sampler: EpisodeSampler, features: Tensor, augmentation: Augmentation = UNCHANGED) -> None:
         # Pixels are not needed any more: one for each image keeps the classes.
         images = dataclasses.replace(sampler.images, images=torch.zeros(len(features), 1, 1, 1, dtype=torch.uint8))
         super().__init__(
-            images, num_ways=sampler.num_ways, num_shots=sampler.num_shots, num_queries=sampler.num_queries
+            images,
+            num_ways=sampler.num_ways,
+            num_shots=sampler.num_shots,
+            num_queries=sampler.num_queries,
+            augmentation=augmentation,
         )
         self.features = features
 

@@ -16,7 +16,7 @@ from ibaml.data.linear_regression import LinearRegressionTasks, closed_form_post
 from ibaml.data.ragged import RaggedTasks, TaskSplits
 from ibaml.data.sources.fsmol import Assays, AssayTasks, hold_out, load_assays
 from ibaml.data.sources.glyphs import load_glyphs
-from ibaml.data.sources.image_folder import load_class_folder, load_image_folder
+from ibaml.data.sources.image_folder import load_class_folder, load_image_folder, load_images
 from ibaml.data.sources.mini_imagenet import load_mini_imagenet
 from ibaml.data.sources.omniglot import load_omniglot
 from ibaml.data.sources.sinusoid import SinusoidTasks
@@ -43,6 +43,7 @@ __all__ = [
     "load_class_folder",
     "load_glyphs",
     "load_image_folder",
+    "load_images",
     "load_mini_imagenet",
     "load_omniglot",
     "load_tiny_imagenet",

@@ -7,7 +7,7 @@ that numpy could turn into an array, such as those with units, are refused by na
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,6 +92,29 @@ def as_tensor(argument: str, value: object) -> torch.Tensor:
         f"{argument} must be a torch.Tensor or numeric numpy array, got {type(value).__name__}; "
         "convert it with torch.as_tensor."
     )
+
+
+def num_positions(x: Any, num_examples: int) -> int:
+    """Returns how many inputs a tuple holds side by side; 0 if it holds examples, or is no tuple of arrays.
+
+    A tuple of arrays may be either. It holds inputs if each of them has an entry for every example, unless there are as
+    many of them as examples.
+
+    Args:
+        x: What came as inputs.
+        num_examples: Number of targets that came with it.
+
+    Examples:
+        >>> ids, mask = np.zeros((3, 5), int), np.ones((3, 5), int)
+        >>> num_positions((ids, mask), 3), num_positions((ids, mask), 2), num_positions([ids, mask], 3)
+        (2, 0, 0)
+    """
+    if not isinstance(x, tuple) or len(members := cast("tuple[Any, ...]", x)) in (1, num_examples):
+        return 0
+    are_inputs = all(
+        isinstance(each, np.ndarray | torch.Tensor) and each.ndim and len(each) == num_examples for each in members
+    )
+    return len(members) if are_inputs else 0
 
 
 def to_int64(argument: str, values: Array) -> Array:

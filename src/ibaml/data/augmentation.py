@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
@@ -66,6 +67,30 @@ class Augmentation:
             factors = uniform(1 - self.colour, 1 + self.colour, 3)
             flat = _recoloured(flat, *factors.unbind(1))
         return flat.view_as(images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisedAugmentation(Augmentation):
+    """Changes of images that are normalised already, ``(pixels - mean) / std``: the same as of their pixels.
+
+    Attributes:
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
+
+    Examples:
+        >>> NormalisedAugmentation(flip=False, mean=(0.5,), std=(0.2,)).apply(
+        ...     torch.zeros(1, 1, 2, 2), generator=torch.Generator()
+        ... ).abs().max()
+        tensor(0.)
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def apply(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Returns changed images, normalised as they came; arguments are those of ``Augmentation.apply``."""
+        mean, std = (images.new_tensor(list(values)).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return (super().apply(images * std + mean, generator=generator) - mean) / std
 
 
 UNCHANGED = Augmentation(flip=False)

@@ -41,7 +41,8 @@ class FixedEpisodes:
                         raise TypeError(
                             f"episode {index} has a {type(value).__name__} as {part}.{name}; expected one tensor, "
                             "[num_examples, ...]: put several inputs side by side in one, and take them apart in the "
-                            "network's forward."
+                            "network's forward; or give pairs (X, y) with tuples or mappings of arrays as X to "
+                            "MetaLearner(backbone=module), whose module has no last layer."
                         )
                     first = getattr(episodes[0].support, name)
                     if name == "x" and value.dtype != first.dtype:

@@ -4,14 +4,19 @@ Everything that comes in is checked here, once, and every message names the task
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ibaml.data.arrays import to_array, to_int64
+from ibaml.data.arrays import num_positions, to_array, to_int64
 from ibaml.data.columns import Array, Column, as_table, encode_columns, is_table, take
 from ibaml.optional import require
 from ibaml.types import Batch, ColumnName, Episode
+
+_ONE_ARRAY = (
+    ", but a network sees one array: put them side by side in it and take them apart in forward, or give the network "
+    "without its last layer as MetaLearner(backbone=module), which takes several, with fine_tune='*' to train it."
+)
 
 _LARGEST_EXACT = {2: 2**11, 4: 2**24, 8: 2**53}
 """Up to where every whole number is one of a floating-point dtype of so many bytes."""
@@ -107,6 +112,8 @@ def read_tasks(
             came = f"{type(pair).__name__}" + (f" of {len(pair)}" if isinstance(pair, tuple | list) else "")
             raise TypeError(f"task {name!r} must be a pair (X, y), but is a {came}.")
         x, y = pair
+        if hasattr(y, "__len__") and (number := num_positions(x, len(y))):
+            raise TypeError(f"X of task {name!r} is a tuple of {number} inputs side by side{_ONE_ARRAY}")
         inputs = as_table(x) if is_table(x) else read_inputs(f"X of task {name!r}", x)
         read.append(_checked(name, inputs, to_array(y, f"y of task {name!r}")))
     _require_one_kind(read)
@@ -122,11 +129,14 @@ def read_inputs(argument: str, x: Any) -> Array:
 
     Raises:
         ValueError: If there is no axis of features, or a value is not finite.
-        TypeError: If the values are no numbers.
+        TypeError: If the values are no numbers, or several arrays.
     """
     if is_table(x):
         table = as_table(x)
         return encode_columns([Column(name) for name in table.columns], [(argument, table)])[0]
+    if isinstance(x, Mapping):
+        names = ", ".join(map(str, cast("Mapping[Any, Any]", x)))
+        raise TypeError(f"{argument} is a mapping of inputs ({names}){_ONE_ARRAY}")
     values = to_array(x, argument)
     if values.dtype == object:
         try:

@@ -1,5 +1,6 @@
 """Tasks of a learner with a backbone: their inputs become features, and all else is as for tables of numbers."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -101,6 +102,8 @@ def prepare_features(
             preprocessing = dataclasses.replace(preprocessing, input_shape=shape)
         return prepare(train, validation, splits=splits, columns=columns, preprocessing=preprocessing, **how)
     source = prepare(tasks, validation, splits=splits_of(extractor, splits, tasks), columns=columns, **how)
+    if _has_images(source.train):
+        extractor.augmentation(cast("EpisodeSampler", source.train).augmentation)  # Refused before long work.
     train, held_out = _pieces(source.train, seed=seed), _pieces(source.validation, seed=seed)
     found = extract(extractor, [("the tasks", piece) for piece in (*train, *held_out)], console, of_training=True)
     features = found[: len(train)]
@@ -151,6 +154,19 @@ def tasks_of_features(fitted: FittedModel, tasks: Any, splits: SplitSettings) ->
     features = extract(extractor, [("the tasks", piece) for piece in pieces])
     encoded = _Encoder(extractor, preprocessing, fitted.dtype).sampler(sampler, features)
     return encoded.episodes if isinstance(encoded, FixedEpisodes) else encoded
+
+
+def without_augmentation(tasks: Any, splits: SplitSettings) -> tuple[Any, SplitSettings]:
+    """Returns tasks whose images are the same at every draw, and how they are split.
+
+    Args:
+        tasks: As of ``prepare_features``.
+        splits: As there.
+    """
+    if isinstance(tasks, EpisodeSampler) and tasks.augmentation != UNCHANGED:
+        tasks = copy.copy(tasks)
+        tasks.augmentation = UNCHANGED
+    return tasks, dataclasses.replace(splits, augmentation=UNCHANGED)
 
 
 def _only_column(table: TaskTable) -> str:
@@ -235,6 +251,8 @@ def _features_of_pairs(
         named += [(f"X of task {name!r}", pair[0]) for name, pair in _pairs(tasks).items() if _is_pair(pair)]
     if not named:
         return list(several)
+    if of_training:
+        extractor.learn_form(pair for tasks in several for pair in _pairs(tasks).values() if _is_pair(pair))
     features = iter(extract(extractor, named, console, of_training=of_training))
 
     def replaced(tasks: Any) -> Any:
@@ -272,13 +290,7 @@ def _pieces(sampler: TaskSampler | None, *, seed: int) -> list[Any]:
     if sampler is None:
         return []
     if _has_images(sampler):
-        images = cast("EpisodeSampler", sampler)
-        if images.augmentation != UNCHANGED:
-            raise ValueError(
-                "augmentation changes images at every draw, and the features of a backbone are computed once for each: "
-                "leave it out, or train a network from its start, MetaLearner(network)."
-            )
-        return [images.images.images]
+        return [cast("EpisodeSampler", sampler).images.images]
     if isinstance(sampler, FixedEpisodes):
         return [batch.x for episode in sampler.episodes for batch in episode]
     generator = torch.Generator().manual_seed(seed)
@@ -297,7 +309,8 @@ class _Encoder(NamedTuple):
         """Returns the sampler of the same tasks, where ``features`` are those of its ``_pieces``."""
         if _has_images(sampler):
             episodes = cast("EpisodeSampler", sampler)
-            return FeatureEpisodes(episodes, self._scaled(features[0], episodes.images.images))
+            changes = self.extractor.augmentation(episodes.augmentation)
+            return FeatureEpisodes(episodes, self._scaled(features[0], episodes.images.images), changes)
         if isinstance(sampler, FixedEpisodes):
             of_pieces = iter(features)
             return FixedEpisodes(

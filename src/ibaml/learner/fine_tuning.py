@@ -14,7 +14,7 @@ from ibaml.data.prepare import Source
 from ibaml.data.standardizer import IDENTITY
 from ibaml.learner import defaults
 from ibaml.learner.defaults import Suited
-from ibaml.learner.features import prepare_features
+from ibaml.learner.features import prepare_features, without_augmentation
 from ibaml.learner.folder import StoredModel
 from ibaml.likelihoods import find_likelihood
 from ibaml.types import Tensor
@@ -53,7 +53,8 @@ def tuning(
 ) -> Tuning:
     """Prepares the tasks of a backbone whose parameters are learned in part.
 
-    The features before that give what stays fixed: their scales, and whether square roots are taken.
+    The features before that, of images as they are, give what stays fixed: their scales, and whether square roots are
+    taken.
 
     Args:
         extractor: The backbone on a device.
@@ -67,7 +68,8 @@ def tuning(
 
     Raises:
         TypeError: If tasks are of no accepted form, or text.
-        ValueError: If they do not fit, a pattern matches nothing, or the learner has a network of its own.
+        ValueError: If they do not fit, a pattern matches nothing, the learner has a network of its own, or no gradient
+            reaches what is to be learned.
     """
     if parameters["network"] is not None:
         raise ValueError(
@@ -75,7 +77,9 @@ def tuning(
             "one linear layer: leave one of the two out."
         )
     inputs = FineTunedInputs(extractor, patterns)
-    frozen = prepare_features(extractor, tasks, validation, console=console, **how)
+    plain, splits = without_augmentation(tasks, how["splits"])
+    of_plain: dict[str, Any] = {**how, "splits": splits}
+    frozen = prepare_features(extractor, plain, validation, console=console, **of_plain)
     assert frozen.preprocessing is not None
     inputs.square_root = extractor.square_root
     unscaled = dataclasses.replace(frozen.preprocessing, inputs=IDENTITY)
@@ -85,9 +89,23 @@ def tuning(
     base = candidates[next(name for name in names if name in candidates)]
     scale = frozen.preprocessing.inputs
     network = _network(inputs, num_outputs_of(base.network), scale.mean, scale.inverse_scale)
+    _require_gradient(network, source)
     with torch.no_grad():
         network.head.bias.copy_(base.network.get_parameter("head.bias"))
     return Tuning(inputs, source, Suited(network, base.algorithm, base.likelihood, defaults.HEAD_PATTERN, TRAINER))
+
+
+def _require_gradient(network: FineTuned, source: Source) -> None:
+    """Refuses a backbone that cuts its output off from all parameters that are to be learned."""
+    first = source.train.sample(1, generator=torch.Generator().manual_seed(0)).support.x[0, :2]
+    with torch.enable_grad():
+        features = network.features(first)
+    if not features.requires_grad:
+        raise ValueError(
+            f"fine_tune names {', '.join(sorted(network.learned))}, but what the backbone "
+            f"({type(network.backbone).__name__}) returns has no gradient in them: its forward runs under no_grad, "
+            "detaches, or checkpoints with use_reentrant=True (write use_reentrant=False)."
+        )
 
 
 def restored(

@@ -11,7 +11,7 @@ how much each of them says: that is what training learns.
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -67,6 +67,8 @@ def untrained(
     """
     if is_folder(inputs):
         inputs = _pixels(Path(inputs).expanduser(), extractor)
+    if isinstance(inputs, tuple) and 1 < len(several := cast("tuple[Any, ...]", inputs)) < _LEAST_INPUTS:
+        extractor.learn_form([(several, several[0])])
     (features,) = extract(extractor, [("inputs", inputs)], console, of_training=True)
     if len(features) < _LEAST_INPUTS:
         raise ValueError(

@@ -13,6 +13,7 @@ from ibaml.algorithms import Algorithm, GradientBased, Head
 from ibaml.algorithms.model import Model
 from ibaml.backbones import Backbone, Extractor, FineTunedInputs, read_features
 from ibaml.backbones.fine_tuned import root_of_features
+from ibaml.backbones.inputs import by_position, call_with
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.data.standardizer import Standardizer
 from ibaml.likelihoods import ClassPrediction, MixturePrediction
@@ -68,7 +69,7 @@ class TaskModule(nn.Module):
         """Returns probabilities, or mean and variance.
 
         Args:
-            x: Inputs, ``[num_examples, *input_shape]``; of a backbone with several a dict of such by name.
+            x: Inputs, ``[num_examples, *input_shape]``; of a backbone with several a tuple of them, or a dict by name.
         """
         encoded = self.scales(x if self.backbone is None else self.backbone(x))
         values = [getattr(self, f"posterior_{i}") for i in range(self._num_leaves + len(self._shared_names))]
@@ -151,18 +152,14 @@ class BackboneFeatures(nn.Module):
 
         Args:
             x: Images ``[num_inputs, channels, height, width]`` in the size of the backbone, pixels of 0..255 as uint8
-                or numbers in [0, 1]; other inputs as the backbone takes them, of several a dict by name.
+                or numbers in [0, 1]; other inputs as the backbone takes them, of several a tuple, or a dict by name.
 
         Raises:
             ValueError: If images have another size: they are not resized here.
         """
-        if isinstance(x, Mapping):
-            named = {name: self._ready(value) for name, value in cast("Mapping[str, Tensor]", x).items()}
-            outputs, mask = self.module(**named), named.get("attention_mask")
-            num_inputs = next(iter(named.values())).shape[0]
-        else:
-            outputs, mask, num_inputs = self.module(self._ready(x)), None, x.shape[0]
-        features = read_features(outputs, num_inputs, mask)
+        named = {name: self._ready(value) for name, value in _named(x).items()}
+        num_inputs = next(iter(named.values())).shape[0]
+        features = read_features(call_with(self.module, named), num_inputs, named.get("attention_mask"))
         return root_of_features(features) if self._has_root else features
 
     def _ready(self, values: Tensor) -> Tensor:
@@ -184,9 +181,13 @@ class PackedInputs(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         """Returns the inputs as one tensor; arguments and errors are those of ``BackboneFeatures``."""
-        if self._form.names:
-            return torch.stack([x[name].float() for name in self._form.names], 1)
-        return self.pixels(x).float()
+        return self._form.pack(_named(x) if self._form.names else {"": self.pixels(x)})
+
+
+def _named(x: Any) -> Mapping[str, Tensor]:
+    if isinstance(x, Mapping):
+        return cast("Mapping[str, Tensor]", x)
+    return by_position(cast("tuple[Tensor, ...]", x) if isinstance(x, tuple) else (x,))
 
 
 class Pixels(nn.Module):

@@ -21,6 +21,9 @@ class TrainerSettings:
         learning_rate: Adam's learning rate for means, weights and shared parameters.
         log_var_learning_rate: Adam's learning rate for the prior's log-variances (None: ``learning_rate``).
         fine_tune_learning_rate: Adam's learning rate for the parameters of a backbone (``MetaLearner(fine_tune=...)``).
+        weight_decay: Decoupled weight decay (AdamW, Loshchilov and Hutter 2019) of shared weights: beside Adam's step
+            each loses this times the learning rate of itself. Not of biases, of normalisation layers, of the prior and
+            of the likelihood. None: no decay.
         schedule: ``"constant"``, or ``"cosine"``: half a cosine from the learning rate to zero over ``num_steps``.
         gradient_clip: Largest Euclidean norm of the averaged hypergradient; longer ones are shortened. None: no limit.
         validate_every: Steps between validations.
@@ -49,6 +52,7 @@ class TrainerSettings:
     learning_rate: float = 1e-3
     log_var_learning_rate: float | None = None
     fine_tune_learning_rate: float = 1e-4
+    weight_decay: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"
     gradient_clip: float | None = 10.0
     validate_every: int = 250
@@ -78,7 +82,8 @@ class TrainerSettings:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, but is {value}.")
-        for field in ("learning_rate", "log_var_learning_rate", "fine_tune_learning_rate", "gradient_clip"):
+        rates = ("learning_rate", "log_var_learning_rate", "fine_tune_learning_rate", "weight_decay", "gradient_clip")
+        for field in rates:
             value = getattr(self, field)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} must be positive and finite, but is {value}.")

@@ -21,7 +21,6 @@ from ibaml import records, tree
 from ibaml.algorithms import Algorithm, MetaParameters
 from ibaml.algorithms.kernels import advice_on_torch_func, is_beyond_torch_func
 from ibaml.algorithms.model import Model
-from ibaml.backbones import FineTuned
 from ibaml.data.raw import RawInputs, raw_inputs_of
 from ibaml.fast import DeviceLostError, is_device_lost, keep_freed_memory
 from ibaml.posterior import FittedModel
@@ -76,7 +75,7 @@ class Trainer:
         raw_inputs: What the inputs of the first training task were like, once ``fit`` has begun.
 
     Raises:
-        ValueError: If there are more processes than tasks in a step.
+        ValueError: If there are more processes than tasks in a step, or weights are to decay and none is shared.
     """
 
     def __init__(
@@ -118,9 +117,7 @@ class Trainer:
             precision=settings.precision,
             **{name: getattr(settings, name) for name in ONLY_HOW},
         )
-        tuned = model.network.learned if isinstance(model.network, FineTuned) else ()
-        groups = parameter_groups(self._meta, algorithm, model.likelihood, settings, fine_tuned=tuned)
-        self._optimizer = torch.optim.Adam(groups)
+        self._optimizer = torch.optim.AdamW(parameter_groups(self._meta, algorithm, model, settings))
         self.raw_inputs: RawInputs | None = None
         self._step, self._seconds = 0, 0.0
         self._chosen = Chosen(self._snapshot())
@@ -367,9 +364,9 @@ class Trainer:
         """Draws one task with a generator of its own and checks it, so that misfits show before long work."""
         episode = tasks.sample(1, generator=torch.Generator().manual_seed(self.settings.seed))
         first = tree.map(lambda leaf: leaf[0].to(self.device), episode)
-        self.model.check_features(self.algorithm, first.support.x)
         self.raw_inputs = self.raw_inputs or raw_inputs_of(first)
         num_outputs = self.model.check_task(first, task=name, algorithm=self.algorithm)
+        self.model.check_features(self.algorithm, first.support.x)
         self.algorithm.check_task(self.model, self._meta, first)
         return num_outputs
 
