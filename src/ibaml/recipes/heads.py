@@ -85,8 +85,8 @@ def _glyphs(num_ways: int, num_shots: int) -> Recipe:
 
 
 def _omniglot(num_ways: int, num_shots: int) -> Recipe:
-    # One training serves all ways and shots: tasks of 60 classes of one example are what makes features. Validation tasks
-    # of 20 ways, 1 shot, after as many minutes: nll .111, prototypes .114, a softmax head .127.
+    # One training serves all ways and shots: tasks of 60 classes of one example are what makes features. Validation
+    # tasks of 20 ways, 1 shot, after as many minutes: nll .111, prototypes .114, a softmax head .127.
     return _images(
         f"omniglot_{num_ways}way_{num_shots}shot",
         "Omniglot, split of Vinyals et al. 2016",

@@ -96,8 +96,8 @@ def _table(source: TaskSource, likelihood: str, classes: ClassScope) -> Callable
     return recipe
 
 
-# Recipes have tasks of more classes, too slow for ten seconds; that of Omniglot has easier tests as well, and a head that
-# is an option here.
+# Recipes have tasks of more classes, too slow for ten seconds; that of Omniglot has easier tests as well, and a head
+# that is an option here.
 _OMNIGLOT: Mapping[str, Any] = {
     "data.rotated_tests": False,
     "data.num_train_ways": 20,
