@@ -106,7 +106,17 @@ def test_what_a_run_leaves(trained):
     }
     assert runs.read_recipe(trained) == RECIPE
     environment = json.loads((trained / "environment.json").read_text())
-    assert environment.keys() == {"date", "command", "python", "packages", "platform", "threads", "cuda", "processes"}
+    assert environment.keys() == {
+        "date",
+        "command",
+        "python",
+        "packages",
+        "platform",
+        "threads",
+        "cuda",
+        "processes",
+        "data",
+    }
     assert environment["threads"] == torch.get_num_threads() and environment["processes"] == 1
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.special import expit, gammaln, logsumexp
 
 from ibaml.experiments.groups.baselines import Array, Rows, splits_of_groups, with_constant
 from ibaml.optional import require
@@ -58,11 +57,14 @@ class Bernoulli:
 
     def mean(self, eta: Array) -> Array:
         """See ``Family``."""
+        # Here and below, so that the command line, which knows all experiments, does not import scipy.
+        from scipy.special import expit
+
         return expit(eta)
 
     def variance(self, eta: Array) -> Array:
         """See ``Family``."""
-        return expit(eta) * expit(-eta)
+        return self.mean(eta) * self.mean(-eta)
 
     def log_prob(self, y: Array, eta: Array) -> Array:
         """See ``Family``."""
@@ -86,6 +88,8 @@ class Poisson:
 
     def log_prob(self, y: Array, eta: Array) -> Array:
         """See ``Family``."""
+        from scipy.special import gammaln
+
         return y * eta - np.exp(eta) - gammaln(y + 1)
 
     def link(self, mean: float) -> float:
@@ -152,6 +156,8 @@ def of_effects(effects: Effects, family: Family) -> Predictor:
 
     Adaptive Gauss-Hermite quadrature: nodes are those of the Laplace approximation at the mode.
     """
+    from scipy.special import logsumexp
+
     num_effects = len(effects.deviations)
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NUM_NODES)
     grid = np.stack(np.meshgrid(*[nodes] * num_effects, indexing="ij"), -1).reshape(-1, num_effects)
