@@ -31,7 +31,8 @@ def list_recipes() -> None:
     """List the recipes: named, complete configurations."""
     for name in RECIPES:
         recipe = get_recipe(name)
-        size = f"{recipe.trainer.num_steps:,} steps of {recipe.trainer.tasks_per_step} tasks"
+        tasks = recipe.trainer.tasks_per_step
+        size = f"{recipe.trainer.num_steps:,} steps of {tasks} task{'s' if tasks > 1 else ''}"
         Console().print(f"{name}\n    {recipe.description}; {size}", soft_wrap=True, markup=False, highlight=False)
 
 
