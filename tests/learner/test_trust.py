@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pandas as pd
@@ -308,3 +308,20 @@ def test_copies_answer_as_the_original(fitted, copied):
     posterior = fitted.adapt(X, Y)
     for other in (copied(posterior), copied(fitted).adapt(X, Y)):
         np.testing.assert_array_equal(answers(other, X), answers(posterior, X))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copy", "pickle"])
+def test_copies_wait_until_no_thread_runs_the_network(fitted, copied):
+    """In the middle of a call the module has other tensors for parameters."""
+    posterior = fitted.adapt(X, Y)
+    for one in (fitted, posterior):
+        with ThreadPoolExecutor(1) as pool:
+            with fitted.fitted_model.model.guard:
+                waiting = pool.submit(copied, one)
+                assert not wait([waiting], timeout=0.05).done
+            assert waiting.result(timeout=60) is not None
+
+
+def test_a_shallow_copy_has_the_same_network(fitted):
+    other = copy.copy(fitted)
+    assert other is not fitted and other.__dict__ == fitted.__dict__

@@ -1,9 +1,12 @@
 """One thread at a time where state is shared that cannot be avoided: a module's parameters, flags of the process."""
 
+import abc
+import contextlib
+import copy
 import os
 import threading
 import weakref
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -30,6 +33,29 @@ class Guard:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies share no module with the original."""
         return Guard, ()
+
+
+class CopiedAtRest(abc.ABC):
+    """What holds a network, and is copied and pickled at a moment when no other thread runs it.
+
+    In the middle of a call a module has the tensors of that call for parameters, which may not even be copied. Pickle
+    walks through an object after having asked for its state, so that the state is a copy.
+    """
+
+    @abc.abstractmethod
+    def network_guard(self) -> Guard | None:
+        """Returns the guard of the network; None if there is none yet."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns a deep copy of the attributes."""
+        with self.network_guard() or contextlib.nullcontext():
+            return copy.deepcopy(vars(self))
+
+    def __copy__(self) -> Self:
+        """Returns another one of the same attributes, the network among them."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
 
 _guards: weakref.WeakSet[Guard] = weakref.WeakSet()

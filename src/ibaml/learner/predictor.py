@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from ibaml.algorithms import Algorithm, MetaParameters
+from ibaml.algorithms.guard import CopiedAtRest, Guard
 from ibaml.data.prepare import SplitSettings
 from ibaml.data.preprocessing import Preprocessing
 from ibaml.learner.curve import learning_curve
@@ -26,7 +27,7 @@ from ibaml.train.progress import console_of
 from ibaml.types import ClassScope, ColumnName
 
 
-class Predictor(Estimator):
+class Predictor(Estimator, CopiedAtRest):
     """The methods of a learner that are functions of what was fitted.
 
     Attributes:
@@ -40,6 +41,10 @@ class Predictor(Estimator):
     verbose: bool | None
     _fitted: FittedModel | None
     _splits: SplitSettings
+
+    def network_guard(self) -> Guard | None:
+        """Returns the guard of the network; see ``CopiedAtRest``."""
+        return None if self._fitted is None else self._fitted.model.guard
 
     @property
     def fitted_model(self) -> FittedModel:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ibaml import tree
+from ibaml.algorithms.guard import CopiedAtRest, Guard
 from ibaml.checks import require_positive_int
 from ibaml.data.tables import Array
 from ibaml.likelihoods import ClassPrediction, MixturePrediction, Prediction
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ibaml.posterior.module import TaskModule
 
 
-class TaskPosterior:
+class TaskPosterior(CopiedAtRest):
     """What a learner knows about one task after adaptation.
 
     Attributes:
@@ -46,6 +47,10 @@ class TaskPosterior:
         self.value = value
         self.grad_norm = grad_norm
         self.num_support = num_support
+
+    def network_guard(self) -> Guard:
+        """Returns the guard of the network; see ``CopiedAtRest``."""
+        return self._fitted.model.guard
 
     def __repr__(self) -> str:
         return f"TaskPosterior(num_support={self.num_support}, grad_norm={self.grad_norm:.3g})"
