@@ -96,8 +96,8 @@ def _table(source: TaskSource, likelihood: str, classes: ClassScope) -> Callable
     return recipe
 
 
-# Recipes have tasks of more classes, too slow for ten seconds; that of Omniglot has easier tests as well, and a head
-# that is an option here.
+# Recipes have tasks of more classes, too slow for ten seconds, and heads that are options here; that of Omniglot has
+# easier tests as well.
 _OMNIGLOT: Mapping[str, Any] = {
     "data.rotated_tests": False,
     "data.num_train_ways": 20,
@@ -106,6 +106,7 @@ _OMNIGLOT: Mapping[str, Any] = {
     "algorithm": make_algorithm("softmax"),
 }
 _TINY_IMAGENET: Mapping[str, Any] = {
+    "algorithm": make_algorithm("softmax"),
     "data.num_train_ways": None,
     "data.augmentation": UNCHANGED,
     "trainer.tasks_per_step": 2,
