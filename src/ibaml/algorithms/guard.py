@@ -47,9 +47,16 @@ class CopiedAtRest(abc.ABC):
         """Returns the guard of the network; None if there is none yet."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns a deep copy of the attributes."""
+        """Returns a deep copy of the attributes, for pickle: for its time there are two of all tensors."""
         with self.network_guard() or contextlib.nullcontext():
             return copy.deepcopy(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns a copy of this and all that it holds, made once."""
+        other = memo[id(self)] = object.__new__(type(self))
+        with self.network_guard() or contextlib.nullcontext():
+            vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
     def __copy__(self) -> Self:
         """Returns another one of the same attributes, the network among them."""
